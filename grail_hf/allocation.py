@@ -1,0 +1,107 @@
+"""How wide each kind of group becomes: one function a rule, sparsity -> widths, and `ALLOCATIONS`.
+
+A `Budget` says what a group's units cost in one decoder layer; a rule turns the budgets of a
+layer's groups and the config into the number of units that each kind keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from grail_hf.architectures import ATTENTION, MLP
+from grail_hf.config import GrailConfig
+
+# Largest distance between the sparsity asked for and the one reached.
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one kind of group costs in a decoder layer.
+
+    Attributes:
+        num_units: units before.
+        unit_cost: projection parameters that one unit holds.
+        fixed_cost: projection parameters that stay whatever the width.
+        step: widths are multiples of this.
+        ignored: the group keeps its width.
+    """
+
+    num_units: int
+    unit_cost: int
+    fixed_cost: int = 0
+    step: int = 1
+    ignored: bool = False
+
+    def cost(self, width: int) -> int:
+        """Projection parameters that a group of `width` units holds."""
+        return self.fixed_cost + width * self.unit_cost
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths there can be, ascending. The full width needs to be no multiple."""
+        if self.ignored:
+            return [self.num_units]
+        return [*range(self.step, self.num_units, self.step), self.num_units]
+
+
+Allocation = Callable[[Mapping[str, Budget], GrailConfig], dict[str, int]]
+
+
+def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int]:
+    """One width per kind for all layers, both kinds at about the same kept fraction.
+
+    Attention units are coarse: their number is rounded to the nearest, and the MLP width takes up
+    the difference. Where even so the total misses by more than `TOLERANCE` (a large
+    `multiple_of`), the next nearest numbers of attention units are tried.
+
+    Raises:
+        ValueError: no pair of widths comes close enough; lists the sparsities next to the asked.
+    """
+    attention, mlp = budgets[ATTENTION], budgets[MLP]
+    total = sum(budget.cost(budget.num_units) for budget in budgets.values())
+
+    def reached(pair: tuple[int, int]) -> float:
+        return 1 - (attention.cost(pair[0]) + mlp.cost(pair[1])) / total
+
+    attention_widths, mlp_widths = attention.widths, mlp.widths
+    if config.attention_sparsity is not None:
+        attention_widths = attention_widths and [_nearest(attention, config.attention_sparsity)]
+    if config.mlp_sparsity is not None:
+        mlp_widths = [_nearest(mlp, config.mlp_sparsity)]
+    if config.sparsity is None:
+        return {ATTENTION: attention_widths[0], MLP: mlp_widths[0]}
+
+    wanted = config.sparsity
+
+    def best_mlp(heads: int) -> int:
+        return min(mlp_widths, key=lambda width: abs(reached((heads, width)) - wanted))
+
+    pairs = [(heads, best_mlp(heads)) for heads in attention_widths]
+    near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
+    if not near:
+        raise ValueError(_unreachable(wanted, sorted({reached(pair) for pair in pairs}), config))
+    # The least difference between the kinds' kept fractions; of equals, the wider attention.
+    heads, width = min(
+        near,
+        key=lambda pair: (abs(pair[0] / attention.num_units - (1 - wanted)), -pair[0]),
+    )
+    return {ATTENTION: heads, MLP: width}
+
+
+def _nearest(budget: Budget, sparsity: float) -> int:
+    return min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))
+
+
+def _unreachable(wanted: float, reachable: list[float], config: GrailConfig) -> str:
+    nearest = sorted(sorted(reachable, key=lambda value: abs(value - wanted))[:6])
+    return (
+        f"sparsity={wanted:g} cannot be reached within {100 * TOLERANCE:g} points with "
+        f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
+        f"ignore={list(config.ignore)}; reachable nearby: "
+        f"{', '.join(f'{value:.4f}' for value in nearest)}. A smaller multiple_of gives finer steps"
+    )
+
+
+ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform}

@@ -1,0 +1,138 @@
+"""Compress a model: the whole algorithm on one page. Read this first.
+
+Each decoder layer is visited once, in order. In it, attention first and then the MLP, each group
+of units is scored on what the already compressed model feeds it, its producers are sliced to the
+units that stay, and a ridge regression on the Gram of the consumer's inputs gives the linear map
+from what is left to what was there, which the consumer absorbs (GRAIL, arXiv 2602.23795).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grail_hf.calibration import Calibration, token_batches
+from grail_hf.compensation import ridge
+from grail_hf.config import GrailConfig
+from grail_hf.evaluation import evaluation_mode
+from grail_hf.planning import (
+    check_weights,
+    choose_device,
+    context_length,
+    plan_compression,
+    vocabulary_size,
+)
+from grail_hf.reduction import Reduction
+from grail_hf.report import TAGS, CompressionReport
+from grail_hf.saving import apply_config_
+from grail_hf.selectors import find_selector
+from grail_hf.stream import stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+class PartlyCompressedError(RuntimeError):
+    """A failure after the first layer was changed: the model in memory must be loaded again."""
+
+
+@torch.no_grad()
+def compress(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration = "c4",
+    config: GrailConfig | dict[str, Any] | None = None,
+    *,
+    progress: bool = True,
+    **overrides: Any,
+) -> CompressionReport:
+    """Make `model` narrower in place and repair it. No gradients, no labels.
+
+    Args:
+        model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`.
+        tokenizer: needed where `calibration` is text.
+        calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
+            `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
+            tensor of token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
+        config: the settings; `overrides` are fields of `GrailConfig` and win over it.
+        progress: show a bar on standard error.
+
+    Returns:
+        What was done and what it cost. `model.save_pretrained(d)` and `report.save(d)` write a
+        checkpoint that plain transformers loads.
+
+    Raises:
+        ValueError, TypeError: bad input, before anything is changed.
+        FloatingPointError: NaN or Inf in weights or in the first activations, before anything is
+            changed.
+        PartlyCompressedError: a failure after the first group was changed.
+    """
+    config = GrailConfig.resolve(config, **overrides)
+    select = find_selector(config.selector)
+    plan = plan_compression(model, config)
+    report = CompressionReport.begin(model, config, plan)
+    if not plan.reduced:
+        return report
+    check_weights(model)
+    tokens = token_batches(
+        calibration,
+        tokenizer,
+        vocab_size=vocabulary_size(model),
+        num_samples=config.num_samples,
+        seq_length=config.seq_length,
+        max_length=context_length(model),
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    report.calibration = tokens.summary()
+    device = choose_device(model, config.device)
+    start = time.perf_counter()
+
+    with evaluation_mode(model), says_what_is_left(report):
+        layers = plan.architecture.layers
+        for block in stream(
+            model, layers, plan.reduced, tokens.batches, device, config.seed, progress
+        ):
+            for group in block.groups:
+                stats = block.collect(group).to(config.torch_dtype)
+                scores = select(group, stats)
+                reduction = Reduction.keep_top(scores, plan.widths[group.kind], group.partitions)
+                kept, removed = group.channels(reduction)
+                repair = (
+                    ridge(stats.gram, kept, removed, config.ridge, group.name)
+                    if config.compensate
+                    else None
+                )
+                report.add(block.index, group, stats, reduction, repair)
+                group.shrink_(reduction)
+                group.repair_(reduction, repair.matrix if repair else None)
+        apply_config_(model, plan.config)
+
+    model.add_model_tags(list(TAGS))
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+@contextmanager
+def says_what_is_left(report: CompressionReport) -> Iterator[None]:
+    """After a failure, say that the model is partly compressed, where it is."""
+    try:
+        yield
+    except BaseException as error:
+        if not report.groups:
+            raise
+        message = (
+            f"stopped at {report.groups[-1].name} or just after it; the model in memory is partly "
+            "compressed: load it again"
+        )
+        if not isinstance(error, Exception):
+            logger.error(message)
+            raise
+        raise PartlyCompressedError(f"{error} ({message})") from error

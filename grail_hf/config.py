@@ -1,0 +1,156 @@
+"""`GrailConfig`: everything a compression depends on besides the model and the calibration text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+ATTENTION_UNITS = ("kv_group", "query_head")
+SOLVE_DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class GrailConfig:
+    """What to remove, how to choose it and how to repair it. Frozen; checked when made.
+
+    Args:
+        sparsity: fraction of the decoder blocks' projection parameters to remove, in [0, 1).
+            It always means the total: if one of `mlp_sparsity` and `attention_sparsity` is
+            given, the other kind takes what is left to remove.
+        mlp_sparsity: fraction of the MLP channels to remove, in [0, 1).
+        attention_sparsity: fraction of the attention units to remove, in [0, 1).
+        selector: a name in `grail_hf.SELECTORS`.
+        compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning.
+        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
+        num_samples: calibration windows to draw, where the calibration is text.
+        seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
+        batch_size: windows in one forward pass.
+        seed: of the windows drawn, and of the `random` selector.
+        multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
+            parallelism; 8 is the least that keeps bf16 matrix products aligned).
+        attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
+            removes the same number of query heads from every KV group and keeps all KV heads.
+        ignore: decoder layers by index, or groups by a name or pattern of whole name parts
+            ("self_attn", "layers.0.mlp", "model.layers.*.mlp"); they stay as they are.
+        rehome: allow the result to be saved under another stock model type that computes the
+            same function, where the model's own cannot say the new shape.
+        device: where layers run ("cuda", "cuda:1", "cpu"); by default the model's device if it
+            is an accelerator, else the machine's accelerator if there is one, else the CPU.
+        dtype: of selection and solve, "float64" or "float32".
+
+    Raises:
+        ValueError: a value outside its range, naming value, range and remedy.
+    """
+
+    sparsity: float | None = None
+    mlp_sparsity: float | None = None
+    attention_sparsity: float | None = None
+    selector: str = "gram"
+    compensate: bool = True
+    ridge: float = 1e-4
+    num_samples: int = 128
+    seq_length: int = 2048
+    batch_size: int = 4
+    seed: int = 0
+    multiple_of: int = 8
+    attention_unit: str = "kv_group"
+    ignore: tuple[int | str, ...] = ()
+    rehome: bool = True
+    device: str | None = None
+    dtype: str = "float64"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, (str, int)):
+            object.__setattr__(self, "ignore", (self.ignore,))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        fractions = ("sparsity", "mlp_sparsity", "attention_sparsity")
+        for name in fractions:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 <= value < 1):
+                raise ValueError(
+                    f"{name}={value!r} is outside [0, 1): it is the fraction to remove, "
+                    f"for example {name}=0.3"
+                )
+        given = [name for name in fractions if getattr(self, name) is not None]
+        if self.sparsity is None and len(given) < 2:
+            raise ValueError(
+                "how much to remove is not given: pass sparsity=0.3, or both mlp_sparsity and "
+                "attention_sparsity"
+            )
+        if len(given) == 3:
+            raise ValueError(
+                "sparsity, mlp_sparsity and attention_sparsity are all given, but two of them "
+                "fix the third: drop one"
+            )
+        for name in ("num_samples", "seq_length", "batch_size", "multiple_of"):
+            value = getattr(self, name)
+            if not (_is_integer(value) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if self.seq_length < 2:
+            raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
+        if not _is_integer(self.seed):
+            raise ValueError(f"seed={self.seed!r} must be a whole number")
+        if not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
+            raise ValueError(f"ridge={self.ridge!r} must be a finite number of at least 0")
+        if self.attention_unit not in ATTENTION_UNITS:
+            raise ValueError(
+                f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"
+            )
+        if self.dtype not in SOLVE_DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} must be one of {SOLVE_DTYPES}")
+        for entry in self.ignore:
+            if not (_is_integer(entry) or isinstance(entry, str)):
+                raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")
+        if self.device is not None:
+            _check_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of selection and solve."""
+        return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types."""
+        return dataclasses.asdict(self) | {"ignore": list(self.ignore)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> GrailConfig:
+        """The inverse of `to_dict`. Raises ValueError on an unknown name."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}: GrailConfig has {', '.join(known)}")
+        return cls(**settings)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> GrailConfig:
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def resolve(cls, config: GrailConfig | dict[str, Any] | None, **overrides: Any) -> GrailConfig:
+        """One config from a config (or its dict, or nothing) and keyword overrides."""
+        settings = config.to_dict() if isinstance(config, GrailConfig) else dict(config or {})
+        return cls.from_dict(settings | overrides)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {error}") from error

@@ -1,0 +1,255 @@
+"""What a model is worth: perplexity on text, and lm-eval's tasks.
+
+Perplexity follows GPTQ and SparseGPT: the text is joined and tokenised once, cut into windows of
+`seq_length` that do not overlap, and each window scored by itself, without context from the one
+before. A sliding window gives lower figures, which do not compare with the literature's.
+
+    perplexity = exp( sum_{n, t>0} -log p(x_{n,t} | x_{n,<t}) / (N (T - 1)) )
+"""
+
+import copy
+import difflib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from grail_hf.calibration import TextSource, check_token_ids, token_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EvaluationText: TypeAlias = TextSource | Tensor
+
+
+@dataclass(frozen=True)
+class LanguageModelLoss:
+    """Mean negative log likelihood, in nats, of `tokens` predicted tokens.
+
+    They are the last `seq_length` - 1 tokens of each of `windows` windows.
+    """
+
+    loss: float
+    tokens: int
+    windows: int
+    seq_length: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits spent per byte, where the predicted tokens are `num_bytes` bytes of text."""
+        if num_bytes < 1:
+            raise ValueError(f"num_bytes={num_bytes}: must be at least 1")
+        return self.loss * self.tokens / (num_bytes * math.log(2))
+
+
+def language_model_loss(
+    model: "PreTrainedModel", windows: Tensor, *, batch_size: int = 8, progress: bool = True
+) -> LanguageModelLoss:
+    """Mean loss of the next token over `windows` [N, T] of token ids, T at least 2.
+
+    Logits are in the model's dtype, losses in fp32, their sum in fp64. Raises ValueError for ids
+    that the model does not have or windows of the wrong shape, TypeError for ids that are not
+    integers, FloatingPointError for a loss that is not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1")
+    embeddings = cast(Tensor, model.get_input_embeddings().weight)
+    windows = check_token_ids(windows, embeddings.shape[0], "the tensor of windows")
+    count, seq_length = windows.shape
+    if seq_length < 2:
+        raise ValueError(f"windows of {seq_length} token: at least 2, for one token to predict")
+    # Offloaded embeddings lie on the meta device; accelerate's hooks then move the ids themselves.
+    device = torch.device("cpu") if embeddings.is_meta else embeddings.device
+
+    total = 0.0
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar,
+    ):
+        for first in range(0, count, batch_size):
+            ids = windows[first : first + batch_size].to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            # One sequence at a time: fp32 copies of a whole batch's logits may not fit.
+            for row in range(len(ids)):
+                scores = logits[row, :-1].float()  # [T - 1, vocabulary]
+                targets = ids[row, 1:].to(scores.device)
+                loss = functional.cross_entropy(scores, targets, reduction="none").double().sum()
+                total += _finite(loss.item(), first + row)
+            bar.update(len(ids))
+    tokens = count * (seq_length - 1)
+    return LanguageModelLoss(total / tokens, tokens, count, seq_length)
+
+
+def perplexity(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    text: EvaluationText,
+    *,
+    seq_length: int | None = None,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+) -> float:
+    """Perplexity of `model` on `text`, on windows of `seq_length` tokens.
+
+    `text` is anything that `calibration.token_windows` reads, or a tensor of windows [N, T].
+    `seq_length` defaults to the model's context, at most 2048. Raises as `token_windows` and
+    `language_model_loss` do.
+    """
+    windows = _windows(model, tokenizer, text, seq_length, max_windows)
+    return language_model_loss(model, windows, batch_size=batch_size).perplexity
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    text: EvaluationText | None = None,
+    tasks: str | Sequence[str] = (),
+    seq_length: int | None = None,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measure perplexity on `text` and run lm-eval's `tasks` (names, or one string with commas).
+
+    `seq_length`, `batch_size` and `max_windows` are those of `perplexity`; `seq_length` also bounds
+    lm-eval's inputs. `limit`, `num_fewshot` and `include_path` (a folder of further tasks) go to
+    lm-eval. Returns a dict that JSON can hold, with only what was asked for:
+
+        {"perplexity": float, "loss": float, "tokens": int, "seq_length": int,
+         "tasks": {task: {metric: float}}}
+
+    A metric's key has its filter after a comma, unless that is lm-eval's "none". Raises ValueError
+    where nothing is asked for or a task is unknown, ImportError where tasks are but lm-eval is not
+    installed, and as `perplexity` does.
+    """
+    tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    if text is None and not tasks:
+        raise ValueError("nothing to evaluate: give text, tasks, or both")
+    # What can fail at once is tried before the model runs.
+    task_manager = _task_manager(tasks, tokenizer, include_path) if tasks else None
+    report: dict[str, Any] = {}
+    if text is not None:
+        windows = _windows(model, tokenizer, text, seq_length, max_windows)
+        result = language_model_loss(model, windows, batch_size=batch_size)
+        report |= {
+            "perplexity": result.perplexity,
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "seq_length": result.seq_length,
+        }
+    if tasks:
+        report["tasks"] = _run_tasks(
+            model,
+            tokenizer,
+            tasks,
+            max_length=seq_length,
+            batch_size=batch_size,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            task_manager=task_manager,
+        )
+    return report
+
+
+def _windows(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    text: EvaluationText,
+    seq_length: int | None,
+    max_windows: int | None,
+) -> Tensor:
+    if isinstance(text, Tensor):
+        return text[:max_windows]
+    if seq_length is None:
+        config = model.config.get_text_config()
+        seq_length = min(getattr(config, "max_position_embeddings", None) or 2048, 2048)
+    return token_windows(text, tokenizer, seq_length=seq_length, max_windows=max_windows)
+
+
+def _finite(loss: float, window: int) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of window {window} is {loss}: the model's weights or its arithmetic overflow"
+        )
+    return loss
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, and each of its modules back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _task_manager(
+    tasks: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    include_path: str | os.PathLike[str] | None,
+) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError('tasks need lm-eval: pip install "grail-hf[eval]"') from error
+    if tokenizer is None:
+        raise ValueError("tasks need a tokenizer, got None: give the model's")
+    manager = TaskManager(include_path=None if include_path is None else os.fspath(include_path))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], manager.all_tasks)
+        raise ValueError(
+            f"lm-eval has no task {unknown}, with include_path={include_path}; nearest: {nearest}"
+        )
+    return manager
+
+
+def _run_tasks(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    tasks: Sequence[str],
+    *,
+    max_length: int | None,
+    batch_size: int,
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with evaluation_mode(model):
+        wrapped = HFLM(
+            pretrained=model,
+            # HFLM gives its tokenizer a padding token; the caller's is to stay as it is.
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+        results = simple_evaluate(wrapped, tasks=list(tasks), log_samples=False, **options)
+    if results is None:  # lm-eval reports on the first process of a machine only
+        return {}
+    return {
+        task: {
+            metric.removesuffix(",none"): float(value)
+            for metric, value in metrics.items()
+            if "," in metric and isinstance(value, int | float)  # not an alias, not "N/A"
+        }
+        for task, metrics in results["results"].items()
+    }

@@ -1,0 +1,118 @@
+"""`GramStats`: second moments of a consumer's inputs, accumulated over the calibration tokens."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_DAMPING_STEP = 10.0
+_LARGEST_DAMPING = 1.0
+
+
+@dataclass
+class GramStats:
+    """Sums over N tokens x of a consumer's inputs.
+
+    Attributes:
+        gram: [H, H], X^T X = sum x x^T.
+        total: [H], sum x.
+        count: N.
+    """
+
+    gram: Tensor
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, channels: int, device: torch.device | str = "cpu") -> GramStats:
+        """Empty fp32 statistics of `channels` channels."""
+        return cls(
+            torch.zeros(channels, channels, dtype=torch.float32, device=device),
+            torch.zeros(channels, dtype=torch.float32, device=device),
+        )
+
+    def update_(self, x: Tensor) -> None:
+        """Add the tokens x [n, H]. Products and sums are in fp32 whatever the dtype of x."""
+        # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
+        # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
+        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+            self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self.gram.addmm_(x.T, x)
+        self.total += x.sum(dim=0, dtype=torch.float32)
+        self.count += x.shape[0]
+
+    def merge_(self, other: GramStats) -> None:
+        """Add the tokens that `other` has seen."""
+        self.gram += other.gram
+        self.total += other.total
+        self.count += other.count
+
+    def to(self, dtype: torch.dtype) -> GramStats:
+        """The same sums in another dtype."""
+        return GramStats(self.gram.to(dtype), self.total.to(dtype), self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """[H], the mean token."""
+        return self.total / self.count
+
+    @property
+    def energy(self) -> Tensor:
+        """[H], sum of squares of each channel: the Gram's diagonal."""
+        return self.gram.diagonal()
+
+    def check_finite(self, name: str) -> None:
+        """Raise FloatingPointError, naming the group, if any input was NaN or Inf."""
+        # An entry that is not finite makes its own channel's sum of squares not finite.
+        if not torch.isfinite(self.energy).all():
+            bad = int((~torch.isfinite(self.energy)).sum())
+            raise FloatingPointError(
+                f"activations in {name} are NaN or Inf in {bad} of {self.energy.numel()} channels; "
+                "float16 models overflow like this: load the model in bfloat16 or float32"
+            )
+
+
+def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of G + d mean(diag G) I, and the d that it took.
+
+    Starts from d = `damping`; where that leaves the matrix singular (fewer tokens than channels,
+    say), d grows tenfold until it does not, with a warning that names the group. Channels that
+    are all dead get the identity.
+
+    Args:
+        gram: [H, H], fp32 or fp64, positive semi-definite up to rounding.
+        damping: relative to the mean diagonal, >= 0.
+        name: of the group, for messages.
+
+    Raises:
+        FloatingPointError: d = 1 does not suffice, so this is no Gram matrix.
+    """
+    scale = gram.diagonal().mean()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    used = damping if gram.any() else 1.0
+    while True:
+        system = gram.clone()
+        system.diagonal().add_(used * scale)
+        factor, info = torch.linalg.cholesky_ex(system)
+        # A pivot at the level of rounding passes the factorisation but not the solve.
+        pivots = factor.diagonal().square()
+        sound = pivots.min() > torch.finfo(gram.dtype).eps * gram.shape[0] * pivots.max()
+        if not info.any() and sound:
+            break
+        used = max(used * _DAMPING_STEP, torch.finfo(gram.dtype).eps)
+        if used > _LARGEST_DAMPING:
+            raise FloatingPointError(
+                f"the Gram of {name} cannot be factorised even with damping {_LARGEST_DAMPING:g}"
+            )
+    if used > damping and gram.any():
+        logger.warning(
+            "%s: the Gram is singular with damping %g; solved with damping %g", name, damping, used
+        )
+    return factor, used

@@ -1,0 +1,127 @@
+"""A `Group` in a live decoder layer: its units, producers and consumer; slicing and repair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from grail_hf.architectures import GroupSpec
+from grail_hf.reduction import Reduction
+
+
+class Group:
+    """All units in front of one consumer of a live decoder layer.
+
+    Methods that end in an underscore change the layer's weights.
+    """
+
+    def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
+        self.layer = layer
+        self.spec = spec
+        self.name = f"{layer_name}.{spec.name}"
+        self.seed = seed
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def num_units(self) -> int:
+        return self.spec.num_units
+
+    @property
+    def columns(self) -> int:
+        return self.spec.columns
+
+    @property
+    def partitions(self) -> int:
+        return self.spec.partitions
+
+    @property
+    def consumer(self) -> nn.Linear:
+        return _linear(self.layer, self.spec.consumer, self.name)
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, H], the consumer's weight, detached."""
+        return self.consumer.weight.detach()
+
+    @property
+    def projections(self) -> Iterator[nn.Linear]:
+        """Every projection of the block: producers, those that stay whole, and the consumer."""
+        for path in (
+            *(producer.path for producer in self.spec.producers),
+            *self.spec.unshrunk,
+            self.spec.consumer,
+        ):
+            yield _linear(self.layer, path, self.name)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the block's projections."""
+        return sum(p.numel() for linear in self.projections for p in linear.parameters())
+
+    @property
+    def unit_cost(self) -> int:
+        """Parameters that one unit holds: its producers' rows and biases, its consumer columns."""
+        cost = self.spec.columns * self.consumer.out_features
+        for producer in self.spec.producers:
+            linear = _linear(self.layer, producer.path, self.name)
+            cost += producer.rows * (linear.in_features + (linear.bias is not None))
+        return cost
+
+    def channels(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
+        """The consumer's kept and removed columns, int64, ascending."""
+        return reduction.kept_channels(self.columns), reduction.removed_channels(self.columns)
+
+    @torch.no_grad()
+    def shrink_(self, reduction: Reduction) -> None:
+        """Slice the producers to the kept units; the consumer is left for `repair_`."""
+        for producer in self.spec.producers:
+            linear = _linear(self.layer, producer.path, self.name)
+            rows = reduction.kept_channels(producer.rows).to(linear.weight.device)
+            linear.weight = _like(linear.weight, linear.weight[rows])
+            if linear.bias is not None:
+                linear.bias = _like(linear.bias, linear.bias[rows])
+            linear.out_features = rows.numel()
+        for path, divisor in self.spec.attributes.items():
+            owner, _, name = path.rpartition(".")
+            setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
+
+    @torch.no_grad()
+    def repair_(self, reduction: Reduction, matrix: Tensor | None) -> None:
+        """Narrow the consumer to the kept units: W' = W_S + W_P B^T, or W_S without a B.
+
+        Args:
+            matrix: [K, P], B of `compensation.ridge`, in the dtype to compute in.
+
+        Raises:
+            FloatingPointError: the repaired weight does not fit the model's dtype.
+        """
+        consumer = self.consumer
+        weight = consumer.weight
+        kept, removed = (index.to(weight.device) for index in self.channels(reduction))
+        narrowed = weight[:, kept]
+        if matrix is not None:
+            absorbed = weight[:, removed].to(matrix.dtype) @ matrix.T
+            narrowed = (narrowed.to(matrix.dtype) + absorbed).to(weight.dtype)
+            if not torch.isfinite(narrowed).all():
+                raise FloatingPointError(
+                    f"the repaired {self.name} overflows {weight.dtype}: use more ridge, or load "
+                    "the model in bfloat16 or float32"
+                )
+        consumer.weight = _like(weight, narrowed)
+        consumer.in_features = kept.numel()
+
+
+def _linear(layer: nn.Module, path: str, name: str) -> nn.Linear:
+    module = layer.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{path} of {name} is a {type(module).__name__}, not a Linear")
+    return module
+
+
+def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)

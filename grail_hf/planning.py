@@ -1,0 +1,208 @@
+"""What a compression will do, from shapes alone: widths, parameters, config, memory, arithmetic.
+
+Everything that can be refused is refused here, before a weight or a calibration token is read.
+A plan can be made of a model on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from grail_hf.allocation import ALLOCATIONS, Budget
+from grail_hf.architectures import MLP, Architecture, GroupSpec, find_architecture
+from grail_hf.config import GrailConfig
+from grail_hf.groups import Group
+from grail_hf.saving import compressed_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        architecture: the model type's entry.
+        specs: the groups of a decoder layer.
+        widths: kind -> units kept in every layer.
+        config: of the compressed model.
+        projection_parameters: of all decoder blocks' projections, before and after.
+        total_parameters: of the whole model, tied ones once, before and after.
+    """
+
+    architecture: Architecture
+    specs: tuple[GroupSpec, ...]
+    widths: dict[str, int]
+    config: PreTrainedConfig
+    projection_parameters: tuple[int, int]
+    total_parameters: tuple[int, int]
+
+    @property
+    def reduced(self) -> tuple[GroupSpec, ...]:
+        """The groups that lose units."""
+        return tuple(spec for spec in self.specs if self.widths[spec.kind] < spec.num_units)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the projection parameters removed."""
+        before, after = self.projection_parameters
+        return 1 - after / before
+
+
+def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
+    """Check the model against the config and settle the widths.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an architecture that is not known, a model that cannot be compressed (encoder-
+            decoder, quantised, spread over devices), a sparsity that cannot be reached, an
+            `ignore` entry that matches nothing, widths that the stock config cannot say.
+    """
+    check_model(model)
+    architecture = find_architecture(model.config.model_type)
+    specs = architecture.groups(model.config, config.attention_unit)
+    layers = decoder_layers(model, architecture)
+    names = {id(module): name for name, module in model.named_modules()}
+    groups = [[Group(layer, spec, names[id(layer)]) for spec in specs] for layer in layers]
+    ignored = _ignored_kinds(groups, config)
+    budgets = {
+        group.kind: Budget(
+            group.num_units,
+            group.unit_cost,
+            fixed_cost=group.num_parameters - group.num_units * group.unit_cost,
+            step=config.multiple_of if group.kind == MLP else group.partitions,
+            ignored=group.kind in ignored,
+        )
+        for group in groups[0]
+    }
+    widths = ALLOCATIONS["uniform"](budgets, config)
+    before = sum(budget.cost(budget.num_units) for budget in budgets.values()) * len(layers)
+    after = sum(budgets[kind].cost(width) for kind, width in widths.items()) * len(layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Plan(
+        architecture,
+        specs,
+        widths,
+        compressed_config(
+            model.config, specs, widths, architecture.rehome if config.rehome else None
+        ),
+        (before, after),
+        (total, total - before + after),
+    )
+
+
+def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
+    """The model's decoder layers."""
+    layers = model.base_model.get_submodule(architecture.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{architecture.layers} is a {type(layers).__name__}, not a ModuleList")
+    return layers
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError or ValueError for a model that no setting could compress."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"a {type(model).__name__} is not a transformers model; load one with "
+            "AutoModelForCausalLM.from_pretrained (and merge_and_unload() PEFT adapters first)"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model.config.model_type!r} is an encoder-decoder; grail_hf compresses decoder-only "
+            "models"
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(
+        model.config, "quantization_config", None
+    ):
+        raise ValueError(
+            "the model is quantised: compress the full-precision model, then quantise the result"
+        )
+    device_map = getattr(model, "hf_device_map", None) or {}
+    if len(set(device_map.values())) > 1:
+        raise ValueError(
+            f"the model is spread over {sorted(map(str, set(device_map.values())))}; load it "
+            "without device_map: one layer at a time is moved to the accelerator anyway"
+        )
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise FloatingPointError naming the first parameter that holds NaN or Inf.
+
+    Raises ValueError where a parameter has no values (it is on the meta device).
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the model with its weights")
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} holds NaN or Inf; the model has not been changed")
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding; token ids lie below it."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model was made for; None where its config names no limit."""
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
+def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
+    """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU."""
+    if wanted is not None:
+        return torch.device(wanted)
+    if model.device.type != "cpu":
+        return model.device
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _ignored_kinds(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[str]:
+    """The kinds that keep their width in every layer.
+
+    Raises ValueError for an entry that matches nothing, and for one that would leave layers of
+    different widths, which no stock config can say.
+    """
+    hits = {
+        entry: {
+            (index, group.kind)
+            for index, layer in enumerate(groups)
+            for group in layer
+            if _matches(entry, index, group.name, len(groups))
+        }
+        for entry in config.ignore
+    }
+    for entry, found in hits.items():
+        if not found:
+            raise ValueError(
+                f"ignore={entry!r} matches nothing: there are layers 0 to {len(groups) - 1}, and "
+                f"names like {', '.join(group.name for group in groups[0])}"
+            )
+    ignored: set[tuple[int, str]] = set().union(*hits.values())
+    kinds = {kind for _, kind in ignored}
+    for kind in sorted(kinds):
+        layers = sorted(index for index, hit in ignored if hit == kind)
+        if len(layers) < len(groups):
+            raise ValueError(
+                f"ignore={list(config.ignore)} keeps the {kind} of layers {layers} whole and "
+                f"narrows the others', but a stock config has one width for all layers: ignore "
+                f"the {kind} of every layer, or of none"
+            )
+    return kinds
+
+
+def _matches(entry: int | str, index: int, name: str, num_layers: int) -> bool:
+    if isinstance(entry, int):
+        return index == (entry if entry >= 0 else num_layers + entry)
+    return fnmatchcase(f".{name}.", f"*.{entry}.*")

@@ -1,0 +1,309 @@
+"""`CompressionReport`: what was done and what it cost, as a table, JSON and a model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grail_hf.compensation import RidgeMap, reconstruction_error
+from grail_hf.config import GrailConfig
+from grail_hf.gram import GramStats
+from grail_hf.groups import Group
+from grail_hf.planning import Plan
+from grail_hf.reduction import Reduction
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel
+
+REPORT_FILE = "grail.json"
+CARD_FILE = "README.md"
+TAGS = ("grail", "structured-pruning")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group: its width and its relative squared reconstruction error on calibration tokens.
+
+    `error_pruned` is of plain pruning, `error` of what the model now holds; `damping` is the
+    ridge that the solve took, relative to the Gram's mean diagonal (None without compensation).
+    """
+
+    name: str
+    layer: int
+    kind: str
+    units: int
+    width: int
+    error_pruned: float
+    error: float
+    damping: float | None
+
+
+@dataclass
+class CompressionReport:
+    """What `compress` did.
+
+    Attributes:
+        base_model: the dense model's name.
+        model_type, new_model_type: before and after; they differ where the result is saved as
+            another stock type that computes the same function.
+        config: the settings.
+        sparsity: fraction of the decoder blocks' projection parameters removed.
+        units, widths: kind -> units in a layer, before and after.
+        projection_parameters, total_parameters: before and after.
+        groups: one entry a group, in the order of the work.
+        calibration: source, samples, tokens and fingerprint of the calibration set.
+        evaluation: measurements that were added, for example by the command line's `--eval`.
+        seconds: wall time of the layer loop.
+        versions: of the libraries.
+    """
+
+    base_model: str
+    model_type: str
+    new_model_type: str
+    config: GrailConfig
+    sparsity: float
+    units: dict[str, int]
+    widths: dict[str, int]
+    projection_parameters: tuple[int, int]
+    total_parameters: tuple[int, int]
+    groups: list[GroupReport] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
+        """The report of a plan, before anything is done."""
+        return cls(
+            base_model=_public_name(model.name_or_path),
+            model_type=model.config.model_type,
+            new_model_type=plan.config.model_type,
+            config=config,
+            sparsity=plan.sparsity,
+            units={spec.kind: spec.num_units for spec in plan.specs},
+            widths=dict(plan.widths),
+            projection_parameters=plan.projection_parameters,
+            total_parameters=plan.total_parameters,
+            versions={
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("grail-hf", "torch", "transformers")},
+            },
+        )
+
+    def add(
+        self,
+        layer: int,
+        group: Group,
+        stats: GramStats,
+        reduction: Reduction,
+        solution: RidgeMap | None,
+    ) -> None:
+        """Record what a reduction and its repair will do to a group that is still dense."""
+        kept, removed = group.channels(reduction)
+        pruned = reconstruction_error(group.weight, stats.gram, kept, removed, None)
+        repaired = (
+            reconstruction_error(group.weight, stats.gram, kept, removed, solution.matrix)
+            if solution
+            else pruned
+        )
+        self.groups.append(
+            GroupReport(
+                group.name,
+                layer,
+                group.kind,
+                group.num_units,
+                reduction.kept.numel(),
+                pruned,
+                repaired,
+                solution.damping if solution else None,
+            )
+        )
+
+    @property
+    def rehomed(self) -> bool:
+        """Whether the result is of another stock model type than the dense model."""
+        return self.new_model_type != self.model_type
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types."""
+        return {
+            **asdict(self),
+            "config": self.config.to_dict(),
+            "projection_parameters": list(self.projection_parameters),
+            "total_parameters": list(self.total_parameters),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionReport:
+        """The inverse of `to_dict`."""
+        return cls(
+            **{
+                **data,
+                "config": GrailConfig.from_dict(data["config"]),
+                "projection_parameters": tuple(data["projection_parameters"]),
+                "total_parameters": tuple(data["total_parameters"]),
+                "groups": [GroupReport(**group) for group in data["groups"]],
+            }
+        )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> CompressionReport:
+        """Read the report that lies beside a compressed model."""
+        return cls.from_dict(json.loads((Path(directory) / REPORT_FILE).read_text("utf-8")))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `grail.json` and the model card beside the weights.
+
+        Raises:
+            FileExistsError: the folder holds a README.md that is not of an earlier report.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / CARD_FILE).exists() and not (directory / REPORT_FILE).exists():
+            raise FileExistsError(
+                f"{directory / CARD_FILE} is not a compressed model's card; save the report in "
+                "the folder given to model.save_pretrained"
+            )
+        _write(directory / REPORT_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
+        _write(directory / CARD_FILE, self.card())
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload `grail.json` and the card to a model repository, after `model.push_to_hub`.
+
+        Args:
+            repo_id: for example "me/smaller".
+            kwargs: for `huggingface_hub.HfApi.upload_folder` (token, revision, …).
+
+        Returns:
+            The commit's address.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            settings = {"commit_message": "Add the compression report and model card", **kwargs}
+            return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **settings))
+
+    def card(self) -> str:
+        """The model card: YAML front matter and Markdown."""
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(
+            base_model=self.base_model if _HUB_NAME.fullmatch(self.base_model) else None,
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=list(TAGS),
+        )
+        return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
+
+    def _card_body(self) -> str:
+        repair = (
+            f"repaired by ridge regression (damping {self.config.ridge:g}) as in "
+            "[GRAIL](https://arxiv.org/abs/2602.23795)"
+            if self.config.compensate
+            else "without repair"
+        )
+        lines = [
+            f"# {self.base_model}, {100 * self.sparsity:.1f}% of the block parameters removed",
+            "",
+            f"Made from {self.base_model} by grail_hf {self.versions['grail-hf']}: units chosen by "
+            f"`{self.config.selector}`, {repair}. No training. It is an ordinary "
+            f"`{self.new_model_type}` checkpoint:",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+            "```",
+            "",
+        ]
+        if self.rehomed:
+            lines += [
+                f"The dense model is a `{self.model_type}`; its stock config cannot say the new "
+                f"number of heads. `{self.new_model_type}` computes the same function and can.",
+                "",
+            ]
+        lines += ["| | before | after |", "|---|---|---|"]
+        lines += [f"| {row[0]} | {row[1]} | {row[2]} |" for row in self._rows()]
+        if self.calibration:
+            lines += [
+                "",
+                f"Calibration: {self.calibration['source']}; {self.calibration['samples']} samples,"
+                f" {self.calibration['tokens']:,} tokens, sha256 "
+                f"`{self.calibration['fingerprint'][:16]}`.",
+            ]
+        if self.evaluation:
+            lines += ["", "| measured | value |", "|---|---|"]
+            lines += [f"| {key} | {_short(value)} |" for key, value in self.evaluation.items()]
+        lines += ["", f"All settings and per-layer errors are in `{REPORT_FILE}`.", ""]
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """Widths, parameters and errors before and after, for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"{self.base_model}: {100 * self.sparsity:.2f}% of the blocks removed")
+        table.add_column("")
+        for title in ("before", "after"):
+            table.add_column(title, justify="right")
+        for row in self._rows():
+            table.add_row(*row)
+        for key, value in self.evaluation.items():
+            table.add_row(key, "", _short(value))
+        return table
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [
+            (f"{kind} units per layer", f"{self.units[kind]:,}", f"{width:,}")
+            for kind, width in self.widths.items()
+        ]
+        for title, (before, after) in (
+            ("projection parameters", self.projection_parameters),
+            ("total parameters", self.total_parameters),
+        ):
+            rows.append((title, f"{before:,}", f"{after:,}"))
+        for kind in self.widths:
+            errors = [(g.error_pruned, g.error) for g in self.groups if g.kind == kind]
+            if errors:
+                pruned, repaired = (
+                    sum(column) / len(column) for column in zip(*errors, strict=True)
+                )
+                rows.append(
+                    (f"mean {kind} error, pruned / as saved", f"{pruned:.4f}", f"{repaired:.4f}")
+                )
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.base_model}: {100 * self.sparsity:.2f}% of the blocks removed",
+                *(f"  {title}: {before} -> {after}" for title, before, after in self._rows()),
+            ]
+        )
+
+
+def _public_name(name: str | None) -> str:
+    """A hub name as it is; of a local path only the folder's name."""
+    if not name:
+        return "model"
+    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename, so that a failure leaves the old file whole."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, "utf-8")
+    beside.replace(path)

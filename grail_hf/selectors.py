@@ -1,0 +1,196 @@
+"""Which units to keep: one pure function a method, and the table `SELECTORS`.
+
+A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
+[units]; units of high score are kept. Only the consumer's weight and the Gram are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.reduction import expand_units
+
+_PANEL = 128
+
+
+class Units(Protocol):
+    """What a selector may ask of a group."""
+
+    @property
+    def name(self) -> str:
+        """For messages, for example `model.layers.3.mlp`."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, H], the consumer's weight."""
+
+    @property
+    def columns(self) -> int:
+        """Consumer columns that a unit owns; H = num_units * columns."""
+
+    @property
+    def partitions(self) -> int:
+        """Equal consecutive runs of units, each of which keeps equally many."""
+
+    @property
+    def seed(self) -> int:
+        """For selectors that draw: differs between groups."""
+
+
+Selector = Callable[[Units, GramStats], Tensor]
+
+
+def random(group: Units, stats: GramStats) -> Tensor:
+    """Uniform draws from the group's seed: the baseline that any selector must beat."""
+    generator = torch.Generator().manual_seed(group.seed)
+    return torch.rand(stats.energy.numel() // group.columns, generator=generator)
+
+
+def magnitude(group: Units, stats: GramStats) -> Tensor:
+    """||W_u||, the Frobenius norm of the unit's consumer columns. Reads no activations."""
+    return _by_unit(group.weight.to(stats.gram.dtype).square().sum(dim=0), group).sqrt()
+
+
+def wanda(group: Units, stats: GramStats) -> Tensor:
+    """sum_j mean_i |W_ij| ||X_j|| over the unit's columns j.
+
+    Wanda (arXiv 2306.11695, equation 1) summed to channels as GRAIL does (arXiv 2602.23795).
+    """
+    salience = group.weight.to(stats.gram.dtype).abs().mean(dim=0) * stats.energy.sqrt()
+    return _by_unit(salience, group)
+
+
+def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
+    """The step at which greedy elimination on the Gram removes the unit.
+
+    Removing unit u from those left, and repairing the rest by least squares, adds the error
+
+        tr(W_u (P_uu)^-1 W_u^T),   P = (G + damping * mean(diag G) * I)^-1 over the units left,
+
+    (optimal brain surgeon; Hassibi & Stork 1993). The cheapest unit goes, W and P are updated
+    exactly, and so on: unlike one-shot scores this sees that two like units can stand in for
+    each other, but not both go. Within partitions the units go in turns.
+    """
+    factor, _ = damped_cholesky(stats.gram, damping, group.name)
+    order = elimination_order(
+        group.weight.to(stats.gram.dtype),
+        torch.cholesky_inverse(factor),
+        group.columns,
+        group.partitions,
+    )
+    scores = torch.empty_like(order)
+    scores[order] = torch.arange(order.numel(), device=order.device)
+    return scores
+
+
+def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions: int = 1) -> Tensor:
+    """Units in the order in which greedy elimination removes them, cheapest first: [units] int64.
+
+    Eliminating unit u with P_uu = L L^T, r = L^-1 P_u and q = W_u L^-T changes P by -r^T r and W
+    by -q r. Both changes are kept as factors for a panel of steps and applied to P and W at its
+    end in one matrix product each, as a blocked Cholesky factorisation does; in between only
+    what the choice needs is kept current: P_uu and (W^T W)_uu for every unit. For H channels and
+    O outputs this takes about (2/3) H^3 + O H^2 operations in products of panel width and reads
+    W once a step; nothing waits for the host.
+
+    Args:
+        weight: [O, H], W, fp32 or fp64.
+        inverse: [H, H], P, the inverse of the damped Gram, in the same dtype.
+        columns: C, columns a unit owns.
+        partitions: no run loses its (n+1)-th unit before every run has lost its n-th.
+    """
+    device, panel = weight.device, max(1, _PANEL // columns)
+    alive = torch.arange(weight.shape[1] // columns, device=device)
+    run = alive // (alive.numel() // partitions)
+    lost = torch.zeros(partitions, dtype=torch.int64, device=device)
+    within = torch.arange(columns, device=device)
+    order = []
+    while (count := alive.numel()) > 0:
+        steps = min(panel, count)
+        # P = inverse - rows^T rows and W = weight - outputs rows, during the panel.
+        rows = weight.new_zeros(steps * columns, weight.shape[1])
+        outputs = weight.new_zeros(weight.shape[0], steps * columns)
+        p_blocks = _diagonal_blocks(inverse, columns)
+        by_unit = weight.reshape(-1, count, columns).movedim(1, 0)
+        w_blocks = by_unit.mT @ by_unit
+        gone = torch.zeros(count, dtype=torch.bool, device=device)
+        for step in range(steps):
+            turn = (lost == lost.min())[run] & ~gone
+            cost = torch.where(turn, _traces(p_blocks, w_blocks), torch.inf)
+            unit = cost.argmin()
+            own = unit * columns + within
+            past = slice(0, step * columns)
+            new = slice(step * columns, (step + 1) * columns)
+
+            factor = torch.linalg.cholesky_ex(p_blocks[unit]).L
+            p_rows = inverse[own] - rows[past, own].mT @ rows[past]
+            row = torch.linalg.solve_triangular(factor, p_rows, upper=False)
+            w_columns = weight[:, own] - outputs[:, past] @ rows[past, own]
+            output = torch.linalg.solve_triangular(factor, w_columns.mT, upper=False).mT
+            cross = output.mT @ weight - (output.mT @ outputs[:, past]) @ rows[past]
+
+            r = row.reshape(columns, count, columns).movedim(1, 0)
+            rv = r.mT @ cross.reshape(columns, count, columns).movedim(1, 0)
+            p_blocks -= r.mT @ r
+            w_blocks += r.mT @ (output.mT @ output) @ r - rv - rv.mT
+
+            rows[new], outputs[:, new] = row, output
+            gone |= torch.arange(count, device=device) == unit
+            lost += torch.arange(partitions, device=device) == run[unit]
+            order.append(torch.where(cost[unit].isfinite(), alive[unit], -1))
+        left = (~gone).nonzero().flatten()
+        keep = expand_units(left, columns)
+        rows = rows[:, keep]
+        inverse = inverse[keep[:, None], keep] - rows.mT @ rows
+        weight = weight[:, keep] - outputs @ rows
+        alive, run = alive[left], run[left]
+    result = torch.stack(order)
+    if (result < 0).any():
+        raise FloatingPointError("greedy elimination lost its precision: use more damping")
+    return result
+
+
+def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """[H, H] to its [H // size, size, size] diagonal blocks, copied."""
+    count = matrix.shape[0] // size
+    blocks = matrix.reshape(count, size, count, size).diagonal(dim1=0, dim2=2)
+    return blocks.movedim(-1, 0).clone()
+
+
+def _traces(p_blocks: Tensor, w_blocks: Tensor) -> Tensor:
+    """tr(P_uu^-1 (W^T W)_uu) for every unit: [units, C, C] twice to [units]."""
+    if p_blocks.shape[-1] == 1:
+        return (w_blocks / p_blocks).flatten()
+    ratio: Tensor = torch.linalg.solve_ex(p_blocks, w_blocks).result
+    return ratio.diagonal(dim1=1, dim2=2).sum(dim=1)
+
+
+def _by_unit(channel_scores: Tensor, group: Units) -> Tensor:
+    """[H] to [units] by summing a unit's channels."""
+    return channel_scores.reshape(-1, group.columns).sum(dim=1)
+
+
+SELECTORS: dict[str, Selector] = {
+    "random": random,
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "gram": gram,
+}
+
+
+def find_selector(name: str) -> Selector:
+    """The function of a selector's name. Raises ValueError with the nearest known name."""
+    if name in SELECTORS:
+        return SELECTORS[name]
+    near = difflib.get_close_matches(str(name), SELECTORS, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"selector {name!r} is not known{guess} Known: {', '.join(SELECTORS)}. "
+        "One is added to SELECTORS in grail_hf/selectors.py."
+    )

@@ -1,0 +1,238 @@
+"""Calibration hidden states, one decoder layer at a time.
+
+A first, cheap pass over the embeddings replaces every decoder layer by a recorder, so that each
+layer is later called with exactly the arguments that the full model would give it: its own mask
+(full, sliding, padded), rotary embeddings and flags. Replaying the first layer's arguments on all
+layers, as is usual, is wrong wherever layers differ. Then only one layer at a time needs the
+accelerator: the hidden states in front of it are run through it and replaced by what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from grail_hf.architectures import GroupSpec
+from grail_hf.gram import GramStats
+from grail_hf.groups import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class _MicroBatch:
+    """The hidden states of some samples, and every layer's other arguments for them."""
+
+    hidden: Tensor
+    tokens: Tensor | None
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def through(self, layer: nn.Module, index: int, device: torch.device) -> Tensor:
+        """What `layer` makes of the hidden states, [b, T, D] on `device`."""
+        from accelerate.utils import send_to_device
+
+        args, kwargs = send_to_device(self.calls[index], device)
+        return _hidden_states(layer(self.hidden.to(device), *args, **kwargs))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer on the accelerator, with the calibration hidden states in front of it."""
+
+    index: int
+    name: str
+    layer: nn.Module
+    groups: tuple[Group, ...]
+    device: torch.device
+    batches: Sequence[_MicroBatch]
+    progress: tqdm[Any]
+
+    @torch.no_grad()
+    def collect(self, group: Group) -> GramStats:
+        """Second moments of the inputs of the group's consumer, as the layer is now.
+
+        The layer runs up to the consumer and no further. Padding does not count.
+
+        Raises:
+            FloatingPointError: an input is NaN or Inf.
+        """
+        self.progress.set_postfix_str(f"{group.name} Gram")
+        stats = GramStats.zeros(group.consumer.in_features, self.device)
+        for batch in self.batches:
+            x = _input_of(group.consumer, batch.through, self.layer, self.index, self.device)
+            x = x.reshape(-1, x.shape[-1])
+            stats.update_(x if batch.tokens is None else x[batch.tokens.to(x.device)])
+            self.progress.update()
+        stats.check_finite(group.name)
+        return stats
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the hidden states in front of the layer by those behind it."""
+        self.progress.set_postfix_str(f"{self.name} forward")
+        for batch in self.batches:
+            hidden = batch.through(self.layer, self.index, self.device)
+            batch.hidden = hidden.to(batch.hidden.device)
+            self.progress.update()
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    layers_path: str,
+    specs: Sequence[GroupSpec],
+    batches: Sequence[dict[str, Tensor]],
+    device: torch.device,
+    seed: int = 0,
+    progress: bool = True,
+) -> Iterator[Block]:
+    """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
+
+    The hidden states stay where the model is; a layer is moved to `device` while its block is
+    out and moved back afterwards.
+
+    Args:
+        model: any decoder-only transformers model, whole on one device.
+        layers_path: path of the decoder layers in `model.base_model`.
+        specs: the groups of a layer, in the order in which they run.
+        batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
+        device: where layers run.
+        seed: gives each group a seed of its own.
+        progress: show a bar on standard error.
+    """
+    layers = model.base_model.get_submodule(layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    names = {id(module): name for name, module in model.named_modules()}
+    micro_batches = record_calls(model, layers, batches)
+    passes = len(layers) * (len(specs) + 1) - 1
+    with tqdm(
+        total=passes * len(micro_batches), desc="Calibrating", unit="batch", disable=not progress
+    ) as bar:
+        for index, layer in enumerate(layers):
+            name, home = names[id(layer)], next(layer.parameters()).device
+            groups = tuple(
+                Group(layer, spec, name, seed=seed * 2**20 + index * len(specs) + number)
+                for number, spec in enumerate(specs)
+            )
+            layer.to(device)
+            try:
+                block = Block(index, name, layer, groups, device, micro_batches, bar)
+                yield block
+                if index + 1 < len(layers):
+                    block.advance()
+            finally:
+                layer.to(home)
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+) -> list[_MicroBatch]:
+    """Every layer's arguments for every batch, and the hidden states in front of layer 0.
+
+    Masks and rotary embeddings that are equal between layers or batches are stored once.
+    """
+    shared = _Shared()
+    micro_batches = []
+    for inputs in batches:
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        mask = inputs.get("attention_mask")
+        batch = _MicroBatch(
+            torch.empty(0), mask.flatten().bool() if mask is not None and not mask.all() else None
+        )
+
+        def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Tensor:
+            hidden: Tensor
+            if args:
+                hidden, args = args[0], args[1:]
+            else:
+                hidden = kwargs.pop("hidden_states")
+            if not batch.calls:
+                batch.hidden = hidden
+            batch.calls.append(shared.store((args, kwargs)))
+            return hidden
+
+        with _forwards_replaced(layers, record):
+            model.base_model(**inputs, use_cache=False)
+        micro_batches.append(batch)
+    return micro_batches
+
+
+@contextmanager
+def _forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Every layer's `forward` is `forward` inside the context, and as it was after it."""
+    originals = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            del layer.forward
+            if original is not None:
+                layer.forward = original
+
+
+class _Shared:
+    """Stores equal tensors once: the masks and rotary embeddings of like batches are the same."""
+
+    # Enough for the distinct tensors of one batch (two masks, some rotary tables, positions); more
+    # would only compare the masks of batches that are padded differently with each other.
+    RECENT = 16
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+
+    def store(self, data: Any) -> Any:
+        from accelerate.utils.operations import recursively_apply
+
+        stored: Any = recursively_apply(self._store, data)
+        return stored
+
+    def _store(self, tensor: Tensor) -> Tensor:
+        for known in reversed(self.tensors[-self.RECENT :]):
+            if known is tensor:
+                return known
+            if (
+                known.shape == tensor.shape
+                and known.dtype == tensor.dtype
+                and torch.equal(known, tensor)
+            ):
+                return known
+        self.tensors.append(tensor)
+        return tensor
+
+
+class _Reached(Exception):
+    """The forward pass has come to the module that was waited for."""
+
+
+def _input_of(module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The input [.., H] of `module` when `forward(*args)` comes to it; the rest does not run."""
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(take)
+    try:
+        forward(*args)
+    except _Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the layer's forward pass never calls its {type(module).__name__}")
+
+
+def _hidden_states(output: Any) -> Tensor:
+    """A decoder layer returns its hidden states, alone or as the first of a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

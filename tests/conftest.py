@@ -1,0 +1,42 @@
+"""Fixtures: the bundled trained model and its text."""
+
+import os
+from pathlib import Path
+
+# Before any library reads it: nothing here may ask a hub, and offline it fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir() -> Path:
+    return EXAMPLES / "tiny-llama"
+
+
+@pytest.fixture(scope="session")
+def jargon_train() -> Path:
+    return EXAMPLES / "text" / "jargon-train.txt"
+
+
+@pytest.fixture(scope="session")
+def jargon_test() -> Path:
+    return EXAMPLES / "text" / "jargon-test.txt"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama_dir)
+
+
+@pytest.fixture
+def tiny_llama(tiny_llama_dir):
+    """A fresh copy of the trained model, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)

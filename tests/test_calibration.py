@@ -1,0 +1,480 @@
+"""Calibration text: every kind of input, its sampling, and every refusal."""
+
+import dataclasses
+import gzip
+import json
+import logging
+import lzma
+import shutil
+
+import pytest
+import torch
+
+from grail_hf import calibration
+from grail_hf.calibration import CORPORA, corpus_tokens, token_batches, token_windows
+
+VOCAB = 4096
+
+
+@pytest.fixture
+def batches_of(tokenizer):
+    """`token_batches` with small defaults, any of which a test may replace."""
+
+    def make(data, **options):
+        defaults = {
+            "tokenizer": tokenizer,
+            "vocab_size": VOCAB,
+            "num_samples": 5,
+            "seq_length": 16,
+            "batch_size": 2,
+            "seed": 0,
+        }
+        return token_batches(data, **(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    """Let `datasets` work offline and forget what it has read."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def ids_of(result):
+    return torch.cat([batch["input_ids"] for batch in result.batches])
+
+
+def tokens_of(text, tokenizer):
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+
+
+def is_window_of(window, tokens):
+    return bool((tokens.unfold(0, len(window), 1) == window).all(dim=1).any())
+
+
+def write_jsonl(path, column, documents):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({column: document}) + "\n" for document in documents)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(lines)
+
+
+# Text
+
+
+def test_windows_are_drawn_from_the_joined_text(batches_of, tokenizer, jargon_test):
+    result = batches_of(jargon_test)
+    shapes = [tuple(batch["input_ids"].shape) for batch in result.batches]
+    assert shapes == [(2, 16), (2, 16), (1, 16)]
+    assert all(set(batch) == {"input_ids"} for batch in result.batches)
+    assert (result.num_samples, result.num_tokens) == (5, 80)
+    assert result.source == "jargon-test.txt: 5 random windows of 16 tokens, seed 0"
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = ids_of(result)
+    assert windows.dtype == torch.int64
+    assert all(is_window_of(window, tokens) for window in windows)
+    assert len(torch.unique(windows, dim=0)) == 5
+
+
+def test_seed_decides_the_windows_and_batch_size_does_not(batches_of, jargon_test):
+    first, again = batches_of(jargon_test), batches_of(jargon_test, batch_size=5)
+    other = batches_of(jargon_test, seed=1)
+    assert torch.equal(ids_of(first), ids_of(again))
+    assert first.fingerprint == again.fingerprint
+    assert not torch.equal(ids_of(first), ids_of(other))
+    assert first.fingerprint != other.fingerprint
+
+
+def test_fingerprint_covers_shape_order_and_mask(batches_of):
+    row = torch.arange(8)
+    padded = {"input_ids": row.view(1, 8), "attention_mask": torch.tensor([[1] * 7 + [0]])}
+    variants = [row.view(1, 8), row.view(2, 4), row.view(2, 4).flip(0), [padded]]
+    # Without their lengths, these two would be the same run of ids and ones of the mask.
+    variants += [torch.tensor([[5, 6, 1, 1]]), torch.tensor([[5, 6], [1, 1]])]
+    assert len({batches_of(variant).fingerprint for variant in variants}) == 6
+
+
+def test_the_first_and_the_last_window_can_be_drawn(batches_of, tokenizer):
+    tokens = tokens_of("the end of the text", tokenizer)
+    windows = ids_of(
+        batches_of(["the end of the text"], seq_length=len(tokens) - 1, num_samples=30)
+    )
+    assert {tuple(w) for w in windows.tolist()} == {
+        tuple(tokens[:-1].tolist()),
+        tuple(tokens[1:].tolist()),
+    }
+
+
+def test_every_form_of_the_same_text_is_the_same(batches_of, tmp_path, monkeypatch, jargon_test):
+    first, second = jargon_test.read_text()[:3000], jargon_test.read_text()[3000:6000]
+    (tmp_path / "a.txt").write_text(first)
+    (tmp_path / "b.txt").write_text(second)
+    (tmp_path / "both.txt").write_text(f"{first}\n\n{second}")
+    with gzip.open(tmp_path / "both.txt.gz", "wt") as file:
+        file.write(f"{first}\n\n{second}")
+    with lzma.open(tmp_path / "both.txt.xz", "wt") as file:
+        file.write(f"{first}\n\n{second}")
+    forms = [
+        [first, second],
+        (text for text in (first, second)),
+        tmp_path / "both.txt",
+        str(tmp_path / "both.txt"),
+        tmp_path / "both.txt.gz",
+        str(tmp_path / "both.txt.xz"),
+        [tmp_path / "a.txt", tmp_path / "b.txt"],
+        [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")],
+    ]
+    assert len({batches_of(form).fingerprint for form in forms}) == 1
+    swapped = batches_of([tmp_path / "b.txt", tmp_path / "a.txt"])
+    assert swapped.fingerprint != batches_of(tmp_path / "both.txt").fingerprint
+    assert swapped.source.startswith("b.txt, a.txt: ")
+
+
+def test_tokenising_a_long_text_is_silent(batches_of, tokenizer, jargon_test, caplog):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.enable_propagation()
+    try:
+        tokenizer(jargon_test.read_text())
+        assert "longer than the specified maximum" in caplog.text, "the check below would be empty"
+        tokenizer.deprecation_warnings.clear()  # the tokenizer warns once only
+        caplog.clear()
+        batches_of(jargon_test)
+        assert caplog.text == ""
+    finally:
+        transformers_logging.disable_propagation()
+
+
+def test_special_tokens_stand_at_the_ends_only(batches_of, tokenizer, jargon_test):
+    from tokenizers.processors import TemplateProcessing
+
+    fast = type(tokenizer)(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(
+            tokenizer.backend_tokenizer.to_str()
+        )
+    )
+    fast.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokens = corpus_tokens([jargon_test.read_text()[:500]] * 3, fast)
+    assert (tokens == 0).nonzero().tolist() == [[0]]
+
+
+def test_overlapping_windows_are_warned_about_once(batches_of, tokenizer, caplog):
+    text = "hacker " * 20
+    count = len(tokens_of(text, tokenizer))
+    with caplog.at_level(logging.WARNING, logger="grail_hf.calibration"):
+        batches_of([text], num_samples=count // 16)
+        assert not caplog.records
+        batches_of([text], num_samples=50)
+    (record,) = caplog.records
+    assert f"{count} tokens for 50 windows of 16" in record.getMessage()
+
+
+# Ready-made tokens
+
+
+def test_tensor_is_used_whole(batches_of):
+    given = torch.arange(21, dtype=torch.int32).view(7, 3)
+    result = batches_of(given, tokenizer=None, num_samples=2, seq_length=99)
+    assert [len(batch["input_ids"]) for batch in result.batches] == [2, 2, 2, 1]
+    assert ids_of(result).dtype == torch.int64
+    assert torch.equal(ids_of(result), given.long())
+    assert result.source == "given tensor of 7 x 3 tokens"
+
+
+def test_batches_are_used_whole_with_their_masks(batches_of, tokenizer):
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, pad_token="!")
+    padded = tokenizer(["a hacker", "a very long entry of the file"], padding=True)
+    full = {
+        "input_ids": torch.ones(3, 4, dtype=torch.int64),
+        "attention_mask": torch.ones(3, 4),
+        "labels": torch.zeros(3, 4),
+    }
+    result = batches_of((batch for batch in (padded, full)), tokenizer=None)
+    assert [set(batch) for batch in result.batches] == [
+        {"input_ids", "attention_mask"},
+        {"input_ids"},
+    ]
+    mask = torch.tensor(padded["attention_mask"])
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.equal(result.batches[0]["attention_mask"], mask)
+    assert torch.equal(result.batches[0]["input_ids"], torch.tensor(padded["input_ids"]))
+    assert (result.num_samples, result.num_tokens) == (5, int(mask.sum()) + 12)
+    assert batches_of(padded).fingerprint == batches_of([padded]).fingerprint
+    assert batches_of([full]).fingerprint == batches_of(full["input_ids"]).fingerprint
+
+
+# Datasets
+
+
+@pytest.fixture
+def table(tmp_path, jargon_test):
+    """A dataset folder, and its documents by split."""
+    documents = jargon_test.read_text().split("\n\n")
+    splits = {"train": documents[:60], "test": documents[60:90]}
+    for split, rows in splits.items():
+        write_jsonl(tmp_path / "table" / f"{split}.jsonl", "entry", rows)
+    return tmp_path / "table", splits
+
+
+def test_dataset_folder(batches_of, tokenizer, table, datasets_cache):
+    folder, splits = table
+    reference = f"{folder}::entry"
+    expected = batches_of(["\n\n".join(splits["train"])])
+    result = batches_of(reference)
+    assert result.fingerprint == expected.fingerprint
+    assert result.source.startswith("table, train: ")
+    assert batches_of(f"{folder}:test:entry").fingerprint != expected.fingerprint
+    sliced = batches_of(f"{folder}:train[10:30]:entry")
+    assert sliced.fingerprint == batches_of(["\n\n".join(splits["train"][10:30])]).fingerprint
+    test = tokens_of("\n\n".join(splits["test"]), tokenizer)
+    assert torch.equal(corpus_tokens(reference, tokenizer), test)
+    train = tokens_of("\n\n".join(splits["train"]), tokenizer)
+    assert torch.equal(corpus_tokens(reference, tokenizer, "train"), train)
+    with pytest.raises(ValueError, match=r"no column of text 'text', only \['entry'\]"):
+        batches_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("reference", "attempts"),
+    [
+        ("imdb:", [("imdb", None)]),
+        ("wikitext/raw-v1:train:entry", [("wikitext/raw-v1", None), ("wikitext", "raw-v1")]),
+        ("org/name", [("org/name", None), ("org", "name")]),
+        ("org/name/en.config:train:entry", [("org/name", "en.config")]),
+    ],
+)
+def test_dataset_names(batches_of, table, datasets_cache, monkeypatch, reference, attempts):
+    """What is asked of `datasets`, and that the last form asked for is the one that is read."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    folder, splits = table
+    asked = []
+    real = datasets.load_dataset
+
+    def hub(name, config, found, **options):
+        asked.append((name, config))
+        if not found or (name, config) != attempts[-1]:
+            raise DatasetNotFoundError(f"Dataset {name!r} doesn't exist")
+        return real(str(folder), **options).rename_column("entry", "text")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: hub(*a, found=True, **k))
+    found = batches_of(reference.replace("entry", "text"))
+    assert asked == attempts
+    assert found.fingerprint == batches_of(["\n\n".join(splits["train"])]).fingerprint
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: hub(*a, found=False, **k))
+    with pytest.raises(FileNotFoundError, match=f"Dataset '{attempts[0][0]}' doesn't exist"):
+        batches_of(reference)
+
+
+def point_at(monkeypatch, name, folder):
+    monkeypatch.setitem(CORPORA, name, dataclasses.replace(CORPORA[name], dataset=str(folder)))
+
+
+def test_wikitext2(batches_of, tokenizer, table, tmp_path, datasets_cache, monkeypatch):
+    _, splits = table
+    folder = tmp_path / "wikitext"
+    for config, offset in (("wikitext-103-raw-v1", 5), ("wikitext-2-raw-v1", 0)):
+        for split, rows in splits.items():
+            write_jsonl(folder / config / f"{split}.jsonl", "text", rows[offset:])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: wikitext-103-raw-v1\n  data_dir: wikitext-103-raw-v1\n"
+        "- config_name: wikitext-2-raw-v1\n  data_dir: wikitext-2-raw-v1\n---\n"
+    )
+    point_at(monkeypatch, "wikitext2", folder)
+    expected = batches_of(["\n\n".join(splits["train"])])
+    assert batches_of("wikitext2").fingerprint == expected.fingerprint
+    test = tokens_of("\n\n".join(splits["test"]), tokenizer)
+    assert torch.equal(corpus_tokens("wikitext2", tokenizer), test)
+
+
+def test_ptb(batches_of, tokenizer, table, tmp_path, datasets_cache, monkeypatch):
+    import datasets
+
+    _, splits = table
+    for split, rows in splits.items():
+        target = tmp_path / "ptb" / "penn_treebank" / split / "0000.parquet"
+        target.parent.mkdir(parents=True)
+        datasets.Dataset.from_dict({"sentence": rows}).to_parquet(target)
+    point_at(monkeypatch, "ptb", tmp_path / "ptb")
+    assert batches_of("ptb").fingerprint == batches_of([" ".join(splits["train"])]).fingerprint
+    test = tokens_of(" ".join(splits["test"]), tokenizer)
+    assert torch.equal(corpus_tokens("ptb", tokenizer), test)
+
+
+@pytest.fixture
+def c4(table, tmp_path, datasets_cache, monkeypatch):
+    """The two files of c4, under a card that, as the hub's, gives sizes of the whole dataset."""
+    _, splits = table
+    folder = tmp_path / "c4"
+    validation = splits["test"] * 40
+    files = CORPORA["c4"].files
+    write_jsonl(folder / files["train"], "text", splits["train"])
+    write_jsonl(folder / files["validation"], "text", validation)
+    sizes = "".join(
+        f"  - name: {split}\n    num_bytes: 1\n    num_examples: 364868892\n"
+        for split in ("train", "validation")
+    )
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n"
+        "  - split: train\n    path: en/c4-train.*.json.gz\n"
+        "  - split: validation\n    path: en/c4-validation.*.json.gz\n"
+        "dataset_info:\n  config_name: en\n  features:\n  - name: text\n    dtype: string\n"
+        f"  splits:\n{sizes}---\n"
+    )
+    point_at(monkeypatch, "c4", folder)
+    return splits["train"], validation
+
+
+def test_c4_draws_each_window_from_one_long_document(
+    batches_of, tokenizer, c4, caplog, monkeypatch
+):
+    train, _ = c4
+    documents = [tokens_of(document, tokenizer) for document in train]
+    long = [tokens for tokens in documents if len(tokens) > 128]
+    assert 4 < len(long) < len(documents)
+    windows = ids_of(batches_of("c4", seq_length=128, num_samples=4))
+    assert all(any(is_window_of(window, tokens) for tokens in long) for window in windows)
+    assert len(torch.unique(windows, dim=0)) == 4
+    assert torch.equal(windows, ids_of(batches_of("c4", seq_length=128, num_samples=4)))
+    assert not torch.equal(windows, ids_of(batches_of("c4", seq_length=128, num_samples=4, seed=1)))
+
+    assert not caplog.records
+    monkeypatch.setitem(CORPORA, "c4", dataclasses.replace(CORPORA["c4"], test_documents=1))
+    assert torch.equal(windows, ids_of(batches_of("c4", seq_length=128, num_samples=4)))
+    few = batches_of("c4", seq_length=128, num_samples=3 * len(long))
+    assert few.num_samples == 3 * len(long)
+    with pytest.raises(ValueError, match=f"longest has {max(map(len, documents))}"):
+        batches_of("c4", seq_length=max(map(len, documents)))
+
+
+def test_one_file_of_c4_is_not_held_against_the_sizes_of_all(batches_of, c4, monkeypatch):
+    """The installed release may not check; datasets 4.0 does, and fails on our card."""
+    import datasets
+
+    options = {}
+    real = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: options.update(k) or real(*a, **k)
+    )
+    batches_of("c4")
+    assert options["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert options["verification_mode"] == "no_checks"
+
+
+def test_c4_evaluates_1100_documents_and_256_windows(tokenizer, c4):
+    _, validation = c4
+    assert len(validation) == 1200
+    tokens = tokens_of(" ".join(validation[:1100]), tokenizer)
+    assert torch.equal(corpus_tokens("c4", tokenizer), tokens)
+    windows = token_windows("c4", tokenizer, seq_length=32)
+    assert torch.equal(windows, tokens[: 256 * 32].view(256, 32))
+    assert len(token_windows("c4", tokenizer, seq_length=32, max_windows=9)) == 9
+
+
+# Windows for perplexity
+
+
+def test_token_windows_are_consecutive(tokenizer, jargon_test):
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = token_windows(jargon_test, tokenizer, seq_length=100)
+    assert windows.shape == (len(tokens) // 100, 100)
+    assert torch.equal(windows.flatten(), tokens[: windows.numel()])
+    assert torch.equal(
+        token_windows(jargon_test, tokenizer, seq_length=100, max_windows=3), windows[:3]
+    )
+    with pytest.raises(ValueError, match="max_windows=0"):
+        token_windows(jargon_test, tokenizer, seq_length=100, max_windows=0)
+
+
+# Refusals
+
+
+def test_missing_sources(batches_of, tmp_path):
+    for missing in (tmp_path / "no.txt", str(tmp_path / "no.txt"), "no/such.txt", "/no/such"):
+        with pytest.raises(FileNotFoundError, match=f"'{missing}' is neither a file"):
+            batches_of(missing)
+    with pytest.raises(FileNotFoundError, match=r"wikitext2, ptb, c4\); did you mean 'wikitext2'"):
+        batches_of("WikiText-2")
+    with pytest.raises(FileNotFoundError, match=r"a text of your own goes in a list: \[text\]"):
+        batches_of("It was a dark and stormy night: the rain fell in torrents. " * 100)
+    (tmp_path / "there.txt").write_text("text")
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        batches_of([str(tmp_path / "there.txt"), "gone.txt"])
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ([" \n"], ValueError, "holds no text"),
+        (["a short text"], ValueError, r"has \d tokens, fewer than one window of seq_length=16"),
+        ([], ValueError, "empty list: zero batches"),
+        (3, TypeError, "calibration is a int"),
+        ([torch.ones(2, 2), "text"], TypeError, "list of Tensor, str"),
+        (torch.ones(2, 3), TypeError, "dtype torch.float32"),
+        (torch.ones(2, 3, dtype=torch.bool), TypeError, "dtype torch.bool"),
+        (torch.ones(3, dtype=torch.int64), ValueError, r"shape \[3\]"),
+        (torch.ones(0, 3, dtype=torch.int64), ValueError, r"shape \[0, 3\]"),
+        (
+            torch.tensor([[1, 2], [3, 4096]]),
+            ValueError,
+            r"4096 in sequence 1 at position 1, outside",
+        ),
+        (torch.tensor([[1, -1]]), ValueError, "-1 in sequence 0 at position 1"),
+        ([{"labels": [[1]]}], ValueError, r"batch 0 has no 'input_ids', only \['labels'\]"),
+        ([{"input_ids": [[1, 2], [3]]}], ValueError, "batch 0 is not rectangular"),
+        ([{"input_ids": [[1]]}, {"input_ids": [1]}], ValueError, r"batch 1 has shape \[1\]"),
+        ([{"input_ids": [[9999]]}], ValueError, "batch 0 has token id 9999"),
+        (
+            {"input_ids": [[1, 2]], "attention_mask": [[1]]},
+            ValueError,
+            r"shape \[1, 1\] for input_ids of shape \[1, 2\]",
+        ),
+        ({"input_ids": [[1]], "attention_mask": [[-1e9]]}, ValueError, "other than 0 and 1"),
+        (
+            {"input_ids": [[1, 1], [1, 1]], "attention_mask": [[0, 1], [0, 0]]},
+            ValueError,
+            "batch 0, sequence 1: attention_mask is all zero",
+        ),
+    ],
+)
+def test_unusable_data(batches_of, data, error, message):
+    with pytest.raises(error, match=message):
+        batches_of(data)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "num_samples", "seq_length", "batch_size"])
+def test_sizes_must_be_positive(batches_of, name):
+    with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+        batches_of(torch.ones(1, 1, dtype=torch.int64), **{name: 0})
+
+
+def test_tokenizer_is_asked_for_before_the_text_is_read(batches_of, monkeypatch):
+    monkeypatch.setattr(calibration, "_read", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        batches_of("c4", tokenizer=None)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        corpus_tokens("c4", None)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        token_windows("c4", None, seq_length=8)
+
+
+def test_a_tokenizer_of_another_model_is_found_out(batches_of, jargon_test):
+    with pytest.raises(ValueError, match=r"jargon-test\.txt has token id .* outside \[0, 300\)"):
+        batches_of(jargon_test, vocab_size=300)
+
+
+def test_files_that_are_not_text(batches_of, tmp_path, tiny_llama_dir):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not UTF-8"):
+        batches_of(tiny_llama_dir / "model.safetensors")
+    shutil.copy(tiny_llama_dir / "config.json", tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match=r"a\.jsonl is a table"):
+        batches_of(tmp_path / "a.jsonl")
