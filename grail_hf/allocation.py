@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import GrailConfig
@@ -65,11 +66,8 @@ def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int
     def reached(pair: tuple[int, int]) -> float:
         return 1 - (attention.cost(pair[0]) + mlp.cost(pair[1])) / total
 
-    attention_widths, mlp_widths = attention.widths, mlp.widths
-    if config.attention_sparsity is not None:
-        attention_widths = attention_widths and [_nearest(attention, config.attention_sparsity)]
-    if config.mlp_sparsity is not None:
-        mlp_widths = [_nearest(mlp, config.mlp_sparsity)]
+    attention_widths = _widths(ATTENTION, attention, config.attention_sparsity)
+    mlp_widths = _widths(MLP, mlp, config.mlp_sparsity)
     if config.sparsity is None:
         return {ATTENTION: attention_widths[0], MLP: mlp_widths[0]}
 
@@ -81,7 +79,8 @@ def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int
     pairs = [(heads, best_mlp(heads)) for heads in attention_widths]
     near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
     if not near:
-        raise ValueError(_unreachable(wanted, sorted({reached(pair) for pair in pairs}), config))
+        every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
+        raise ValueError(_unreachable(wanted, every, config))
     # The least difference between the kinds' kept fractions; of equals, the wider attention.
     heads, width = min(
         near,
@@ -90,17 +89,27 @@ def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int
     return {ATTENTION: heads, MLP: width}
 
 
-def _nearest(budget: Budget, sparsity: float) -> int:
-    return min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))
+def _widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
+    """The widths to choose from: all, or the one nearest to the kind's own sparsity."""
+    if sparsity is None:
+        return budget.widths
+    if budget.ignored and sparsity > 0:
+        raise ValueError(
+            f"{kind}_sparsity={sparsity:g} and ignore contradict each other, since ignore keeps "
+            f"the {kind} whole: drop one"
+        )
+    return [min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))]
 
 
-def _unreachable(wanted: float, reachable: list[float], config: GrailConfig) -> str:
-    nearest = sorted(sorted(reachable, key=lambda value: abs(value - wanted))[:6])
+def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> str:
+    below = sorted(value for value in reachable if value < wanted)[-3:]
+    above = sorted(value for value in reachable if value > wanted)[:3]
     return (
         f"sparsity={wanted:g} cannot be reached within {100 * TOLERANCE:g} points with "
         f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
         f"ignore={list(config.ignore)}; reachable nearby: "
-        f"{', '.join(f'{value:.4f}' for value in nearest)}. A smaller multiple_of gives finer steps"
+        f"{', '.join(f'{value:.4f}' for value in below + above)}. "
+        "A smaller multiple_of gives finer steps"
     )
 
 

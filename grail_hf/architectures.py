@@ -7,9 +7,10 @@ everything else works with: no other file knows a model type.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
+
+from grail_hf.config import unknown_name
 
 ATTENTION = "attention"
 MLP = "mlp"
@@ -167,14 +168,10 @@ class Architecture:
 
 def find_architecture(model_type: str) -> Architecture:
     """The entry for a config's `model_type`. Raises ValueError with the nearest known name."""
-    if model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
-    near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"architecture {model_type!r} is not known{guess} Known: {', '.join(ARCHITECTURES)}. "
-        "An entry is added to ARCHITECTURES in grail_hf/architectures.py."
-    )
+    if model_type not in ARCHITECTURES:
+        where = "ARCHITECTURES in grail_hf/architectures.py"
+        raise unknown_name("architecture", model_type, ARCHITECTURES, where)
+    return ARCHITECTURES[model_type]
 
 
 ARCHITECTURES: dict[str, Architecture] = {

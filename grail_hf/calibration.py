@@ -423,8 +423,8 @@ def _not_found(name: str) -> str:
     shown = name if len(name) <= 80 else name[:77] + "..."
     nearest = difflib.get_close_matches(name.lower(), CORPORA, n=1)
     return (
-        f"{shown!r} is neither a file that exists nor a named corpus ({', '.join(CORPORA)}); "
-        + (f"did you mean {nearest[0]!r}? " if nearest else "")
+        f"{shown!r} is neither a file that exists nor a named corpus ({', '.join(CORPORA)})"
+        + (f"; did you mean {nearest[0]!r}? " if nearest else ". ")
         + "Another dataset is written 'name/config:split:column', a text of your own "
         "goes in a list: [text]"
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf.calibration import Calibration, token_batches
+from grail_hf.calibration import Calibration, TokenBatches, token_batches
 from grail_hf.compensation import ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
@@ -30,7 +30,6 @@ from grail_hf.planning import (
 from grail_hf.reduction import Reduction
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
-from grail_hf.selectors import find_selector
 from grail_hf.stream import stream
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class PartlyCompressedError(RuntimeError):
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Calibration = "c4",
+    calibration: Calibration | TokenBatches = "c4",
     config: GrailConfig | dict[str, Any] | None = None,
     *,
     progress: bool = True,
@@ -75,22 +74,12 @@ def compress(
         PartlyCompressedError: a failure after the first group was changed.
     """
     config = GrailConfig.resolve(config, **overrides)
-    select = find_selector(config.selector)
     plan = plan_compression(model, config)
     report = CompressionReport.begin(model, config, plan)
     if not plan.reduced:
         return report
     check_weights(model)
-    tokens = token_batches(
-        calibration,
-        tokenizer,
-        vocab_size=vocabulary_size(model),
-        num_samples=config.num_samples,
-        seq_length=config.seq_length,
-        max_length=context_length(model),
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    tokens = read_calibration(model, tokenizer, calibration, config)
     report.calibration = tokens.summary()
     device = choose_device(model, config.device)
     start = time.perf_counter()
@@ -102,7 +91,7 @@ def compress(
         ):
             for group in block.groups:
                 stats = block.collect(group).to(config.torch_dtype)
-                scores = select(group, stats)
+                scores = plan.select(group, stats)
                 reduction = Reduction.keep_top(scores, plan.widths[group.kind], group.partitions)
                 kept, removed = group.channels(reduction)
                 repair = (
@@ -118,6 +107,27 @@ def compress(
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
     return report
+
+
+def read_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: GrailConfig,
+) -> TokenBatches:
+    """The calibration tokens for a model, which may be on the meta device."""
+    if isinstance(calibration, TokenBatches):
+        return calibration
+    return token_batches(
+        calibration,
+        tokenizer,
+        vocab_size=vocabulary_size(model),
+        num_samples=config.num_samples,
+        seq_length=config.seq_length,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_length=context_length(model),
+    )
 
 
 @contextmanager

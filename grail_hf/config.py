@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,8 +107,11 @@ class GrailConfig:
         for entry in self.ignore:
             if not (_is_integer(entry) or isinstance(entry, str)):
                 raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")
+        for name in ("compensate", "rehome"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.device is not None:
-            _check_device(self.device)
+            object.__setattr__(self, "device", _device_name(self.device))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -148,9 +153,20 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _check_device(name: str) -> None:
+def _device_name(device: object) -> str:
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {error}") from error
+        name = str(torch.device(device))  # type: ignore[call-overload]
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
+    return name
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> ValueError:
+    """The error for a name that a table does not hold: the nearest, the list, where to add one."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(
+        f"{kind} {name!r} is not known{guess} Known: {', '.join(known)}. One is added to {where}."
+    )

@@ -101,16 +101,16 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
         system = gram.clone()
         system.diagonal().add_(used * scale)
         factor, info = torch.linalg.cholesky_ex(system)
-        # A pivot at the level of rounding passes the factorisation but not the solve.
-        pivots = factor.diagonal().square()
-        sound = pivots.min() > torch.finfo(gram.dtype).eps * gram.shape[0] * pivots.max()
-        if not info.any() and sound:
+        # A pivot at the level of rounding, against its own channel, passes the factorisation but
+        # not the solve.
+        pivots = factor.diagonal().square() / system.diagonal()
+        if not info.any() and pivots.min() > torch.finfo(gram.dtype).eps * gram.shape[0]:
             break
-        used = max(used * _DAMPING_STEP, torch.finfo(gram.dtype).eps)
-        if used > _LARGEST_DAMPING:
+        if used >= _LARGEST_DAMPING:
             raise FloatingPointError(
-                f"the Gram of {name} cannot be factorised even with damping {_LARGEST_DAMPING:g}"
+                f"the Gram of {name} cannot be factorised even with damping {used:g}"
             )
+        used = min(max(used * _DAMPING_STEP, torch.finfo(gram.dtype).eps), _LARGEST_DAMPING)
     if used > damping and gram.any():
         logger.warning(
             "%s: the Gram is singular with damping %g; solved with damping %g", name, damping, used

@@ -18,7 +18,8 @@ from grail_hf.allocation import ALLOCATIONS, Budget
 from grail_hf.architectures import MLP, Architecture, GroupSpec, find_architecture
 from grail_hf.config import GrailConfig
 from grail_hf.groups import Group
-from grail_hf.saving import compressed_config
+from grail_hf.saving import compressed_config, is_stock_causal_lm
+from grail_hf.selectors import Selector, find_selector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -31,6 +32,7 @@ class Plan:
     Attributes:
         architecture: the model type's entry.
         specs: the groups of a decoder layer.
+        select: scores the units of a group.
         widths: kind -> units kept in every layer.
         config: of the compressed model.
         projection_parameters: of all decoder blocks' projections, before and after.
@@ -39,6 +41,7 @@ class Plan:
 
     architecture: Architecture
     specs: tuple[GroupSpec, ...]
+    select: Selector
     widths: dict[str, int]
     config: PreTrainedConfig
     projection_parameters: tuple[int, int]
@@ -61,10 +64,12 @@ def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an architecture that is not known, a model that cannot be compressed (encoder-
-            decoder, quantised, spread over devices), a sparsity that cannot be reached, an
-            `ignore` entry that matches nothing, widths that the stock config cannot say.
+        ValueError: a selector or architecture that is not known, a model that cannot be
+            compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
+            be reached, an `ignore` entry that matches nothing, widths that the stock config
+            cannot say.
     """
+    select = find_selector(config.selector)
     check_model(model)
     architecture = find_architecture(model.config.model_type)
     specs = architecture.groups(model.config, config.attention_unit)
@@ -89,9 +94,13 @@ def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
     return Plan(
         architecture,
         specs,
+        select,
         widths,
         compressed_config(
-            model.config, specs, widths, architecture.rehome if config.rehome else None
+            model.config,
+            specs,
+            widths,
+            architecture.rehome if config.rehome and is_stock_causal_lm(model) else None,
         ),
         (before, after),
         (total, total - before + after),
@@ -206,3 +215,77 @@ def _matches(entry: int | str, index: int, name: str, num_layers: int) -> bool:
     if isinstance(entry, int):
         return index == (entry if entry >= 0 else num_layers + entry)
     return fnmatchcase(f".{name}.", f"*.{entry}.*")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What compressing will take, from shapes alone.
+
+    Attributes:
+        tokens: of calibration.
+        accelerator_bytes: peak where layers run: one decoder layer, one micro-batch, the
+            statistics and the solve of one group.
+        host_bytes: peak where the model is: the dense weights and the hidden states.
+        operations: floating-point operations by phase: "forward", "gram", "select and solve".
+    """
+
+    tokens: int
+    accelerator_bytes: int
+    host_bytes: int
+    operations: dict[str, int]
+
+
+def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimate:
+    """Memory and arithmetic of a compression on text windows; works on the meta device.
+
+    With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
+    parameter for the pass up to its consumer, 2 N H^2 for the Gram, and for the solve
+    K^3/3 + 2 K^2 (H - K) + 2 O K (H - K), after a selection of at most 5/3 H^3 + 2 O H^2 (greedy
+    elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Causal
+    attention adds 2 N T per query channel and pass.
+    """
+    layers = decoder_layers(model, plan.architecture)
+    length = min(config.seq_length, context_length(model) or config.seq_length)
+    tokens = config.num_samples * length
+    groups = [Group(layers[0], spec, "layer") for spec in plan.specs]
+    batch = min(config.batch_size, config.num_samples) * length
+    item = model.dtype.itemsize
+    solve_item = config.torch_dtype.itemsize
+
+    forward = gram = solve = peak = upstream = 0
+    for group in groups:
+        inputs, outputs = group.consumer.in_features, group.consumer.out_features
+        kept = plan.widths[group.kind] * group.columns
+        removed = inputs - kept
+        whole = group.num_parameters
+        narrowed = whole - (group.num_units - plan.widths[group.kind]) * group.unit_cost
+        if removed:
+            forward += 2 * tokens * (upstream + whole - inputs * outputs)
+            gram += 2 * tokens * inputs**2
+            solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
+            solve += 4 * outputs * inputs**2
+            if config.selector == "gram":
+                solve += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+            square = inputs**2
+            statistics = 4 * square + 4 * solve_item * square
+            activations = batch * item * (3 * inputs + 2 * outputs)
+            peak = max(peak, statistics, activations + 4 * square)
+        upstream += narrowed
+    forward += 2 * tokens * upstream
+    attention = groups[0]
+    passes = len(plan.reduced) + 1
+    forward += 2 * tokens * length * attention.num_units * attention.columns * passes
+    layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
+    hidden = tokens * groups[0].consumer.out_features * item
+    weights = sum(p.numel() for p in model.parameters()) * item
+    count = len(layers)
+    return Estimate(
+        tokens,
+        accelerator_bytes=layer_bytes + peak,
+        host_bytes=weights + hidden,
+        operations={
+            "forward": forward * count,
+            "gram": gram * count,
+            "select and solve": solve * count,
+        },
+    )

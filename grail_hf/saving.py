@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,8 +53,8 @@ def compressed_config(
         refusal = f"a stock {config.model_type} config cannot say {says} ({_reason(error)})"
         if rehome is None:
             raise ValueError(
-                f"{refusal}; choose another sparsity or attention_unit, or leave rehome=True if "
-                "this type can be saved as another"
+                f"{refusal}; choose another sparsity or attention_unit, or, for a causal LM that "
+                "can be saved as another stock type, leave rehome=True"
             ) from error
         if obstacles := rehome.obstacles(config):
             raise ValueError(
@@ -79,6 +79,14 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
 
 
+def is_stock_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the model is just what `AutoModelForCausalLM` makes of its config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return type(model) is mapping.get(type(model.config), None)
+
+
 def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give the live, already narrowed model its new config, and its new type if that differs."""
     if config.model_type != model.config.model_type:
@@ -86,6 +94,7 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         return
     # Replaced rather than edited: other models may have been built from the same config object.
     dense = model.config
+    module: Any
     for module in model.modules():
         if getattr(module, "config", None) is dense:
             module.config = config

@@ -6,13 +6,13 @@ A selector maps a group and the statistics of its consumer's inputs to a score f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from grail_hf.config import unknown_name
 from grail_hf.gram import GramStats, damped_cholesky
 from grail_hf.reduction import expand_units
 
@@ -186,11 +186,6 @@ SELECTORS: dict[str, Selector] = {
 
 def find_selector(name: str) -> Selector:
     """The function of a selector's name. Raises ValueError with the nearest known name."""
-    if name in SELECTORS:
-        return SELECTORS[name]
-    near = difflib.get_close_matches(str(name), SELECTORS, n=1)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
-        f"selector {name!r} is not known{guess} Known: {', '.join(SELECTORS)}. "
-        "One is added to SELECTORS in grail_hf/selectors.py."
-    )
+    if name not in SELECTORS:
+        raise unknown_name("selector", name, SELECTORS, "SELECTORS in grail_hf/selectors.py")
+    return SELECTORS[name]

@@ -1,0 +1,353 @@
+"""The verbs of `grail-hf`: compress, evaluate, inspect.
+
+Results go to standard output only as `--json`, one object alone; progress, tables and messages go
+to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from grail_hf.calibration import token_windows
+from grail_hf.compress import PartlyCompressedError, compress, read_calibration
+from grail_hf.config import GrailConfig
+from grail_hf.evaluation import evaluate, perplexity
+from grail_hf.planning import choose_device, context_length, estimate, plan_compression
+from grail_hf.report import REPORT_FILE
+from grail_hf.selectors import SELECTORS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    help="Make decoder-only language models narrower, and repair them in closed form.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(help="A model folder or a hub name.", show_default=False)]
+Sparsity = Annotated[
+    float | None,
+    typer.Option(help="Fraction of the decoder blocks' projection parameters to remove."),
+]
+MlpSparsity = Annotated[float | None, typer.Option(help="Fraction of the MLP channels to remove.")]
+AttentionSparsity = Annotated[
+    float | None, typer.Option(help="Fraction of the attention units to remove.")
+]
+SelectorName = Annotated[str, typer.Option(help=f"One of {', '.join(SELECTORS)}.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLength = Annotated[int, typer.Option(help="Tokens in a window.")]
+BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
+MultipleOf = Annotated[int, typer.Option(help="MLP widths are multiples of this.")]
+AttentionUnit = Annotated[
+    str, typer.Option(help='"kv_group", or "query_head": as many from every group.')
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="A group to leave whole, for example self_attn; repeat.")
+]
+Rehome = Annotated[
+    bool, typer.Option(help="Allow another stock model type where this one cannot say the shape.")
+]
+SolveDtype = Annotated[
+    str, typer.Option("--solve-dtype", help="Of selection and solve: float64 or float32.")
+]
+Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+_MENDABLE = (ValueError, OSError, FloatingPointError, ImportError, PartlyCompressedError)
+_DEFAULTS = GrailConfig(sparsity=0.0)
+
+
+@app.command("compress")
+def compress_command(
+    context: typer.Context,
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="The new model's folder.", show_default=False)],
+    sparsity: Sparsity = None,
+    mlp_sparsity: MlpSparsity = None,
+    attention_sparsity: AttentionSparsity = None,
+    selector: SelectorName = _DEFAULTS.selector,
+    compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
+    ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="A text file (repeat for more), or a corpus name. Default: c4."),
+    ] = None,
+    num_samples: NumSamples = _DEFAULTS.num_samples,
+    seq_length: SeqLength = _DEFAULTS.seq_length,
+    batch_size: BatchSize = _DEFAULTS.batch_size,
+    seed: Annotated[int, typer.Option(help="Of the windows drawn.")] = _DEFAULTS.seed,
+    multiple_of: MultipleOf = _DEFAULTS.multiple_of,
+    attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
+    ignore: Ignore = None,
+    rehome: Rehome = _DEFAULTS.rehome,
+    device: Device = None,
+    dtype: SolveDtype = _DEFAULTS.dtype,
+    eval_text: Annotated[
+        str | None, typer.Option("--eval", help="Text to measure perplexity on, before and after.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier compressed model in the output folder.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model and save it as an ordinary checkpoint."""
+    with _errors_in_a_line():
+        config = _config(context)
+        check_output(output, overwrite)
+        # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
+        skeleton = _meta_model(source)
+        plan_compression(skeleton, config)
+        tokenizer = _tokenizer(source)
+        tokens = read_calibration(skeleton, tokenizer, _texts(calibration), config)
+        windows = None
+        if eval_text:
+            length = min(config.seq_length, context_length(skeleton) or config.seq_length)
+            windows = token_windows(eval_text, tokenizer, seq_length=length)
+        model = _model(source)
+        measured: dict[str, Any] = {}
+        if windows is not None and eval_text:
+            measured["evaluation text"] = Path(eval_text).name
+            measured["perplexity before"] = _perplexity(model, windows, config)
+        report = compress(model, tokenizer, tokens, config)
+        if windows is not None:
+            measured["perplexity after"] = _perplexity(model, windows, config)
+        report.evaluation = measured
+        with replaced_when_whole(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            report.save(folder)
+    _console.print(report.table())
+    if report.rehomed:
+        _console.print(
+            f"Saved as {report.new_model_type}: it computes the same function, and a stock "
+            f"{report.model_type} config cannot say the new number of heads."
+        )
+    _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
+    if as_json:
+        _print_json(report.to_dict() | {"output": str(output)})
+
+
+@app.command("evaluate")
+def evaluate_command(
+    source: Source,
+    text: Annotated[
+        str | None, typer.Option(help="A text file or a corpus name, for perplexity.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    seq_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window; by default the model's, at most 2048.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    max_windows: Annotated[int | None, typer.Option(help="Measure on at most this many.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Of lm-eval: examples per task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Of lm-eval.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Of lm-eval: a folder of further tasks.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model's perplexity on text, and run lm-eval's tasks."""
+    with _errors_in_a_line():
+        if text is None and not tasks:
+            raise ValueError("nothing to evaluate: give --text, --tasks, or both")
+        tokenizer, model = _tokenizer(source), _model(source)
+        where: Any = choose_device(model, device)
+        model.to(where)
+        result = evaluate(
+            model,
+            tokenizer,
+            text=text,
+            tasks=tasks.split(",") if tasks else (),
+            seq_length=seq_length,
+            batch_size=batch_size,
+            max_windows=max_windows,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            include_path=include_path,
+        )
+    table = Table("measured", "value", title=source)
+    for name, value in result.items():
+        if name != "tasks":
+            table.add_row(name, f"{value:.6g}")
+    for task, metrics in result.get("tasks", {}).items():
+        for name, value in metrics.items():
+            table.add_row(f"{task} {name}", f"{value:.6g}")
+    _console.print(table)
+    if as_json:
+        _print_json(result)
+
+
+@app.command("inspect")
+def inspect_command(
+    context: typer.Context,
+    source: Source,
+    sparsity: Sparsity = None,
+    mlp_sparsity: MlpSparsity = None,
+    attention_sparsity: AttentionSparsity = None,
+    selector: SelectorName = _DEFAULTS.selector,
+    num_samples: NumSamples = _DEFAULTS.num_samples,
+    seq_length: SeqLength = _DEFAULTS.seq_length,
+    batch_size: BatchSize = _DEFAULTS.batch_size,
+    multiple_of: MultipleOf = _DEFAULTS.multiple_of,
+    attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
+    ignore: Ignore = None,
+    rehome: Rehome = _DEFAULTS.rehome,
+    dtype: SolveDtype = _DEFAULTS.dtype,
+    as_json: Json = False,
+) -> None:
+    """Say what compressing will do and take, from the config alone: no weights are read."""
+    with _errors_in_a_line():
+        config = _config(context)
+        model = _meta_model(source)
+        plan = plan_compression(model, config)
+        costs = estimate(model, plan, config)
+    table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
+    for spec in plan.specs:
+        table.add_row(
+            f"{spec.kind} units per layer", f"{spec.num_units:,}", f"{plan.widths[spec.kind]:,}"
+        )
+    for title, (before, after) in (
+        ("projection parameters", plan.projection_parameters),
+        ("total parameters", plan.total_parameters),
+    ):
+        table.add_row(title, f"{before:,}", f"{after:,}")
+    table.add_row("model type", model.config.model_type, plan.config.model_type)
+    table.add_section()
+    table.add_row("calibration tokens", "", f"{costs.tokens:,}")
+    table.add_row("accelerator memory", "", _bytes(costs.accelerator_bytes))
+    table.add_row("host memory", "", _bytes(costs.host_bytes))
+    for phase, operations in costs.operations.items():
+        table.add_row(f"arithmetic, {phase}", "", f"{operations / 1e12:.3g} TFLOP")
+    _console.print(table)
+    if as_json:
+        _print_json(
+            {
+                "model_type": model.config.model_type,
+                "new_model_type": plan.config.model_type,
+                "sparsity": plan.sparsity,
+                "units": {spec.kind: spec.num_units for spec in plan.specs},
+                "widths": plan.widths,
+                "projection_parameters": plan.projection_parameters,
+                "total_parameters": plan.total_parameters,
+                "estimate": asdict(costs),
+            }
+        )
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where the output folder holds something that may not be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = (output / REPORT_FILE).is_file()
+    if ours and overwrite:
+        return
+    raise FileExistsError(
+        f"{output} holds an earlier compressed model: pass --overwrite to replace it"
+        if ours
+        else f"{output} exists and is not a compressed model: choose another folder"
+    )
+
+
+@contextmanager
+def replaced_when_whole(output: Path) -> Iterator[Path]:
+    """A folder to write in, that takes `output`'s place when everything is written."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        old = output.with_name(f".{output.name}.old")
+        if output.exists():
+            output.rename(old)
+        beside.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _meta_model(source: str) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=config.dtype or torch.float32
+        )
+    return model
+
+
+def _model(source: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    return model
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    return tokenizer
+
+
+def _texts(calibration: list[str] | None) -> str | list[Path]:
+    """One name may be a corpus; several are files."""
+    if calibration is None or len(calibration) < 2:
+        return calibration[0] if calibration else "c4"
+    return [Path(name) for name in calibration]
+
+
+def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
+    """Perplexity where layers would run; the model is back home afterwards."""
+    home: Any = model.device
+    device: Any = choose_device(model, config.device)
+    result = perplexity(model.to(device), None, windows, batch_size=config.batch_size)
+    model.to(home)
+    return result
+
+
+def _config(context: typer.Context) -> GrailConfig:
+    """The config that a command's options spell: they are named after its fields."""
+    known = {field.name for field in fields(GrailConfig)}
+    settings = {name: value for name, value in context.params.items() if name in known}
+    settings["ignore"] = tuple(
+        int(entry) if entry.lstrip("-").isdigit() else entry for entry in settings["ignore"] or ()
+    )
+    return GrailConfig(**settings)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
+    """What the user can mend is one line and exit status 1; anything else is a traceback."""
+    try:
+        yield
+    except _MENDABLE as error:
+        console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        console.print(f"error: {error}", style="red")
+        raise typer.Exit(1) from error

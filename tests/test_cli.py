@@ -1,0 +1,116 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from grail_hf.cli import app, replaced_when_whole
+
+runner = CliRunner()
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+def compress_arguments(tiny_llama_dir, jargon_train, tmp_path):
+    return (
+        *("compress", tiny_llama_dir, tmp_path / "out", "--sparsity", 0.5, "--selector", "wanda"),
+        *("--calibration", jargon_train, "--num-samples", 8, "--seq-length", 64, "--device", "cpu"),
+    )
+
+
+def test_compress_and_evaluate(compress_arguments, jargon_test, tmp_path):
+    """JSON alone on standard output; the saved model measures what the report says."""
+    code, out, err = run(*compress_arguments, "--eval", jargon_test, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["widths"] == {"attention": 2, "mlp": 512}
+    assert report["evaluation"]["perplexity before"] < report["evaluation"]["perplexity after"]
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved
+    assert {"grail.json", "README.md"} <= saved
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}, "nothing half-written is left"
+
+    code, out, err = run(
+        *("evaluate", tmp_path / "out", "--text", jargon_test, "--seq-length", 64),
+        *("--device", "cpu", "--json"),
+    )
+    assert code == 0, err
+    measured = json.loads(out)["perplexity"]
+    assert measured == pytest.approx(report["evaluation"]["perplexity after"], rel=1e-3)
+
+
+def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
+    """A folder with a config and nothing else suffices, and gives the shapes of `compress`."""
+    (tmp_path / "config.json").write_bytes((tiny_llama_dir / "config.json").read_bytes())
+    code, out, err = run("inspect", tmp_path, "--sparsity", 0.3, "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["widths"] == {"attention": 3, "mlp": 704}
+    assert plan["new_model_type"] == "mistral"
+    before, after = plan["projection_parameters"]
+    assert before == 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
+    assert after == 6 * (2 * 256 * 192 + 2 * 256 * 96 + 3 * 256 * 704)
+    assert plan["total_parameters"][0] - plan["total_parameters"][1] == before - after
+    assert plan["estimate"]["operations"]["gram"] == 2 * 128 * 1024 * 6 * (256**2 + 1024**2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--sparsity", 1.0), "sparsity=1.0 is outside [0, 1)"),
+        (("--selector", "wnada"), "did you mean 'wanda'?"),
+        (("--calibration", "no/such/file.txt"), "neither a file that exists nor a named corpus"),
+        (("--ignore", "no_such_block"), "matches nothing"),
+        (("--no-rehome", "--sparsity", 0.3), "a stock llama config cannot say"),
+        (("--eval", "no/such/file.txt"), "neither a file that exists nor a named corpus"),
+    ],
+)
+def test_bad_input_is_one_line(compress_arguments, tmp_path, changes, message):
+    code, out, err = run(*compress_arguments, *changes)
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert not out
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folder_is_respected(compress_arguments, tmp_path):
+    """A foreign folder is never touched; an earlier model only with --overwrite."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    for flags in ((), ("--overwrite",)):
+        code, _, err = run(*compress_arguments, *flags)
+        assert code == 1
+        assert "is not a compressed model" in err
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+    (output / "thesis.tex").rename(output / "grail.json")
+    assert "--overwrite" in run(*compress_arguments)[2]
+    assert run(*compress_arguments, "--overwrite")[0] == 0
+    assert json.loads((output / "grail.json").read_text())["sparsity"] == 0.5
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "old").touch()
+    with pytest.raises(OSError), replaced_when_whole(output) as folder:
+        (folder / "new").touch()
+        raise OSError("no space left on device")
+    assert [path.name for path in output.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_module_runs_as_the_command():
+    command = [sys.executable, "-m", "grail_hf", "inspect", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--sparsity" in done.stdout

@@ -1,0 +1,187 @@
+"""The ridge map against `torch.linalg.lstsq`, and the error it reports against the activations."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grail_hf.compensation import reconstruction_error, ridge
+
+few = settings(max_examples=25, deadline=None)
+F64 = torch.float64
+
+
+def draw_normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def split(channels: int, kept: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Kept and removed channels, in no order."""
+    order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+    return order[:kept], order[kept:]
+
+
+def stacked_least_squares(x: Tensor, kept: Tensor, removed: Tensor, damping: float) -> Tensor:
+    """B of [X_S; sqrt(d) I] B = [X_P; 0]: no Gram is formed."""
+    d = damping * x[:, kept].square().sum(0).mean()
+    system = torch.cat([x[:, kept], d.sqrt() * torch.eye(kept.numel(), dtype=x.dtype)])
+    target = torch.cat([x[:, removed], x.new_zeros(kept.numel(), removed.numel())])
+    return torch.linalg.lstsq(system, target, driver="gels").solution
+
+
+problems = st.fixed_dictionaries(
+    {
+        "tokens": st.integers(1, 40),
+        "kept": st.integers(1, 10),
+        "removed": st.integers(0, 6),
+        "damping": st.sampled_from([1e-6, 1e-4, 1e-2, 1.0, 10.0]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+@given(problems)
+@few
+def test_the_map_is_that_of_the_stacked_least_squares(problem):
+    """Also with fewer tokens than channels, and with nothing removed."""
+    channels, seed = problem["kept"] + problem["removed"], problem["seed"]
+    kept, removed = split(channels, problem["kept"], seed)
+    x = draw_normal(problem["tokens"], channels, seed=seed)
+    matrix, used = ridge(x.T @ x, kept, removed, problem["damping"])
+    assert used == problem["damping"]
+    expected = stacked_least_squares(x, kept, removed, used)
+    torch.testing.assert_close(matrix, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_without_damping_the_map_is_plain_least_squares():
+    x = draw_normal(60, 12, seed=0)
+    kept, removed = split(12, 7, seed=0)
+    matrix, used = ridge(x.T @ x, kept, removed, 0.0)
+    assert used == 0
+    expected = torch.linalg.lstsq(x[:, kept], x[:, removed]).solution
+    torch.testing.assert_close(matrix, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_map_is_in_the_gram_s_dtype():
+    x = draw_normal(60, 12, seed=0).float()
+    kept, removed = split(12, 7, seed=0)
+    matrix, _ = ridge(x.T @ x, kept, removed, 1e-4)
+    assert matrix.dtype == torch.float32
+    expected = stacked_least_squares(x.double(), kept, removed, 1e-4)
+    torch.testing.assert_close(matrix.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [3, 5, 9])
+def test_low_rank_activations_are_reconstructed_exactly(kept):
+    """Rank 3: any three channels or more span the others."""
+    x = draw_normal(50, 3, seed=1) @ draw_normal(3, 10, seed=2)
+    weight = draw_normal(6, 10, seed=3)
+    kept, removed = split(10, kept, seed=4)
+    matrix, _ = ridge(x.T @ x, kept, removed, 1e-11)
+    torch.testing.assert_close(x[:, kept] @ matrix, x[:, removed], rtol=0, atol=1e-7)
+    assert reconstruction_error(weight, x.T @ x, kept, removed, matrix) < 1e-12
+    assert reconstruction_error(weight, x.T @ x, kept, removed, None) > 1e-2
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-4, 1.0])
+def test_channels_that_know_nothing_of_each_other_are_plainly_pruned(damping):
+    """A diagonal Gram: B = 0, so W' = W_S."""
+    gram = torch.diag(torch.tensor([2.0, 1.0, 1.0, 3.0, 0.5], dtype=F64))
+    kept, removed = split(5, 3, seed=0)
+    matrix, _ = ridge(gram, kept, removed, damping)
+    assert torch.equal(matrix, torch.zeros(3, 2, dtype=F64))
+
+
+@given(problems, st.booleans())
+@few
+def test_the_error_is_that_of_the_outputs(problem, repaired):
+    """For any map, not only the best one."""
+    channels, seed = problem["kept"] + problem["removed"], problem["seed"]
+    kept, removed = split(channels, problem["kept"], seed)
+    x, weight = (
+        draw_normal(problem["tokens"], channels, seed=seed),
+        draw_normal(5, channels, seed=1),
+    )
+    matrix = draw_normal(kept.numel(), removed.numel(), seed=2) if repaired else None
+
+    narrowed = weight[:, kept]
+    if matrix is not None:
+        narrowed = narrowed + weight[:, removed] @ matrix.T
+    dense = x @ weight.T
+    expected = (dense - x[:, kept] @ narrowed.T).square().sum() / dense.square().sum()
+    error = reconstruction_error(weight, x.T @ x, kept, removed, matrix)
+    assert error == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
+
+
+@given(problems)
+@few
+def test_repair_never_does_worse_than_pruning(problem):
+    channels, seed = problem["kept"] + problem["removed"], problem["seed"]
+    kept, removed = split(channels, problem["kept"], seed)
+    x, weight = (
+        draw_normal(problem["tokens"], channels, seed=seed),
+        draw_normal(5, channels, seed=1),
+    )
+    gram = x.T @ x
+    matrix, _ = ridge(gram, kept, removed, problem["damping"])
+    pruned = reconstruction_error(weight, gram, kept, removed, None)
+    assert reconstruction_error(weight, gram, kept, removed, matrix) <= pruned * (1 + 1e-9)
+
+
+def test_repair_does_better_than_pruning_where_channels_are_correlated():
+    x = draw_normal(80, 8, seed=0) @ draw_normal(8, 12, seed=1) + 0.1 * draw_normal(80, 12, seed=2)
+    kept, removed = split(12, 8, seed=3)
+    matrix, _ = ridge(x.T @ x, kept, removed, 1e-4)
+    weight = draw_normal(5, 12, seed=4)
+    pruned = reconstruction_error(weight, x.T @ x, kept, removed, None)
+    assert reconstruction_error(weight, x.T @ x, kept, removed, matrix) < 0.1 * pruned
+
+
+def test_a_weight_of_half_precision_is_measured_in_the_gram_s():
+    x, weight = draw_normal(40, 9, seed=0), draw_normal(5, 9, seed=1).bfloat16()
+    kept, removed = split(9, 6, seed=2)
+    matrix, _ = ridge(x.T @ x, kept, removed, 1e-4)
+    half = reconstruction_error(weight, x.T @ x, kept, removed, matrix)
+    assert half == reconstruction_error(weight.double(), x.T @ x, kept, removed, matrix)
+
+
+def test_the_error_of_no_output_is_zero():
+    kept, removed = split(6, 4, seed=0)
+    gram = torch.zeros(6, 6, dtype=F64)
+    matrix, _ = ridge(gram, kept, removed, 1e-4)
+    assert torch.equal(matrix, torch.zeros(4, 2, dtype=F64))
+    assert reconstruction_error(draw_normal(3, 6, seed=0), gram, kept, removed, matrix) == 0
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-4])
+def test_a_dead_channel_neither_helps_nor_needs_help(damping):
+    x = draw_normal(40, 8, seed=0)
+    x[:, [1, 6]] = 0
+    kept, removed = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])
+    matrix, used = ridge(x.T @ x, kept, removed, damping, "layers.3.mlp")
+    assert (used > damping) == (damping == 0)
+    assert torch.equal(matrix[1], torch.zeros(4, dtype=F64))
+    assert torch.equal(matrix[:, 2], torch.zeros(4, dtype=F64))
+    live = kept[kept != 1]
+    expected = stacked_least_squares(x, live, removed, used * live.numel() / kept.numel())
+    torch.testing.assert_close(matrix[kept != 1], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_fewer_tokens_than_kept_channels_without_damping(caplog):
+    """Singular: the warning names the group, and the calibration tokens are reconstructed."""
+    x = draw_normal(5, 14, seed=0)
+    kept, removed = split(14, 9, seed=0)
+    with caplog.at_level(logging.WARNING, "grail_hf"):
+        matrix, used = ridge(x.T @ x, kept, removed, 0.0, "layers.3.mlp")
+    assert 0 < used < 1e-10
+    assert "layers.3.mlp" in caplog.text
+    torch.testing.assert_close(x[:, kept] @ matrix, x[:, removed], rtol=0, atol=1e-4)
+
+
+def test_what_is_no_gram_is_refused_by_the_group_s_name():
+    kept, removed = split(4, 3, seed=0)
+    with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"):
+        ridge(-torch.eye(4, dtype=F64), kept, removed, 1e-4, "layers.3.mlp")

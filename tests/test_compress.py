@@ -1,0 +1,330 @@
+"""What `compress` does to a model, for every architecture and attention unit."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    CASES_AND_UNITS,
+    assert_state,
+    at_tokens,
+    batches,
+    layers_of,
+    logits,
+    relative_error,
+    specs_of,
+    state_of,
+    tiny_config,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM
+
+import grail_hf
+from grail_hf import SELECTORS
+from grail_hf.architectures import ATTENTION, MLP
+from grail_hf.config import ATTENTION_UNITS
+
+SPARSITY = 0.3
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_unit = pytest.mark.parametrize("unit", ATTENTION_UNITS)
+every_case_and_unit = pytest.mark.parametrize(("case", "unit"), CASES_AND_UNITS)
+
+
+def compress(model, unit="kv_group", **settings):
+    settings = {"sparsity": SPARSITY, "multiple_of": 1, "attention_unit": unit} | settings
+    return grail_hf.compress(model, calibration=batches(), progress=False, **settings)
+
+
+@pytest.fixture(scope="module", params=CASES_AND_UNITS, ids="-".join)
+def done(request):
+    """A model before and after, and the report. Not to be changed."""
+    case, unit = request.param
+    model = tiny_model(case)
+    return SimpleNamespace(
+        unit=unit, dense=copy.deepcopy(model), report=compress(model, unit), model=model
+    )
+
+
+def consumers(model):
+    return [
+        layer.get_submodule(spec.consumer) for layer in layers_of(model) for spec in specs_of(model)
+    ]
+
+
+def block_parameters(model):
+    """Parameters of the decoder layers less their norms: those of the projections."""
+    linears = [m for m in layers_of(model).modules() if isinstance(m, torch.nn.Linear)]
+    return sum(p.numel() for linear in linears for p in linear.parameters())
+
+
+def found_in(rows, table):
+    """[len(table)] bool: which rows of `table` occur in `rows`, bit for bit."""
+    return (table[:, None] == rows[None]).all(dim=-1).any(dim=1)
+
+
+def always(monkeypatch, scores_of):
+    """Register the selector "fixed", whose scores are `scores_of(group, number of units)`."""
+
+    def fixed(group, stats):
+        return scores_of(group, stats.energy.numel() // group.columns)
+
+    monkeypatch.setitem(SELECTORS, "fixed", fixed)
+
+
+# Nothing to remove
+
+
+@every_case_and_unit
+def test_sparsity_0_changes_nothing(case, unit):
+    model = tiny_model(case)
+    state = state_of(model)
+    report = compress(model, unit, sparsity=0.0)
+    assert_state(model, state)
+    assert (report.sparsity, report.widths, report.groups) == (0, report.units, [])
+
+
+# Pruning
+
+
+@every_case_and_unit
+@pytest.mark.parametrize("times", [1, 2])
+def test_pruning_is_zeroing_the_removed_units_consumer_columns(case, unit, times):
+    model = tiny_model(case)
+    zeroed = copy.deepcopy(model)
+    for _ in range(times):
+        report = compress(model, unit, selector="wanda", compensate=False)
+        assert report.sparsity == pytest.approx(SPARSITY, abs=0.005)
+    for dense, pruned in zip(consumers(zeroed), consumers(model), strict=True):
+        kept = found_in(pruned.weight.T, dense.weight.T)
+        assert kept.sum() == pruned.in_features == pruned.weight.shape[1] < dense.in_features
+        dense.weight.data[:, ~kept] = 0
+    assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
+
+
+@every_unit
+def test_the_units_of_highest_score_in_their_partition_are_kept(monkeypatch, unit):
+    def shuffled(units):
+        return torch.arange(units) * 7 % units
+
+    always(monkeypatch, lambda group, units: shuffled(units))
+    model = tiny_model("qwen3")
+    dense = copy.deepcopy(model)
+    widths = compress(model, unit, selector="fixed", compensate=False).widths
+    for before, after in zip(layers_of(dense), layers_of(model), strict=True):
+        for spec in specs_of(dense, unit):
+            old, new = (
+                layer.get_submodule(spec.consumer).weight.T.reshape(units, -1)
+                for layer, units in ((before, spec.num_units), (after, widths[spec.kind]))
+            )
+            ranks = shuffled(spec.num_units).reshape(spec.partitions, -1).argsort(dim=1).argsort()
+            expected = ranks >= ranks.shape[1] - widths[spec.kind] // spec.partitions
+            assert torch.equal(found_in(new, old), expected.flatten())
+
+
+@every_case
+def test_every_kv_group_keeps_equally_many_query_heads(monkeypatch, case):
+    always(monkeypatch, lambda group, units: torch.arange(units))  # in favour of the last groups
+    model = tiny_model(case, num_key_value_heads=4)
+    config = model.config
+    queries = [layer.self_attn.q_proj.weight.clone() for layer in layers_of(model)]
+    width = compress(model, "query_head", selector="fixed").widths[ATTENTION]
+    assert model.config.num_key_value_heads == config.num_key_value_heads == 4
+    for before, layer in zip(queries, layers_of(model), strict=True):
+        head_dim = len(before) // config.num_attention_heads
+        kept = found_in(layer.self_attn.q_proj.weight, before).reshape(4, -1, head_dim)
+        assert kept.all(dim=2).sum(dim=1).tolist() == [width // 4] * 4
+        assert kept.sum() == width * head_dim < len(before)
+
+
+@every_case
+@pytest.mark.parametrize("kind", [ATTENTION, MLP])
+def test_units_that_are_copies_of_others_go_without_loss(case, kind):
+    dense = tiny_model(case, intermediate_size=82)
+    for layer in layers_of(dense):
+        for spec in specs_of(dense):
+            for producer in spec.producers if spec.kind == kind else ():
+                for tensor in layer.get_submodule(producer.path).parameters():
+                    half = tensor.shape[0] // 2
+                    tensor.data[half:] = tensor.data[:half]
+    sparsity = {"sparsity": None, "attention_sparsity": 0, "mlp_sparsity": 0}
+    sparsity[f"{kind}_sparsity"] = 0.5
+    repaired, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
+    report = compress(repaired, selector="gram", ridge=1e-8, **sparsity)
+    compress(pruned, selector="gram", compensate=False, **sparsity)
+    assert report.widths[kind] == report.units[kind] / 2
+    expected = logits(dense, batches())
+    assert relative_error(logits(repaired, batches()), expected) < 1e-4
+    assert relative_error(logits(pruned, batches()), expected) > 0.1
+
+
+# Repair and report
+
+
+def test_every_group_is_repaired_better_than_pruned(done):
+    specs, layers = specs_of(done.dense, done.unit), layers_of(done.dense)
+    assert len(done.report.groups) == len(specs) * len(layers)
+    assert all(0 < group.error < group.error_pruned for group in done.report.groups)
+
+
+@torch.no_grad()
+def test_reported_errors_are_what_the_dense_block_in_the_compressed_model_measures(done):
+    def output():
+        handle = layer.get_submodule(spec.consumer).register_forward_hook(
+            lambda module, args, out: seen.append(out if module.bias is None else out - module.bias)
+        )
+        for batch in batches():
+            done.model(**batch)
+        handle.remove()
+        return at_tokens([seen.pop(0) for _ in batches()], batches())
+
+    seen, reported = [], iter(done.report.groups)
+    for index, layer in enumerate(layers_of(done.model)):
+        for spec in specs_of(done.dense, done.unit):
+            compressed = output()
+            narrow = layer.get_submodule(spec.name)
+            setattr(layer, spec.name, layers_of(done.dense)[index].get_submodule(spec.name))
+            dense = output()
+            setattr(layer, spec.name, narrow)
+            group = next(reported)
+            assert (group.layer, group.kind) == (index, spec.kind)
+            assert group.name.endswith(f"{index}.{spec.name}")
+            error = relative_error(compressed, dense) ** 2
+            assert group.error == pytest.approx(error, rel=1e-3)
+
+
+def test_sparsity_and_counts_are_those_of_the_live_model(done):
+    before, after = block_parameters(done.dense), block_parameters(done.model)
+    assert 1 - after / before == pytest.approx(SPARSITY, abs=0.005)
+    assert done.report.sparsity == pytest.approx(1 - after / before)
+    assert done.report.projection_parameters == (before, after)
+    totals = tuple(model.num_parameters() for model in (done.dense, done.model))
+    assert done.report.total_parameters == totals
+
+
+def test_the_config_says_the_live_shapes(done):
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(done.model.config)
+    assert type(fresh) is type(done.model)
+    live = {name: tensor.shape for name, tensor in done.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in fresh.state_dict().items()} == live
+    for module, stock in zip(done.model.modules(), fresh.modules(), strict=True):
+        for name, value in vars(stock).items():
+            if isinstance(value, int | float | str) and name != "training":
+                assert getattr(module, name) == value, f"{name} of {type(module).__name__}"
+        assert getattr(module, "config", done.model.config) is done.model.config
+
+
+def test_generation_with_the_cache_is_generation_without(done):
+    prompt = batches()[0]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached, plain = (
+        done.model.generate(**prompt, **settings, use_cache=use) for use in (True, False)
+    )
+    assert cached.shape[1] == prompt["input_ids"].shape[1] + 6
+    assert torch.equal(cached, plain)
+
+
+def test_tied_embeddings_stay_tied():
+    for unit in ATTENTION_UNITS:
+        model = tiny_model("llama-tied")
+        compress(model, unit)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# What stays as it was
+
+
+@every_case_and_unit
+@pytest.mark.parametrize("ignored", [ATTENTION, MLP])
+def test_an_ignored_kind_stays_bit_for_bit(case, unit, ignored):
+    model = tiny_model(case)
+    name = {spec.kind: spec.name for spec in specs_of(model)}[ignored]
+    before = [copy.deepcopy(layer.get_submodule(name)) for layer in layers_of(model)]
+    shares = {"sparsity": None, "attention_sparsity": 0.3, "mlp_sparsity": 0.3}
+    report = compress(model, unit, selector="wanda", ignore=(name,), **shares)
+    assert {g.kind for g in report.groups} == {ATTENTION, MLP} - {ignored}
+    assert report.widths[ignored] == report.units[ignored]
+    for old, layer in zip(before, layers_of(model), strict=True):
+        state = layer.get_submodule(name).state_dict()
+        torch.testing.assert_close(state, old.state_dict(), rtol=0, atol=0)
+
+
+def test_the_other_kind_takes_the_sparsity_that_an_ignored_one_leaves():
+    model = tiny_model("qwen3")
+    before = block_parameters(model)
+    report = compress(model, ignore=("self_attn",))
+    assert report.widths[ATTENTION] == report.units[ATTENTION]
+    assert 1 - block_parameters(model) / before == pytest.approx(SPARSITY, abs=0.005)
+
+
+@every_case_and_unit
+def test_training_flags_and_requires_grad_stay(case, unit):
+    model = tiny_model(case)
+    model.train()
+    model.get_input_embeddings().eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("k_proj" in name or "down_proj" in name)
+    modes = {name: module.training for name, module in model.named_modules()}
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    compress(model, unit, selector="wanda")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@every_case_and_unit
+def test_a_config_shared_with_another_model_does_not_change(case, unit):
+    config = tiny_config(case)
+    model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    other.config = model.config
+    said = other.config.to_dict()
+    compress(model, unit, selector="wanda")
+    assert other.config.to_dict() == said
+    assert model.config is not other.config
+
+
+@every_case_and_unit
+def test_bf16_stays_bf16_and_is_repaired(case, unit):
+    dense = tiny_model(case)
+    repaired, pruned = (copy.deepcopy(dense).to(torch.bfloat16) for _ in range(2))
+    compress(repaired, unit)
+    compress(pruned, unit, compensate=False)
+    tensors = [*repaired.parameters(), logits(repaired, batches())]
+    assert {tensor.dtype for tensor in tensors} == {repaired.dtype} == {torch.bfloat16}
+    expected = logits(dense, batches())
+    errors = [relative_error(logits(model, batches()), expected) for model in (repaired, pruned)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_unit
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_layers_run_on_the_accelerator_and_come_home(unit, home):
+    plain = tiny_model("qwen2-mixed")
+    model = copy.deepcopy(plain).to(home)
+    compress(plain, unit, selector="magnitude", device="cpu")
+    compress(model, unit, selector="magnitude", device="cuda")
+    assert {parameter.device.type for parameter in model.parameters()} == {home}
+    assert relative_error(logits(model.cpu(), batches()), logits(plain, batches())) < 1e-3
+
+
+# Determinism
+
+
+@every_case_and_unit
+def test_a_seed_gives_one_result_and_another_seed_another(case, unit):
+    one, again, other = (tiny_model(case) for _ in range(3))
+    for model, seed in ((one, 5), (again, 5), (other, 6)):
+        compress(model, unit, selector="random", seed=seed)
+    assert_state(again, state_of(one))
+    assert not torch.equal(logits(one, batches()), logits(other, batches()))
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_every_selector_is_deterministic(selector):
+    one, again = tiny_model("qwen3"), tiny_model("qwen3")
+    reports = [compress(model, selector=selector) for model in (one, again)]
+    assert_state(again, state_of(one))
+    assert reports[0].groups == reports[1].groups

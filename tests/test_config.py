@@ -1,0 +1,195 @@
+"""`GrailConfig`: what it refuses and how it says so, and that JSON gives it back."""
+
+import dataclasses
+import json
+import string
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grail_hf.config import ATTENTION_UNITS, SOLVE_DTYPES, GrailConfig
+
+FRACTIONS = ("sparsity", "mlp_sparsity", "attention_sparsity")
+NAN = float("nan")
+INF = float("inf")
+
+OUT_OF_RANGE = [
+    *((name, value) for name in FRACTIONS for value in (-0.1, 1, 1.0, 1.5, NAN, "0.3", True)),
+    *(
+        (name, value)
+        for name in ("num_samples", "seq_length", "batch_size", "multiple_of")
+        for value in (0, -1, 1.5, "4", True)
+    ),
+    ("seq_length", 1),
+    *(("seed", value) for value in (1.5, "0", False)),
+    *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", True)),
+    *(("attention_unit", value) for value in ("head", None)),
+    *(("dtype", value) for value in ("bfloat16", torch.float64)),
+    *(("device", value) for value in ("warp", 1.5)),
+    *((name, value) for name in ("compensate", "rehome") for value in ("no", None)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
+    with pytest.raises(ValueError) as error:
+        GrailConfig(**({"sparsity": 0.3} | {name: value}))
+    assert f"{name}={value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in FRACTIONS for value in (0, 0.0, 0.999)),
+        *((name, 1) for name in ("num_samples", "batch_size", "multiple_of")),
+        ("seq_length", 2),
+        *(("seed", value) for value in (-1, 0)),
+        *(("ridge", value) for value in (0, 10.0)),
+        *(("attention_unit", value) for value in ATTENTION_UNITS),
+        *(("dtype", value) for value in SOLVE_DTYPES),
+        *(("device", value) for value in (None, "cpu")),
+    ],
+)
+def test_the_ends_of_a_range_belong_to_it(name, value):
+    total = {} if name == "sparsity" else {"sparsity": 0.3}
+    assert getattr(GrailConfig(**total, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", ["attention_unit", "dtype"])
+def test_a_refused_choice_lists_the_choices(name):
+    with pytest.raises(ValueError) as error:
+        GrailConfig(sparsity=0.3, **{name: "other"})
+    for choice in {"attention_unit": ATTENTION_UNITS, "dtype": SOLVE_DTYPES}[name]:
+        assert repr(choice) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ((), "not given"),
+        (("sparsity",), None),
+        (("mlp_sparsity",), "not given"),
+        (("attention_sparsity",), "not given"),
+        (("sparsity", "mlp_sparsity"), None),
+        (("sparsity", "attention_sparsity"), None),
+        (("mlp_sparsity", "attention_sparsity"), None),
+        (FRACTIONS, "drop one"),
+    ],
+)
+def test_the_sparsities_say_all_and_not_too_much(given, complaint):
+    """A sparsity of 0 counts as given."""
+    for value in (0, 0.25):
+        settings = dict.fromkeys(given, value)
+        if complaint is None:
+            config = GrailConfig(**settings)
+            assert {name: getattr(config, name) for name in given} == settings
+        else:
+            with pytest.raises(ValueError, match=complaint):
+                GrailConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("ignore", "normal"),
+    [
+        ((), ()),
+        (3, (3,)),
+        (-1, (-1,)),
+        ("self_attn", ("self_attn",)),
+        ([0, "mlp"], (0, "mlp")),
+        (range(2), (0, 1)),
+    ],
+)
+def test_ignore_becomes_a_tuple(ignore, normal):
+    config = GrailConfig(sparsity=0.3, ignore=ignore)
+    assert config.ignore == normal
+    hash(config)
+
+
+@pytest.mark.parametrize("entry", [1.5, None, True, ("mlp",)])
+def test_an_ignore_entry_is_an_index_or_a_pattern(entry):
+    with pytest.raises(ValueError) as error:
+        GrailConfig(sparsity=0.3, ignore=[0, entry])
+    assert repr(entry) in str(error.value)
+
+
+def test_a_config_is_frozen():
+    config = GrailConfig(sparsity=0.3)
+    for field in dataclasses.fields(config):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, field.name, 0.5)
+
+
+def test_the_dtype_is_torch_s():
+    assert {GrailConfig(sparsity=0.3, dtype=name).torch_dtype for name in SOLVE_DTYPES} == {
+        torch.float32,
+        torch.float64,
+    }
+    assert GrailConfig(sparsity=0.3, dtype="float32").torch_dtype == torch.float32
+
+
+fraction = st.floats(0, 1, exclude_max=True)
+names = st.text(string.printable, max_size=12)
+
+
+@st.composite
+def configs(draw) -> GrailConfig:
+    """Any config that passes the checks."""
+    given = draw(
+        st.sampled_from([("sparsity",), FRACTIONS[:2], FRACTIONS[1:], (FRACTIONS[0], FRACTIONS[2])])
+    )
+    count = st.integers(1, 10**6)
+    return GrailConfig(
+        **{name: draw(fraction) for name in given},
+        selector=draw(names),
+        compensate=draw(st.booleans()),
+        ridge=draw(st.floats(0, allow_infinity=False, allow_nan=False)),
+        num_samples=draw(count),
+        seq_length=draw(st.integers(2, 10**6)),
+        batch_size=draw(count),
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        multiple_of=draw(count),
+        attention_unit=draw(st.sampled_from(ATTENTION_UNITS)),
+        ignore=tuple(draw(st.lists(st.integers() | names, max_size=4))),
+        rehome=draw(st.booleans()),
+        device=draw(st.sampled_from([None, "cpu"])),
+        dtype=draw(st.sampled_from(SOLVE_DTYPES)),
+    )
+
+
+@given(configs())
+@settings(max_examples=25, deadline=None)
+def test_json_gives_the_config_back(config):
+    assert GrailConfig.from_json(config.to_json()) == config
+    assert GrailConfig.from_dict(config.to_dict()) == config
+    assert json.loads(config.to_json()) == config.to_dict()  # Plain JSON types throughout.
+    assert set(config.to_dict()) == {field.name for field in dataclasses.fields(GrailConfig)}
+
+
+def test_a_device_object_survives_json():
+    config = GrailConfig(sparsity=0.3, device=torch.device("cpu"))
+    assert GrailConfig.from_json(config.to_json()) == config
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="'sparsty'") as error:
+        GrailConfig.from_dict({"sparsty": 0.3})
+    for field in dataclasses.fields(GrailConfig):
+        assert field.name in str(error.value)
+
+
+def test_a_dict_is_checked_like_keywords():
+    with pytest.raises(ValueError, match="ridge=-1"):
+        GrailConfig.from_dict({"sparsity": 0.3, "ridge": -1})
+
+
+def test_overrides_win_over_the_config():
+    config = GrailConfig(sparsity=0.3, seed=7)
+    expected = GrailConfig(sparsity=0.5, seed=7)
+    assert GrailConfig.resolve(config, sparsity=0.5) == expected
+    assert GrailConfig.resolve({"sparsity": 0.3, "seed": 7}, sparsity=0.5) == expected
+    assert GrailConfig.resolve(None, sparsity=0.5, seed=7) == expected
+    assert config.sparsity == 0.3
+    with pytest.raises(ValueError, match="'widht'"):
+        GrailConfig.resolve(config, widht=3)

@@ -1,0 +1,194 @@
+"""`GramStats` against fp64 and against exact integers; `damped_cholesky` on what it may meet."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grail_hf.gram import GramStats, damped_cholesky
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HALF_EXACT = 128  # Integers up to this are exact in bf16, and their sums of products in fp32.
+
+
+def stats_of(*chunks: torch.Tensor) -> GramStats:
+    stats = GramStats.zeros(chunks[0].shape[1], chunks[0].device)
+    for chunk in chunks:
+        stats.update_(chunk)
+    return stats
+
+
+def integers(tokens: int, channels: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-HALF_EXACT, HALF_EXACT + 1, (tokens, channels), generator=generator)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_is_the_fp64_gram_up_to_fp32_rounding(dtype, device):
+    """The bound on any order of summation; a bf16, fp16 or TF32 product would miss it."""
+    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    stats = stats_of(x[:7], x[7:8], x[8:])
+    assert stats.gram.dtype == stats.total.dtype == torch.float32
+    assert stats.count == 300
+
+    exact = x.double()
+    rounding = (x.shape[0] + 2) * torch.finfo(torch.float32).eps
+    bound = rounding * (exact.abs().T @ exact.abs())
+    assert ((stats.gram.double() - exact.T @ exact).abs() <= bound).all()
+    assert ((stats.total - exact.sum(0)).abs() <= rounding * exact.abs().sum(0)).all()
+    torch.testing.assert_close(stats.mean.double(), exact.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stats.energy.double(), exact.square().sum(0), rtol=1e-5, atol=0)
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 6),
+    st.lists(st.integers(0, 60), min_size=1, max_size=4),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=25, deadline=None)
+def test_merge_is_concatenation(dtype, channels, sizes, seed):
+    """Integers that half precision holds, so that every sum is exact."""
+    chunks = [integers(size, channels, seed + i) for i, size in enumerate(sizes)]
+    merged = GramStats.zeros(channels)
+    for chunk in chunks:
+        merged.merge_(stats_of(chunk.to(dtype)))
+    x = torch.cat(chunks)
+    for stats in (merged, stats_of(*(chunk.to(dtype) for chunk in chunks))):
+        assert torch.equal(stats.gram.long(), x.T @ x)
+        assert torch.equal(stats.total.long(), x.sum(0))
+        assert stats.count == x.shape[0]
+
+
+def test_merge_leaves_the_other_as_it_was():
+    mine, other = GramStats.zeros(3), stats_of(torch.ones(5, 3))
+    mine.merge_(other)
+    mine.update_(torch.ones(1, 3))
+    assert (mine.count, mine.gram[0, 0].item(), mine.total[0].item()) == (6, 6, 6)
+    assert (other.count, other.gram[0, 0].item(), other.total[0].item()) == (5, 5, 5)
+
+
+def test_to_changes_the_dtype_and_nothing_else():
+    stats = stats_of(torch.randn(5, 3))
+    wide = stats.to(torch.float64)
+    assert wide.gram.dtype == wide.total.dtype == torch.float64
+    assert torch.equal(wide.gram.float(), stats.gram)
+    assert torch.equal(wide.total.float(), stats.total)
+    assert wide.count == 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_activation_is_found_and_the_group_named(value):
+    x = torch.randn(6, 5)
+    stats_of(x).check_finite("layers.3.mlp")
+    x[4, 2] = value
+    with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp.* 1 of 5 channels"):
+        stats_of(x).check_finite("layers.3.mlp")
+
+
+def well_conditioned(size: int, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(8 * size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return x.T @ x
+
+
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype)
+    return gram + damping * gram.diagonal().mean() * identity
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The messages logged so far."""
+    caplog.set_level(logging.WARNING, "grail_hf")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("damping", [0.0, 1e-4, 1.0, 10.0])
+def test_a_definite_gram_gets_the_damping_asked(dtype, damping, warnings):
+    gram = well_conditioned(12, dtype)
+    before = gram.clone()
+    factor, used = damped_cholesky(gram, damping, "layers.3.mlp")
+    assert used == damping
+    assert factor.dtype == dtype
+    assert torch.equal(factor, factor.tril())
+    torch.testing.assert_close(factor @ factor.T, damped(gram, damping))
+    assert torch.equal(gram, before)
+    assert not warnings()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 6])
+def test_a_singular_gram_gets_more_damping_and_says_so(dtype, tokens, warnings):
+    x = torch.randn(tokens, 10, generator=torch.Generator().manual_seed(tokens), dtype=dtype)
+    gram = x.T @ x
+    factor, used = damped_cholesky(gram, 0.0, "layers.3.mlp")
+    # Enough for the factor to be above rounding, not much more.
+    eps = torch.finfo(dtype).eps
+    assert eps <= used <= 1e3 * eps
+    torch.testing.assert_close(factor @ factor.T, damped(gram, used))
+    (message,) = warnings()
+    assert "layers.3.mlp" in message
+    assert f"damping {0:g};" in message
+    assert f"{used:g}" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_pivot_of_rounding_counts_as_singular(dtype):
+    """The factorisation passes, but a solve would divide by nothing but rounding."""
+    eps = torch.finfo(dtype).eps
+    gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 + eps]], dtype=dtype)
+    assert torch.linalg.cholesky_ex(gram).info == 0
+    assert damped_cholesky(gram, 0.0, "layers.3.mlp")[1] > 0
+
+
+def test_damping_that_suffices_for_a_singular_gram_is_not_raised(warnings):
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert damped_cholesky(x.T @ x, 1e-4, "layers.3.mlp")[1] == 1e-4
+    assert not warnings()
+
+
+def test_channels_of_unlike_size_need_no_more_damping(warnings):
+    """fp32, and one channel with 1e8 times the energy: scaling channels makes nothing singular."""
+    gram = torch.eye(64)
+    gram[0, 0] = 1e8
+    factor, used = damped_cholesky(gram, 1e-4, "layers.3.mlp")
+    assert used == 1e-4
+    torch.testing.assert_close(factor @ factor.T, damped(gram, used))
+    assert not warnings()
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-4, 10.0])
+def test_channels_all_dead_get_the_identity(damping, warnings):
+    factor, _ = damped_cholesky(torch.zeros(5, 5, dtype=torch.float64), damping, "layers.3.mlp")
+    assert torch.allclose(factor, factor[0, 0] * torch.eye(5, dtype=torch.float64))
+    assert factor[0, 0] >= 1
+    assert not warnings()
+
+
+@pytest.mark.parametrize("damping", [0.0, 3e-4, 1e-4, 0.5])
+def test_damping_is_raised_as_far_as_one(damping):
+    """Smallest eigenvalue minus half the mean diagonal: what the docstring's limit still holds."""
+    gram = torch.tensor([[1.0, 1.5], [1.5, 1.0]], dtype=torch.float64)
+    factor, used = damped_cholesky(gram, damping, "layers.3.mlp")
+    assert 0.5 < used <= 1
+    torch.testing.assert_close(factor @ factor.T, damped(gram, used))
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [
+        torch.diag(torch.tensor([1.0, -5.0])),
+        -torch.eye(3),
+        torch.tensor([[1.0, 3.0], [3.0, 1.0]]),
+        torch.full((2, 2), float("nan")),
+    ],
+)
+@pytest.mark.parametrize("damping", [0.0, 1e-4])
+def test_what_is_no_gram_is_refused(gram, damping):
+    with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"):
+        damped_cholesky(gram.double(), damping, "layers.3.mlp")

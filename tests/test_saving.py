@@ -1,0 +1,299 @@
+"""What is saved: stock checkpoints that load where grail_hf is not, the report, the card."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from tiny_models import (
+    CASES_AND_UNITS,
+    assert_state,
+    batches,
+    logits,
+    state_of,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM
+
+import grail_hf
+from grail_hf import CompressionReport, GrailConfig
+
+# Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
+LOADER = """
+import json, sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+
+torch.set_num_threads(int(sys.argv[2]))
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    saved = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        equal = [
+            torch.equal(model(**batch, use_cache=False).logits[mask], logits[mask])
+            for batch, logits in zip(saved["batches"], saved["logits"])
+            for mask in [batch["attention_mask"].bool()]
+        ]
+    found[folder.name] = {
+        "equal": equal,
+        "problems": {key: list(value) for key, value in info.items() if value},
+        "class": type(model).__name__,
+        "model_type": model.config.model_type,
+        "dtype": str(model.dtype),
+    }
+print(json.dumps({"found": found, "modules": [m for m in sys.modules if "grail" in m]}))
+"""
+
+
+def compress(model, unit="kv_group", **settings):
+    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "wanda"} | settings
+    return grail_hf.compress(
+        model, calibration=batches(), progress=False, attention_unit=unit, **settings
+    )
+
+
+class Untouchable:
+    """Calibration that must not be asked for."""
+
+    def __iter__(self):
+        raise AssertionError("the calibration was touched")
+
+
+# folder -> case, attention unit, dtype
+SAVED = {f"{case}-{unit}": (case, unit, torch.float32) for case, unit in CASES_AND_UNITS}
+SAVED["llama-bf16"] = ("llama", "kv_group", torch.bfloat16)
+
+every_saved = pytest.mark.parametrize("name", SAVED)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every model of `SAVED`, compressed and saved. Not to be changed."""
+    saved = SimpleNamespace(folder=tmp_path_factory.mktemp("saved"), models={}, reports={})
+    for name, (case, unit, dtype) in SAVED.items():
+        model = saved.models[name] = tiny_model(case, dtype=dtype)
+        report = saved.reports[name] = compress(model, unit)
+        model.save_pretrained(saved.folder / name)
+        report.save(saved.folder / name)
+        with torch.no_grad():
+            expected = [model(**batch, use_cache=False).logits for batch in batches()]
+        torch.save({"batches": batches(), "logits": expected}, saved.folder / name / "expected.pt")
+    return saved
+
+
+@pytest.fixture(scope="module")
+def reloaded(saved, tmp_path_factory):
+    """What plain transformers, in a process of its own, makes of the saved folders."""
+    run = subprocess.run(
+        [sys.executable, "-c", LOADER, saved.folder, str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+# Plain transformers
+
+
+@every_saved
+def test_plain_transformers_loads_it_bit_for_bit(saved, reloaded, name):
+    model, report = saved.models[name], saved.reports[name]
+    found = reloaded["found"][name]
+    assert found["problems"] == {}
+    assert found["equal"] == [True] * len(batches())
+    assert found["class"] == type(model).__name__
+    assert found["model_type"] == report.new_model_type == model.config.model_type
+    assert found["dtype"] == str(model.dtype)
+
+
+def test_grail_hf_was_not_imported_to_load_them(reloaded):
+    assert reloaded["modules"] == []
+
+
+@every_saved
+def test_the_type_changes_only_where_the_stock_config_cannot_say_the_heads(saved, name):
+    model, report = saved.models[name], saved.reports[name]
+    heads = model.config.num_attention_heads
+    moved = report.model_type == "llama" and model.config.hidden_size % heads != 0
+    assert report.rehomed is moved
+    assert report.new_model_type == ("mistral" if moved else report.model_type)
+
+
+def test_a_moved_llama_is_a_mistral_with_the_same_rotary_and_norms(saved):
+    dense, model = tiny_model("llama"), saved.models["llama-kv_group"]
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (9, 3)
+    assert type(model).__name__ == "MistralForCausalLM"
+    assert model.config.sliding_window is None
+    for key in ("rope_parameters", "rms_norm_eps", "hidden_act", "head_dim", "eos_token_id"):
+        assert getattr(model.config, key) == getattr(dense.config, key)
+
+
+def test_shards_reload(tmp_path):
+    model = tiny_model("qwen3")
+    compress(model)
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
+
+
+def test_a_reloaded_model_can_be_compressed_again(saved):
+    name = "llama-kv_group"
+    again = AutoModelForCausalLM.from_pretrained(saved.folder / name)
+    report = compress(again)
+    assert report.base_model == name
+    assert (report.model_type, report.widths["attention"]) == ("mistral", 2)
+    assert torch.isfinite(logits(again, batches())).all()
+
+
+# Refused before calibration
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "settings", "reason"),
+    [
+        ("llama", {}, {"rehome": False}, "rehome=True"),
+        ("llama-biases", {"hidden_size": 48}, {}, "attention_bias=True, mlp_bias=True keeps it"),
+        ("llama-biases", {"hidden_size": 48, "attention_bias": False}, {}, ", and mlp_bias=True"),
+    ],
+)
+def test_heads_that_no_config_can_say_are_refused_first(case, changes, settings, reason):
+    model = tiny_model(case, **changes)
+    state = state_of(model)
+    settings = {"sparsity": 0.3, "multiple_of": 1} | settings
+    with pytest.raises(ValueError, match=reason) as caught:
+        grail_hf.compress(model, calibration=Untouchable(), progress=False, **settings)
+    assert "num_attention_heads=9" in str(caught.value)
+    assert_state(model, state)
+
+
+# Report and card
+
+
+@every_saved
+def test_a_report_survives_json(saved, name):
+    report = saved.reports[name]
+    assert CompressionReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    loaded = CompressionReport.load(saved.folder / name)
+    assert loaded == report
+    assert isinstance(loaded.config, GrailConfig)
+    assert loaded.groups and loaded.calibration["tokens"] > 0 and loaded.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"), [("some/model", "some/model"), ("/home/me/model", None), ("", None)]
+)
+def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
+    model = tiny_model("qwen2")
+    model.name_or_path = dense
+    report = compress(model)
+    report.evaluation["perplexity"] = 12.3
+    report.save(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == said
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["grail", "structured-pruning"]
+    assert f"`{model.config.model_type}`" in card.text
+    assert "| perplexity | 12.3 |" in card.text
+    assert "/home" not in str(card) + (tmp_path / "grail.json").read_text()
+
+
+def test_the_card_says_that_the_type_has_changed(saved):
+    assert "The dense model is a `llama`" in saved.reports["llama-kv_group"].card()
+    assert "The dense model is a" not in saved.reports["mistral-kv_group"].card()
+
+
+def test_a_report_is_saved_over_an_earlier_one_only(saved, tmp_path):
+    report = saved.reports["qwen3-kv_group"]
+    report.save(tmp_path)
+    report.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "grail.json"]
+    (tmp_path / "grail.json").unlink()
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"README\.md"):
+        report.save(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert not (tmp_path / "grail.json").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv_group", "llama-kv_group"])
+def test_the_table_and_the_text_say_the_widths(saved, name):
+    from rich.console import Console
+
+    report = saved.reports[name]
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(report.table())
+    for text in (str(report), console.export_text()):
+        for kind, width in report.widths.items():
+            line = next(line for line in text.splitlines() if f"{kind} units" in line)
+            assert str(width) in line and str(report.units[kind]) in line
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands for a hub repository, and the commits made to it."""
+    folder, commits = tmp_path / "hub", []
+    folder.mkdir()
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def create_commit(self, repo_id, operations, commit_message, **kwargs):
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, folder / operation.path_in_repo)
+        commits.append((repo_id, sorted(o.path_in_repo for o in operations), commit_message))
+        return "address"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, **kwargs):
+        shutil.copytree(folder_path, folder, dirs_exist_ok=True)
+        files = sorted(path.name for path in Path(folder_path).iterdir())
+        commits.append((repo_id, files, commit_message))
+        return "address"
+
+    def load(*args, **kwargs):
+        raise EntryNotFoundError("no card yet")
+
+    for method in (create_repo, create_commit, upload_folder):
+        monkeypatch.setattr(HfApi, method.__name__, method)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", load)
+    return folder, commits
+
+
+def test_the_report_goes_to_the_hub_as_two_files(saved, hub):
+    folder, commits = hub
+    report = saved.reports["llama-kv_group"]
+    assert report.push_to_hub("me/smaller", commit_message="mine") == "address"
+    assert commits == [("me/smaller", ["README.md", "grail.json"], "mine")]
+    assert CompressionReport.load(folder) == report
+    report.push_to_hub("me/smaller")
+    assert commits[1][2]
+
+
+@pytest.mark.parametrize("name", ["llama-kv_group", "qwen2-mixed-query_head"])
+def test_what_is_pushed_loads_as_it_was(saved, hub, name):
+    folder, commits = hub
+    model, report = saved.models[name], saved.reports[name]
+    model.push_to_hub("me/smaller")
+    report.push_to_hub("me/smaller")
+    assert {"config.json", "model.safetensors"} <= set(commits[0][1])
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
+    assert (folder / "README.md").read_text() == report.card()

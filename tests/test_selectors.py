@@ -1,0 +1,226 @@
+"""Selectors against loops, and greedy elimination against refitting every candidate."""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from grail_hf import selectors
+from grail_hf.gram import GramStats
+from grail_hf.selectors import SELECTORS, elimination_order, find_selector
+
+DAMPING = 1e-4  # The `gram` selector's default.
+
+
+@dataclass
+class Units:
+    """What a selector may ask of a group, and the tokens behind it."""
+
+    weight: Tensor
+    x: Tensor
+    columns: int = 1
+    partitions: int = 1
+    seed: int = 0
+    name: str = "layers.3.mlp"
+
+    def stats(self, dtype: torch.dtype = torch.float64) -> GramStats:
+        x = self.x.to(dtype)
+        return GramStats(x.T @ x, x.sum(0), x.shape[0])
+
+
+def problem(units: int, columns: int = 1, partitions: int = 1, seed: int = 0, outputs=5) -> Units:
+    """Random weights, and correlated tokens of unlike scales."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = units * columns
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = normal(3 * channels, channels) @ (torch.eye(channels) + 0.5 * normal(channels, channels))
+    x *= normal(channels).exp()
+    return Units(normal(outputs, channels), x, columns, partitions, seed)
+
+
+def damped_gram(group: Units) -> Tensor:
+    gram = group.x.T @ group.x
+    return gram + DAMPING * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
+
+
+def error_of(group: Units, gram: Tensor, units) -> float:
+    """Squared error of the outputs when only `units` are left and fitted best."""
+    own = torch.arange(gram.shape[0]).reshape(-1, group.columns)[list(units)].flatten()
+    cross = gram[:, own]
+    left_over = gram - cross @ torch.linalg.solve(gram[own][:, own], cross.T)
+    return torch.trace(group.weight @ left_over @ group.weight.T).item()
+
+
+def greedy_by_refitting(group: Units) -> list[int]:
+    """Remove, again and again, the unit without which the best fit of all others is best."""
+    gram = damped_gram(group)
+    units = gram.shape[0] // group.columns
+    left, lost, order = set(range(units)), [0] * group.partitions, []
+    run = [unit * group.partitions // units for unit in range(units)]
+    while left:
+        turn = [unit for unit in left if lost[run[unit]] == min(lost)]
+        order.append(min(turn, key=lambda unit: error_of(group, gram, left - {unit})))
+        left.remove(order[-1])
+        lost[run[order[-1]]] += 1
+    return order
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_magnitude_is_the_norm_of_a_unit_s_columns(columns):
+    group = problem(6, columns)
+    for unit, score in enumerate(SELECTORS["magnitude"](group, group.stats())):
+        own = range(unit * columns, (unit + 1) * columns)
+        squares = sum(group.weight[i, j].item() ** 2 for j in own for i in range(5))
+        assert score.item() == pytest.approx(squares**0.5)
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_wanda_is_the_mean_weight_times_the_input_norm(columns):
+    group = problem(6, columns)
+    for unit, score in enumerate(SELECTORS["wanda"](group, group.stats())):
+        own = range(unit * columns, (unit + 1) * columns)
+        expected = sum(
+            abs(group.weight[i, j].item()) / 5 * group.x[:, j].norm().item()
+            for j in own
+            for i in range(5)
+        )
+        assert score.item() == pytest.approx(expected)
+
+
+def test_random_depends_on_the_seed_alone():
+    draw = SELECTORS["random"]
+    first = problem(50, seed=1)
+    other = problem(50, seed=2)
+    expected = draw(first, first.stats())
+    assert not torch.equal(draw(other, other.stats()), expected)
+    other.seed = 1
+    torch.rand(1)
+    assert torch.equal(draw(other, other.stats()), expected)
+    assert 0 <= expected.min() < expected.max() < 1
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (4, 1), (4, 3)])
+def test_every_selector_scores_every_unit(name, dtype, columns, partitions):
+    """With a half-precision weight, more channels than tokens and dead channels too."""
+    group = problem(6, columns, partitions)
+    group.weight = group.weight.bfloat16()
+    before = group.weight.clone()
+    group.x = group.x[:5]
+    group.x[:, :columns] = 0
+    stats = group.stats(dtype)
+    gram = stats.gram.clone()
+    scores = find_selector(name)(group, stats)
+    assert scores.shape == (6,)
+    assert torch.isfinite(scores).all()
+    assert len(set(scores.tolist())) > 1
+    assert torch.equal(stats.gram, gram)
+    assert torch.equal(group.weight, before)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_every_selector_takes_channels_that_are_all_dead(name):
+    group = problem(6, 2)
+    group.x.zero_()
+    scores = find_selector(name)(group, group.stats())
+    assert scores.shape == (6,)
+    assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("panel", [1, 4, 5, 128])
+@pytest.mark.parametrize(
+    ("units", "columns", "partitions"),
+    [(14, 1, 1), (13, 1, 1), (6, 3, 1), (12, 1, 3), (8, 2, 2), (8, 2, 8), (1, 4, 1), (3, 1, 3)],
+)
+def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypatch):
+    """The step at which a unit goes, across panels whole, part-filled, and of one unit."""
+    monkeypatch.setattr(selectors, "_PANEL", panel)
+    for seed in range(2):
+        group = problem(units, columns, partitions, seed)
+        scores = SELECTORS["gram"](group, group.stats())
+        assert scores.argsort().tolist() == greedy_by_refitting(group)
+        assert sorted(scores.tolist()) == list(range(units))
+
+
+def test_gram_is_greedy_elimination_over_the_real_panel():
+    """Against the panel of one, which is optimal brain surgeon step by step."""
+    group = problem(2 * selectors._PANEL + 20)
+    scores = SELECTORS["gram"](group, group.stats())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selectors, "_PANEL", 1)
+        assert torch.equal(SELECTORS["gram"](group, group.stats()), scores)
+
+
+def test_elimination_leaves_its_arguments_alone():
+    group = problem(7)
+    weight, inverse = group.weight, torch.linalg.inv(damped_gram(group))
+    copies = weight.clone(), inverse.clone()
+    elimination_order(weight, inverse, 1)
+    assert torch.equal(weight, copies[0])
+    assert torch.equal(inverse, copies[1])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("units", "columns"), [(8, 1), (6, 2)])
+def test_greedy_is_close_to_the_best_subset(units, columns, seed):
+    """At every width, within twice the error of the best of all subsets."""
+    group = problem(units, columns, seed=seed)
+    gram = damped_gram(group)
+    order = SELECTORS["gram"](group, group.stats()).argsort().tolist()
+    for width in range(1, units):
+        found = error_of(group, gram, order[units - width :])
+        best = min(error_of(group, gram, kept) for kept in combinations(range(units), width))
+        assert best * (1 - 1e-9) <= found <= 2 * best
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_greedy_is_optimal_where_channels_know_nothing_of_each_other(columns):
+    """A diagonal Gram: a unit costs what it puts out, whatever else is left."""
+    group = problem(7, columns)
+    group.x = torch.linalg.qr(group.x).Q * torch.arange(1, 7 * columns + 1)
+    gram = damped_gram(group)
+    order = SELECTORS["gram"](group, group.stats()).argsort().tolist()
+    assert order == sorted(range(7), key=lambda unit: error_of(group, gram, set(range(7)) - {unit}))
+    for width in range(1, 7):
+        best = min(combinations(range(7), width), key=lambda kept: error_of(group, gram, kept))
+        assert set(order[7 - width :]) == set(best)
+
+
+def test_of_two_like_channels_one_stays():
+    """What no one-shot score sees: each of a pair can go, but not both."""
+    group = problem(5)
+    group.x = group.x[:, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
+    group.weight = problem(10).weight
+    kept = SELECTORS["gram"](group, group.stats()).argsort().tolist()[5:]
+    assert sorted(unit % 5 for unit in kept) == list(range(5))
+
+
+def test_elimination_that_lost_its_precision_is_refused():
+    group = problem(4)
+    inverse = torch.linalg.inv(damped_gram(group))
+    inverse[2, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="damping"):
+        elimination_order(group.weight, inverse, 1)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_is_found_by_its_name(name):
+    assert find_selector(name) is SELECTORS[name]
+
+
+def test_an_unknown_selector_is_refused_with_the_nearest_and_all_names():
+    with pytest.raises(ValueError, match="'wnada' is not known; did you mean 'wanda'\\?") as error:
+        find_selector("wnada")
+    assert ", ".join(SELECTORS) in str(error.value)
+    assert "grail_hf/selectors.py" in str(error.value)
+
+
+def test_a_selector_like_no_other_is_refused_in_whole_sentences():
+    with pytest.raises(ValueError, match=r"'zzz' is not known\. Known: "):
+        find_selector("zzz")

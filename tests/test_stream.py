@@ -1,0 +1,174 @@
+"""The streamed forward pass against the full model's own, seen through hooks."""
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    at_tokens,
+    batches,
+    layers_of,
+    relative_error,
+    specs_of,
+    tiny_model,
+)
+
+from grail_hf import ARCHITECTURES
+from grail_hf.stream import _Shared, record_calls, stream
+
+CPU = torch.device("cpu")
+
+every_case = pytest.mark.parametrize("case", CASES)
+every_padding = pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
+every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+
+
+def blocks_of(model, inputs):
+    path = ARCHITECTURES[model.config.model_type].layers
+    return stream(model, path, specs_of(model), inputs, CPU, progress=False)
+
+
+def hidden_of(block, inputs):
+    return at_tokens([batch.hidden for batch in block.batches], inputs)
+
+
+@torch.no_grad()
+def seen_by_hooks(model, modules, inputs):
+    """What a full forward pass puts into and gets out of the modules: two lists of [tokens, H]."""
+    seen = {module: ([], []) for module in modules}
+
+    def look(module, args, kwargs, output):
+        seen[module][0].append(args[0] if args else kwargs["hidden_states"])
+        seen[module][1].append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
+    for batch in inputs:
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return [[at_tokens(sides[way], inputs) for sides in seen.values()] for way in (0, 1)]
+
+
+def test_every_architecture_has_a_case():
+    assert set(ARCHITECTURES) <= set(CASES)
+
+
+@every_case
+@every_padding
+@every_kernel
+def test_hidden_states_are_the_full_models_own(case, padded, kernel):
+    model, inputs = tiny_model(case, kernel), batches(padded)
+    fronts, backs = seen_by_hooks(model, layers_of(model), inputs)
+    for block in blocks_of(model, inputs):
+        assert torch.equal(hidden_of(block, inputs), fronts[block.index])
+    assert block.index == len(fronts) - 1
+    block.advance()
+    assert torch.equal(hidden_of(block, inputs), backs[-1])
+
+
+@every_case
+@every_padding
+@every_kernel
+def test_grams_are_those_of_the_full_models_consumer_inputs(case, padded, kernel):
+    model, inputs = tiny_model(case, kernel), batches(padded)
+    consumers = [
+        layer.get_submodule(spec.consumer) for layer in layers_of(model) for spec in specs_of(model)
+    ]
+    expected = iter(seen_by_hooks(model, consumers, inputs)[0])
+    for block in blocks_of(model, inputs):
+        for group in block.groups:
+            x = next(expected).double()
+            stats = block.collect(group)
+            assert stats.count == len(x)
+            assert relative_error(stats.gram.double(), x.T @ x) < 1e-6
+            assert relative_error(stats.total.double(), x.sum(dim=0)) < 1e-5
+            assert not group.consumer._forward_pre_hooks
+    assert next(expected, None) is None
+
+
+@every_case
+def test_a_layer_sees_what_the_layers_before_it_have_become(case):
+    model, inputs = tiny_model(case), batches()
+    fronts = []
+    for block in blocks_of(model, inputs):
+        fronts.append(hidden_of(block, inputs))
+        for group in block.groups:
+            group.consumer.weight.data *= -0.5
+    changed, _ = seen_by_hooks(model, layers_of(model), inputs)
+    for streamed, expected in zip(fronts, changed, strict=True):
+        assert torch.equal(streamed, expected)
+
+
+@torch.no_grad()
+def test_replaying_the_first_layers_arguments_would_be_wrong_where_layers_differ():
+    model, inputs = tiny_model("qwen2-mixed"), batches()
+    layers = layers_of(model)
+    *_, expected = seen_by_hooks(model, layers, inputs)[1]
+    replayed = {}
+    for name, call_of in (("own", lambda index: index), ("first", lambda index: 0)):
+        recorded = record_calls(model, layers, inputs)
+        for batch in recorded:
+            for index, layer in enumerate(layers):
+                args, kwargs = batch.calls[call_of(index)]
+                batch.hidden = layer(batch.hidden, *args, **kwargs)
+        replayed[name] = at_tokens([batch.hidden for batch in recorded], inputs)
+    assert torch.equal(replayed["own"], expected)
+    assert relative_error(replayed["first"], expected) > 0.1
+
+
+def test_every_group_has_a_name_and_a_seed_of_its_own():
+    model, inputs = tiny_model("llama"), batches()
+    path, specs = ARCHITECTURES["llama"].layers, specs_of(model)
+    groups = [
+        group
+        for seed in (0, 1)
+        for block in stream(model, path, specs, inputs, CPU, seed=seed, progress=False)
+        for group in block.groups
+    ]
+    assert len({group.seed for group in groups}) == len(groups) == 2 * 3 * 2
+    expected = [f"model.layers.{i}.{block}" for i in range(3) for block in ("self_attn", "mlp")]
+    assert [group.name for group in groups] == 2 * expected
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["after a pass", "after an exception"])
+def test_layers_get_their_forward_back(fails):
+    model, inputs = tiny_model("llama"), batches()
+    layers = layers_of(model)
+
+    def hooked(*args, **kwargs):  # accelerate's hooks set the instance's forward like this
+        raise AssertionError("the recorder must stand in for this")
+
+    layers[1].forward = hooked
+    if fails:
+        inputs[1]["input_ids"] = inputs[1]["input_ids"] + 1000
+        with pytest.raises(IndexError):
+            record_calls(model, layers, inputs)
+    else:
+        record_calls(model, layers, inputs)
+    assert [vars(layer).get("forward") for layer in layers] == [None, hooked, None]
+
+
+@every_padding
+def test_equal_masks_and_rotary_tables_are_stored_once(padded):
+    model, inputs = tiny_model("qwen2-mixed", "eager"), batches(padded)
+    recorded = record_calls(model, layers_of(model), [inputs[0], inputs[0]])
+    tensors = {}
+    for batch in recorded:
+        for args, kwargs in batch.calls:
+            for value in (*args, *kwargs.values()):
+                for tensor in value if isinstance(value, tuple) else (value,):
+                    if isinstance(tensor, torch.Tensor):
+                        tensors[id(tensor)] = tensor
+    distinct = list(tensors.values())
+    assert len(distinct) >= 4  # a full and a sliding mask, cos and sin
+    for i, one in enumerate(distinct):
+        for other in distinct[:i]:
+            assert one.dtype != other.dtype or not torch.equal(one, other)
+
+
+def test_tensors_that_differ_in_value_shape_or_dtype_are_stored_apart():
+    shared = _Shared()
+    zeros = torch.zeros(2, 3)
+    assert shared.store({"a": (zeros,)})["a"][0] is zeros
+    assert shared.store((zeros.clone(),))[0] is zeros
+    for other in (torch.ones(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int64)):
+        assert shared.store((other,))[0] is other

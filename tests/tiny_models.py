@@ -1,0 +1,135 @@
+"""Tiny random models, a case an architecture and one a variant, and token batches for them.
+
+The sizes differ from each other and are odd where they may be, so that a mistaken one does not
+fit. The weights are large, and biases and norms random, so that the functions are far from linear
+and nothing that is forgotten is near its neutral value.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grail_hf import ARCHITECTURES
+from grail_hf.config import ATTENTION_UNITS
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 83,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+# name -> what its config has besides SIZES (None: it lacks the key); the model type is the name
+# unless given. A llama moves to mistral where 9 heads are left, which do not divide 48; one with
+# biases cannot.
+CASES = {
+    "llama": {},
+    "llama-biases": {
+        "model_type": "llama",
+        "hidden_size": 72,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama-multi-head": {"model_type": "llama", "num_key_value_heads": 12},
+    "llama-derived-head-dim": {"model_type": "llama", "head_dim": None},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {},
+    "qwen2-derived-head-dim": {"model_type": "qwen2", "head_dim": None},
+    "qwen2-mixed": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "qwen3": {},
+    "qwen3-biases": {"model_type": "qwen3", "attention_bias": True},
+}
+
+# With one query head to a KV head there is no query head to remove from a group.
+CASES_AND_UNITS = [
+    (case, unit)
+    for case in CASES
+    for unit in ATTENTION_UNITS
+    if (case, unit) != ("llama-multi-head", "query_head")
+]
+
+
+def tiny_config(case, **changes):
+    values = {"model_type": case} | SIZES | CASES[case] | changes
+    return AutoConfig.for_model(**{key: v for key, v in values.items() if v is not None})
+
+
+def tiny_model(case, attn_implementation="sdpa", dtype=torch.float32, **changes):
+    """A random model in eval mode; the same for the same arguments."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(case, **changes),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # made as zeros (biases) or ones (norms)
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def batches(padded=True):
+    """Batches of several shapes; if `padded`, with sequences of mixed length, padded at the left.
+
+    There are more tokens than any tiny model has channels.
+    """
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for rows, length in ((8, 24), (7, 21)):
+        ids = torch.randint(SIZES["vocab_size"], (rows, length), generator=generator)
+        made.append({"input_ids": ids})
+        if padded:
+            padding = torch.randint(length // 2, (rows, 1), generator=generator)
+            made[-1]["attention_mask"] = (torch.arange(length) >= padding).long()
+    return made
+
+
+def at_tokens(tensors, inputs):
+    """One tensor [b, T, H] a batch to [tokens, H], without padding."""
+    pairs = zip(tensors, inputs, strict=True)
+    return torch.cat(
+        [x[b.get("attention_mask", torch.ones_like(b["input_ids"])).bool()] for x, b in pairs]
+    )
+
+
+@torch.no_grad()
+def logits(model, inputs):
+    """[tokens, V], at every position that is not padding."""
+    return at_tokens([model(**batch, use_cache=False).logits for batch in inputs], inputs)
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def specs_of(model, unit="kv_group"):
+    """The groups of the model's decoder layers."""
+    return ARCHITECTURES[model.config.model_type].groups(model.config, unit)
+
+
+def layers_of(model):
+    return model.base_model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
+
+
+def state_of(model):
+    """A copy of everything that a refused compression must leave as it was."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return type(model), model.config.to_dict(), tensors
+
+
+def assert_state(model, state):
+    """Type, config and, bit for bit, weights are those of `state`."""
+    assert type(model) is state[0]
+    assert model.config.to_dict() == state[1]
+    torch.testing.assert_close(model.state_dict(), state[2], rtol=0, atol=0, equal_nan=True)
