@@ -109,7 +109,7 @@ def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> s
         f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
         f"ignore={list(config.ignore)}; reachable nearby: "
         f"{', '.join(f'{value:.4f}' for value in below + above)}. "
-        "A smaller multiple_of gives finer steps"
+        "A smaller multiple_of gives finer steps, as does leaving both kinds free"
     )
 
 

@@ -1,4 +1,4 @@
-"""The ridge solves that repair a consumer."""
+"""The ridge solve that repairs a consumer."""
 
 from __future__ import annotations
 
@@ -7,66 +7,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grail_hf.gram import damped_cholesky
+from grail_hf.gram import GramStats, damped_cholesky
 
 
-class RidgeMap(NamedTuple):
-    """B [K, P], from the kept channels to the removed ones, and the damping that it took."""
+class Repair(NamedTuple):
+    """A consumer's new weight [O, K], and the damping that it took."""
 
-    matrix: Tensor
+    weight: Tensor
     damping: float
 
 
 def ridge(
-    gram: Tensor, kept: Tensor, removed: Tensor, damping: float, name: str = "the group"
-) -> RidgeMap:
-    """The linear map from the kept channels to the removed ones that calibration supports best.
+    weight: Tensor, stats: GramStats, kept: Tensor, damping: float, name: str = "the group"
+) -> Repair:
+    """The weight on the kept channels that calibration supports best.
 
-    Minimises ||X_S B - X_P||^2 + d ||B||^2 over B, with d = damping * mean(diag G_SS):
+    Minimises ||Y - X_S V^T||^2 + d ||V - W_S||^2 over V, with d = damping * mean(diag G_SS):
 
-        B = (G_SS + d I)^-1 G_SP
+        V = W_S + (C_S - W_S G_SS) (G_SS + d I)^-1,    C = Y^T X, G = X^T X
 
-    (GRAIL, arXiv 2602.23795, with the kept columns' own map held at the identity rather than
-    shrunk, so that damping pulls towards plain pruning and never towards zero output.)
+    Where the target is the consumer's own output, Y = X W^T, this is V = W_S + W_P B^T with
+    B = (G_SS + d I)^-1 G_SP (GRAIL, arXiv 2602.23795), except that damping pulls towards plain
+    pruning and not towards zero output.
 
     Args:
-        gram: [H, H], X^T X of the consumer's inputs, fp32 or fp64.
+        weight: [O, H], W, in the dtype of the statistics.
+        stats: of the consumer's inputs and targets, fp32 or fp64.
         kept: [K] int64, S.
-        removed: [P] int64, P.
         damping: relative to the mean diagonal, >= 0.
         name: of the group, for messages.
 
     Returns:
-        B in the Gram's dtype. More damping than asked is used, with a warning, where the Gram
-        is singular (`damped_cholesky`).
-
-    Raises:
-        FloatingPointError: no damping up to 1 makes G_SS positive definite.
+        V. More damping than asked is used, with a warning, where the Gram is singular
+        (`damped_cholesky`).
     """
-    factor, used = damped_cholesky(gram[kept[:, None], kept], damping, name)
-    return RidgeMap(torch.cholesky_solve(gram[kept[:, None], removed], factor), used)
+    gram = stats.gram[kept[:, None], kept]
+    missing = stats.cross_of(weight)[:, kept] - weight[:, kept] @ gram
+    factor, used = damped_cholesky(gram, damping, name)
+    return Repair(weight[:, kept] + torch.cholesky_solve(missing.mT, factor).mT, used)
 
 
-def reconstruction_error(
-    weight: Tensor, gram: Tensor, kept: Tensor, removed: Tensor, matrix: Tensor | None
-) -> float:
-    """||X W^T - X_S W'^T||^2 / ||X W^T||^2 on the calibration tokens.
+def reconstruction_error(weight: Tensor, new: Tensor, stats: GramStats, kept: Tensor) -> float:
+    """||Y - X_S V^T||^2 / ||Y||^2 on the calibration tokens.
 
     Args:
-        weight: [O, H], W.
-        gram: [H, H], X^T X.
-        kept, removed: [K], [P] int64.
-        matrix: [K, P], B of W' = W_S + W_P B^T; None for plain pruning.
+        weight: [O, H], W, the dense consumer, in the dtype of the statistics.
+        new: [O, K], V.
+        stats: of the consumer's inputs and targets.
+        kept: [K] int64, S.
     """
-    weight = weight.to(gram.dtype)
-    difference = torch.zeros_like(weight)
-    difference[:, removed] = weight[:, removed]
-    if matrix is not None:
-        difference[:, kept] = -weight[:, removed] @ matrix.T
-    energy = _energy(weight, gram)
-    return (_energy(difference, gram) / energy).item() if energy > 0 else 0.0
-
-
-def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """||X W^T||^2 = tr(W G W^T); rounding may take an exact zero below it."""
-    return torch.sum((weight @ gram) * weight).clamp_min(0)
+    cross = stats.cross_of(weight)
+    energy = (
+        (cross * weight).sum() if stats.cross is None else cross.new_tensor(stats.target_energy)
+    )
+    fitted = new @ stats.gram[kept[:, None], kept] - 2 * cross[:, kept]
+    error = energy + (fitted * new).sum()
+    # Rounding may take an exact zero below it.
+    return (error.clamp_min(0) / energy).item() if energy > 0 else 0.0

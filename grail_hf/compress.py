@@ -78,30 +78,34 @@ def compress(
     report = CompressionReport.begin(model, config, plan)
     if not plan.reduced:
         return report
+    device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config)
     report.calibration = tokens.summary()
-    device = choose_device(model, config.device)
     start = time.perf_counter()
 
     with evaluation_mode(model), says_what_is_left(report):
         layers = plan.architecture.layers
+        target = config.target if config.compensate else "self"
         for block in stream(
-            model, layers, plan.reduced, tokens.batches, device, config.seed, progress
+            model, layers, plan.specs, tokens.batches, device, target, config.seed, progress
         ):
             for group in block.groups:
+                width = plan.widths[group.kind]
+                if width == group.num_units:
+                    continue
                 stats = block.collect(group).to(config.torch_dtype)
-                scores = plan.select(group, stats)
-                reduction = Reduction.keep_top(scores, plan.widths[group.kind], group.partitions)
-                kept, removed = group.channels(reduction)
+                reduction = Reduction.keep_top(plan.select(group, stats), width, group.partitions)
+                kept = reduction.kept_channels(group.columns)
+                weight = group.weight.to(config.torch_dtype)
                 repair = (
-                    ridge(stats.gram, kept, removed, config.ridge, group.name)
+                    ridge(weight, stats, kept, config.ridge, group.name)
                     if config.compensate
                     else None
                 )
-                report.add(block.index, group, stats, reduction, repair)
+                report.add(block.index, group, stats, kept, repair)
                 group.shrink_(reduction)
-                group.repair_(reduction, repair.matrix if repair else None)
+                group.repair_(repair.weight if repair else group.weight[:, kept])
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))

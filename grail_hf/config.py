@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 ATTENTION_UNITS = ("kv_group", "query_head")
+TARGETS = ("self", "dense", "residual")
 SOLVE_DTYPES = ("float32", "float64")
 
 
@@ -27,6 +28,10 @@ class GrailConfig:
         attention_sparsity: fraction of the attention units to remove, in [0, 1).
         selector: a name in `grail_hf.SELECTORS`.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning.
+        target: what a repaired consumer should put out. "self": what it did before, on the
+            compressed path (the paper). "dense": what the dense model puts out there. "residual":
+            what brings the residual stream to the dense model's, so that a block also repairs
+            what earlier blocks lost.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
         num_samples: calibration windows to draw, where the calibration is text.
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
@@ -53,6 +58,7 @@ class GrailConfig:
     attention_sparsity: float | None = None
     selector: str = "gram"
     compensate: bool = True
+    target: str = "residual"
     ridge: float = 1e-4
     num_samples: int = 128
     seq_length: int = 2048
@@ -68,6 +74,8 @@ class GrailConfig:
     def __post_init__(self) -> None:
         if isinstance(self.ignore, (str, int)):
             object.__setattr__(self, "ignore", (self.ignore,))
+        if not isinstance(self.ignore, (tuple, list)):
+            raise ValueError(f"ignore={self.ignore!r} must be layer indices or name patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         fractions = ("sparsity", "mlp_sparsity", "attention_sparsity")
         for name in fractions:
@@ -94,14 +102,16 @@ class GrailConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.seq_length < 2:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
-        if not _is_integer(self.seed):
-            raise ValueError(f"seed={self.seed!r} must be a whole number")
+        if not (_is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ValueError(f"seed={self.seed!r} must be a whole number in [0, 2**32)")
         if not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
             raise ValueError(f"ridge={self.ridge!r} must be a finite number of at least 0")
         if self.attention_unit not in ATTENTION_UNITS:
             raise ValueError(
                 f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"
             )
+        if self.target not in TARGETS:
+            raise ValueError(f"target={self.target!r} must be one of {TARGETS}")
         if self.dtype not in SOLVE_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {SOLVE_DTYPES}")
         for entry in self.ignore:
@@ -154,12 +164,13 @@ def _is_number(value: object) -> bool:
 
 
 def _device_name(device: object) -> str:
+    """The device's name. Whether this machine has it is not asked: a config may travel."""
     try:
-        name = str(torch.device(device))  # type: ignore[call-overload]
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device={device!r} cannot be used here: {error}") from error
-    return name
+        return str(torch.device(device))  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is not a device: give a name like 'cuda', 'cuda:1' or 'cpu'"
+        ) from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""`GramStats`: second moments of a consumer's inputs, accumulated over the calibration tokens."""
+"""`GramStats`: second moments of a consumer's inputs and targets over the calibration tokens."""
 
 from __future__ import annotations
 
@@ -12,51 +12,78 @@ logger = logging.getLogger(__name__)
 
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
+# A pivot below this share of its channel's energy is rounding: a hundredfold of what a factorisation
+# of a few thousand channels leaves, and well below any damping that is asked for.
+_SMALLEST_PIVOT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @dataclass
 class GramStats:
-    """Sums over N tokens x of a consumer's inputs.
+    """Sums over N tokens of a consumer's inputs x [H] and of what it should put out, y [O].
 
     Attributes:
         gram: [H, H], X^T X = sum x x^T.
         total: [H], sum x.
         count: N.
+        cross: [O, H], Y^T X = sum y x^T; None where y is the consumer's own output W x, whose
+            sums follow from the Gram.
+        target_energy: sum ||y||^2, where there is a cross moment.
     """
 
     gram: Tensor
     total: Tensor
     count: int = 0
+    cross: Tensor | None = None
+    target_energy: float = 0.0
 
     @classmethod
-    def zeros(cls, channels: int, device: torch.device | str = "cpu") -> GramStats:
-        """Empty fp32 statistics of `channels` channels."""
-        return cls(
-            torch.zeros(channels, channels, dtype=torch.float32, device=device),
-            torch.zeros(channels, dtype=torch.float32, device=device),
-        )
+    def zeros(
+        cls, channels: int, device: torch.device | str = "cpu", outputs: int | None = None
+    ) -> GramStats:
+        """Empty fp32 statistics of `channels` inputs and, where given, `outputs` targets."""
 
-    def update_(self, x: Tensor) -> None:
-        """Add the tokens x [n, H]. Products and sums are in fp32 whatever the dtype of x."""
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float32, device=device)
+
+        cross = None if outputs is None else empty(outputs, channels)
+        return cls(empty(channels, channels), empty(channels), cross=cross)
+
+    def update_(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
+
+        Products and sums are in fp32 whatever the dtypes.
+        """
         # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
         # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
             self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
-            x = x.float()
-            self.gram.addmm_(x.T, x)
+            self.gram.addmm_(x.float().T, x.float())
         self.total += x.sum(dim=0, dtype=torch.float32)
         self.count += x.shape[0]
+        if self.cross is not None and y is not None:
+            self.cross.addmm_(y.float().T, x.float())
+            self.target_energy += y.float().square().sum().item()
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""
         self.gram += other.gram
         self.total += other.total
         self.count += other.count
+        if self.cross is not None and other.cross is not None:
+            self.cross += other.cross
+            self.target_energy += other.target_energy
 
     def to(self, dtype: torch.dtype) -> GramStats:
         """The same sums in another dtype."""
-        return GramStats(self.gram.to(dtype), self.total.to(dtype), self.count)
+        cross = None if self.cross is None else self.cross.to(dtype)
+        return GramStats(
+            self.gram.to(dtype), self.total.to(dtype), self.count, cross, self.target_energy
+        )
+
+    def cross_of(self, weight: Tensor) -> Tensor:
+        """[O, H], Y^T X; for the weight's own output it is W G."""
+        return weight @ self.gram if self.cross is None else self.cross
 
     @property
     def mean(self) -> Tensor:
@@ -101,10 +128,8 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
         system = gram.clone()
         system.diagonal().add_(used * scale)
         factor, info = torch.linalg.cholesky_ex(system)
-        # A pivot at the level of rounding, against its own channel, passes the factorisation but
-        # not the solve.
         pivots = factor.diagonal().square() / system.diagonal()
-        if not info.any() and pivots.min() > torch.finfo(gram.dtype).eps * gram.shape[0]:
+        if not info.any() and pivots.min() > _SMALLEST_PIVOT[gram.dtype]:
             break
         if used >= _LARGEST_DAMPING:
             raise FloatingPointError(

@@ -72,10 +72,6 @@ class Group:
             cost += producer.rows * (linear.in_features + (linear.bias is not None))
         return cost
 
-    def channels(self, reduction: Reduction) -> tuple[Tensor, Tensor]:
-        """The consumer's kept and removed columns, int64, ascending."""
-        return reduction.kept_channels(self.columns), reduction.removed_channels(self.columns)
-
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
         """Slice the producers to the kept units; the consumer is left for `repair_`."""
@@ -91,29 +87,21 @@ class Group:
             setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
 
     @torch.no_grad()
-    def repair_(self, reduction: Reduction, matrix: Tensor | None) -> None:
-        """Narrow the consumer to the kept units: W' = W_S + W_P B^T, or W_S without a B.
-
-        Args:
-            matrix: [K, P], B of `compensation.ridge`, in the dtype to compute in.
+    def repair_(self, weight: Tensor) -> None:
+        """Give the consumer its new weight [O, K].
 
         Raises:
-            FloatingPointError: the repaired weight does not fit the model's dtype.
+            FloatingPointError: the weight does not fit the model's dtype.
         """
         consumer = self.consumer
-        weight = consumer.weight
-        kept, removed = (index.to(weight.device) for index in self.channels(reduction))
-        narrowed = weight[:, kept]
-        if matrix is not None:
-            absorbed = weight[:, removed].to(matrix.dtype) @ matrix.T
-            narrowed = (narrowed.to(matrix.dtype) + absorbed).to(weight.dtype)
-            if not torch.isfinite(narrowed).all():
-                raise FloatingPointError(
-                    f"the repaired {self.name} overflows {weight.dtype}: use more ridge, or load "
-                    "the model in bfloat16 or float32"
-                )
-        consumer.weight = _like(weight, narrowed)
-        consumer.in_features = kept.numel()
+        fitting = weight.to(consumer.weight.dtype)
+        if not torch.isfinite(fitting).all():
+            raise FloatingPointError(
+                f"the repaired {self.name} overflows {fitting.dtype}: use more ridge, or load the "
+                "model in bfloat16 or float32"
+            )
+        consumer.weight = _like(consumer.weight, fitting)
+        consumer.in_features = fitting.shape[1]
 
 
 def _linear(layer: nn.Module, path: str, name: str) -> nn.Linear:

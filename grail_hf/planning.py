@@ -169,9 +169,17 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
-    """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU."""
+    """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
+
+    Raises ValueError where this machine does not have the wanted device.
+    """
     if wanted is not None:
-        return torch.device(wanted)
+        device = torch.device(wanted)
+        try:
+            torch.empty(1, device=device).item()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
+        return device
     if model.device.type != "cpu":
         return model.device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

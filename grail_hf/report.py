@@ -11,12 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grail_hf.compensation import RidgeMap, reconstruction_error
+from torch import Tensor
+
+from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import GrailConfig
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
-from grail_hf.reduction import Reduction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,31 +101,21 @@ class CompressionReport:
         )
 
     def add(
-        self,
-        layer: int,
-        group: Group,
-        stats: GramStats,
-        reduction: Reduction,
-        solution: RidgeMap | None,
+        self, layer: int, group: Group, stats: GramStats, kept: Tensor, repair: Repair | None
     ) -> None:
-        """Record what a reduction and its repair will do to a group that is still dense."""
-        kept, removed = group.channels(reduction)
-        pruned = reconstruction_error(group.weight, stats.gram, kept, removed, None)
-        repaired = (
-            reconstruction_error(group.weight, stats.gram, kept, removed, solution.matrix)
-            if solution
-            else pruned
-        )
+        """Record what keeping the columns `kept` and a repair do to a group that is still dense."""
+        weight = group.weight.to(stats.gram.dtype)
+        pruned = reconstruction_error(weight, weight[:, kept], stats, kept)
         self.groups.append(
             GroupReport(
                 group.name,
                 layer,
                 group.kind,
                 group.num_units,
-                reduction.kept.numel(),
+                kept.numel() // group.columns,
                 pruned,
-                repaired,
-                solution.damping if solution else None,
+                reconstruction_error(weight, repair.weight, stats, kept) if repair else pruned,
+                repair.damping if repair else None,
             )
         )
 

@@ -74,16 +74,16 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
         tr(W_u (P_uu)^-1 W_u^T),   P = (G + damping * mean(diag G) * I)^-1 over the units left,
 
     (optimal brain surgeon; Hassibi & Stork 1993). The cheapest unit goes, W and P are updated
-    exactly, and so on: unlike one-shot scores this sees that two like units can stand in for
+    exactly, and so on, from the weight that fits the target best: unlike one-shot scores this sees that two like units can stand in for
     each other, but not both go. Within partitions the units go in turns.
     """
     factor, _ = damped_cholesky(stats.gram, damping, group.name)
-    order = elimination_order(
-        group.weight.to(stats.gram.dtype),
-        torch.cholesky_inverse(factor),
-        group.columns,
-        group.partitions,
-    )
+    weight = group.weight.to(stats.gram.dtype)
+    if stats.cross is not None:
+        missing = stats.cross - weight @ stats.gram
+        weight = weight + torch.cholesky_solve(missing.mT, factor).mT
+    inverse = torch.cholesky_inverse(factor)
+    order = elimination_order(weight, inverse, group.columns, group.partitions)
     scores = torch.empty_like(order)
     scores[order] = torch.arange(order.numel(), device=order.device)
     return scores

@@ -28,18 +28,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class _MicroBatch:
-    """The hidden states of some samples, and every layer's other arguments for them."""
+    """The hidden states of some samples, and every layer's other arguments for them.
+
+    Attributes:
+        hidden: [b, T, D] in front of the layer, on the compressed path.
+        tokens: [b * T] bool, those that are not padding; None where all count.
+        calls: every layer's other arguments.
+        dense: [b, T, D] in front of the layer in the dense model, where the target needs it.
+        outputs: of each of the layer's consumers in the dense model, [b, T, O], likewise.
+    """
 
     hidden: Tensor
     tokens: Tensor | None
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    dense: Tensor | None = None
+    outputs: list[Tensor] = field(default_factory=list)
 
-    def through(self, layer: nn.Module, index: int, device: torch.device) -> Tensor:
-        """What `layer` makes of the hidden states, [b, T, D] on `device`."""
+    def through(self, layer: nn.Module, index: int, hidden: Tensor, device: torch.device) -> Tensor:
+        """What `layer` makes of `hidden`, [b, T, D] on `device`."""
         from accelerate.utils import send_to_device
 
         args, kwargs = send_to_device(self.calls[index], device)
-        return _hidden_states(layer(self.hidden.to(device), *args, **kwargs))
+        return _hidden_states(layer(hidden.to(device), *args, **kwargs))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[b, T, H] to [n, H]: the tokens that are not padding."""
+        x = x.reshape(-1, x.shape[-1])
+        return x if self.tokens is None else x[self.tokens.to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -51,12 +66,13 @@ class Block:
     layer: nn.Module
     groups: tuple[Group, ...]
     device: torch.device
+    target: str
     batches: Sequence[_MicroBatch]
     progress: tqdm[Any]
 
     @torch.no_grad()
     def collect(self, group: Group) -> GramStats:
-        """Second moments of the inputs of the group's consumer, as the layer is now.
+        """Second moments of the inputs and targets of the group's consumer, as the layer is now.
 
         The layer runs up to the consumer and no further. Padding does not count.
 
@@ -64,21 +80,43 @@ class Block:
             FloatingPointError: an input is NaN or Inf.
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
-        stats = GramStats.zeros(group.consumer.in_features, self.device)
+        consumer = group.consumer
+        outputs = None if self.target == "self" else consumer.out_features
+        stats = GramStats.zeros(consumer.in_features, self.device, outputs)
+        position = self.groups.index(group)
         for batch in self.batches:
-            x = _input_of(group.consumer, batch.through, self.layer, self.index, self.device)
-            x = x.reshape(-1, x.shape[-1])
-            stats.update_(x if batch.tokens is None else x[batch.tokens.to(x.device)])
+            with (
+                captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
+                captured_input(consumer) as inputs,
+            ):
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            target = self._target(batch, position, seen)
+            stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             self.progress.update()
         stats.check_finite(group.name)
         return stats
+
+    def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
+        """What the consumer at `position` should put out, [b, T, O]; None for its own output.
+
+        "residual" adds to the dense output what the residual stream lacks in front of it: the
+        difference of the layer's inputs, and of what earlier groups have put out.
+        """
+        if self.target == "self" or batch.dense is None:
+            return None
+        target = batch.outputs[position].to(self.device, torch.float32)
+        if self.target == "residual":
+            target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
+            for dense, compressed in zip(batch.outputs, seen, strict=False):
+                target += dense.to(self.device).float() - compressed.float()
+        return target
 
     @torch.no_grad()
     def advance(self) -> None:
         """Replace the hidden states in front of the layer by those behind it."""
         self.progress.set_postfix_str(f"{self.name} forward")
         for batch in self.batches:
-            hidden = batch.through(self.layer, self.index, self.device)
+            hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
             batch.hidden = hidden.to(batch.hidden.device)
             self.progress.update()
 
@@ -90,13 +128,15 @@ def stream(
     specs: Sequence[GroupSpec],
     batches: Sequence[dict[str, Tensor]],
     device: torch.device,
+    target: str = "self",
     seed: int = 0,
     progress: bool = True,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
 
     The hidden states stay where the model is; a layer is moved to `device` while its block is
-    out and moved back afterwards.
+    out and moved back afterwards. Targets of the dense model ("dense", "residual") take a second
+    set of hidden states, which runs through each layer before it is changed.
 
     Args:
         model: any decoder-only transformers model, whole on one device.
@@ -104,6 +144,7 @@ def stream(
         specs: the groups of a layer, in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         device: where layers run.
+        target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
     """
@@ -111,9 +152,12 @@ def stream(
     assert isinstance(layers, nn.ModuleList)
     names = {id(module): name for name, module in model.named_modules()}
     micro_batches = record_calls(model, layers, batches)
-    passes = len(layers) * (len(specs) + 1) - 1
+    passes = len(specs) + 1 + (target != "self")
     with tqdm(
-        total=passes * len(micro_batches), desc="Calibrating", unit="batch", disable=not progress
+        total=(len(layers) * passes - 1) * len(micro_batches),
+        desc="Calibrating",
+        unit="batch",
+        disable=not progress,
     ) as bar:
         for index, layer in enumerate(layers):
             name, home = names[id(layer)], next(layer.parameters()).device
@@ -123,12 +167,33 @@ def stream(
             )
             layer.to(device)
             try:
-                block = Block(index, name, layer, groups, device, micro_batches, bar)
+                block = Block(index, name, layer, groups, device, target, micro_batches, bar)
+                following = _dense_pass(block) if target != "self" else []
                 yield block
                 if index + 1 < len(layers):
                     block.advance()
+                for batch, hidden in zip(micro_batches, following, strict=False):
+                    batch.dense = hidden
             finally:
                 layer.to(home)
+
+
+def _dense_pass(block: Block) -> list[Tensor]:
+    """Run the unchanged layer on the dense hidden states; keep its consumers' outputs.
+
+    Returns the hidden states behind the layer.
+    """
+    block.progress.set_postfix_str(f"{block.name} dense forward")
+    following = []
+    for batch in block.batches:
+        hidden = batch.hidden if batch.dense is None else batch.dense
+        home = hidden.device
+        with captured_outputs([group.consumer for group in block.groups]) as outputs:
+            behind = batch.through(block.layer, block.index, hidden, block.device)
+        batch.dense, batch.outputs = hidden, [output.to(home) for output in outputs]
+        following.append(behind.to(home))
+        block.progress.update()
+    return following
 
 
 @torch.no_grad()
@@ -214,8 +279,12 @@ class _Reached(Exception):
     """The forward pass has come to the module that was waited for."""
 
 
-def _input_of(module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """The input [.., H] of `module` when `forward(*args)` comes to it; the rest does not run."""
+@contextmanager
+def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input [.., H] of `module` when the pass inside the context comes to it and stops there.
+
+    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    """
     seen: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -224,12 +293,28 @@ def _input_of(module: nn.Module, forward: Callable[..., Tensor], *args: Any) -> 
 
     handle = module.register_forward_pre_hook(take)
     try:
-        forward(*args)
+        yield seen
     except _Reached:
-        return seen[0]
+        return
     finally:
         handle.remove()
     raise RuntimeError(f"the layer's forward pass never calls its {type(module).__name__}")
+
+
+@contextmanager
+def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of `modules`, in the order in which the pass inside the context calls them."""
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append(output)
+
+    handles = [module.register_forward_hook(take) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _hidden_states(output: Any) -> Tensor:
