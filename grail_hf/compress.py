@@ -90,9 +90,12 @@ def compress(
             model, layers, plan.reduced, tokens.batches, device, config.seed, progress
         ):
             for group in block.groups:
+                width = plan.widths[group.kind][block.index]
+                if width == group.num_units:
+                    continue
                 stats = block.collect(group).to(config.torch_dtype)
                 scores = plan.select(group, stats)
-                reduction = Reduction.keep_top(scores, plan.widths[group.kind], group.partitions)
+                reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept, removed = group.channels(reduction)
                 repair = (
                     ridge(stats.gram, kept, removed, config.ridge, group.name)

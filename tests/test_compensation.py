@@ -156,6 +156,14 @@ def test_the_error_of_no_output_is_zero():
     assert reconstruction_error(draw_normal(3, 6, seed=0), gram, kept, removed, matrix) == 0
 
 
+def test_rounding_takes_no_error_below_zero():
+    """Two channels alike, but for a Gram that rounding has made indefinite."""
+    gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 - 2**-53]], dtype=F64)
+    weight, repair = torch.tensor([[0.0, 1.0]], dtype=F64), torch.ones(1, 1, dtype=F64)
+    kept, removed = torch.tensor([0]), torch.tensor([1])
+    assert reconstruction_error(weight, gram, kept, removed, repair) == 0
+
+
 @pytest.mark.parametrize("damping", [0.0, 1e-4])
 def test_a_dead_channel_neither_helps_nor_needs_help(damping):
     x = draw_normal(40, 8, seed=0)
