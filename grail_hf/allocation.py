@@ -1,7 +1,7 @@
 """How wide each kind of group becomes: one function a rule, sparsity -> widths, and `ALLOCATIONS`.
 
-A `Budget` says what a group's units cost in one decoder layer; a rule turns the budgets of a
-layer's groups and the config into the number of units that each kind keeps.
+A `Budget` says what a kind's units cost; a rule turns the budgets of all kinds and the config into
+the number of units that each kind keeps in a layer.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kind of group costs in a decoder layer.
+    """What one kind of group costs.
 
     Attributes:
-        num_units: units before.
+        num_units: units in a layer before.
         unit_cost: projection parameters that one unit holds.
-        fixed_cost: projection parameters that stay whatever the width.
+        fixed_cost: projection parameters of a layer that stay whatever the width.
         step: widths are multiples of this.
-        ignored: the group keeps its width.
+        layers: decoder layers.
+        ignored: of these, how many keep their width.
     """
 
     num_units: int
     unit_cost: int
     fixed_cost: int = 0
     step: int = 1
-    ignored: bool = False
+    layers: int = 1
+    ignored: int = 0
 
     def cost(self, width: int) -> int:
-        """Projection parameters that a group of `width` units holds."""
-        return self.fixed_cost + width * self.unit_cost
+        """Projection parameters in all layers, of which those not ignored have `width` units."""
+        units = width * (self.layers - self.ignored) + self.num_units * self.ignored
+        return self.layers * self.fixed_cost + units * self.unit_cost
 
     @property
     def widths(self) -> list[int]:
         """The widths there can be, ascending. The full width needs to be no multiple."""
-        if self.ignored:
+        if self.ignored == self.layers:
             return [self.num_units]
         return [*range(self.step, self.num_units, self.step), self.num_units]
 
@@ -51,7 +54,7 @@ Allocation = Callable[[Mapping[str, Budget], GrailConfig], dict[str, int]]
 
 
 def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int]:
-    """One width per kind for all layers, both kinds at about the same kept fraction.
+    """One width per kind for all layers not ignored, both kinds at about the same kept fraction.
 
     Attention units are coarse: their number is rounded to the nearest, and the MLP width takes up
     the difference. Where even so the total misses by more than `TOLERANCE` (a large
@@ -93,7 +96,7 @@ def _widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
     """The widths to choose from: all, or the one nearest to the kind's own sparsity."""
     if sparsity is None:
         return budget.widths
-    if budget.ignored and sparsity > 0:
+    if budget.ignored == budget.layers and sparsity > 0:
         raise ValueError(
             f"{kind}_sparsity={sparsity:g} and ignore contradict each other, since ignore keeps "
             f"the {kind} whole: drop one"
@@ -104,12 +107,16 @@ def _widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
 def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> str:
     below = sorted(value for value in reachable if value < wanted)[-3:]
     above = sorted(value for value in reachable if value > wanted)[:3]
+    remedies = ["choose one of these"]
+    if config.multiple_of > 1:
+        remedies.append("a smaller multiple_of")
+    if config.mlp_sparsity is not None or config.attention_sparsity is not None:
+        remedies.append("drop mlp_sparsity or attention_sparsity")
     return (
         f"sparsity={wanted:g} cannot be reached within {100 * TOLERANCE:g} points with "
         f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
         f"ignore={list(config.ignore)}; reachable nearby: "
-        f"{', '.join(f'{value:.4f}' for value in below + above)}. "
-        "A smaller multiple_of gives finer steps, as does leaving both kinds free"
+        f"{', '.join(f'{value:.4f}' for value in below + above)}: {', or '.join(remedies)}"
     )
 
 

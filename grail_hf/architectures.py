@@ -75,11 +75,14 @@ class Attention:
     group_size_attribute: str = "self_attn.num_key_value_groups"
 
     def group(self, config: Any, unit: str) -> GroupSpec:
-        """The attention group; `unit` is "kv_group" or "query_head" (see `GrailConfig`)."""
+        """The attention group; `unit` is "kv_group" or "query_head" (see `GrailConfig`).
+
+        With one query head to a KV head the two are the same.
+        """
         heads, kv_heads = getattr(config, self.heads_key), getattr(config, self.kv_heads_key)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         group_size = heads // kv_heads
-        if unit == "query_head":
+        if unit == "query_head" and group_size > 1:
             return GroupSpec(
                 ATTENTION,
                 num_units=heads,

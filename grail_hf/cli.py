@@ -24,7 +24,7 @@ from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.planning import choose_device, context_length, estimate, plan_compression
-from grail_hf.report import REPORT_FILE
+from grail_hf.report import REPORT_FILE, width_range
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -136,6 +136,11 @@ def compress_command(
             f"Saved as {report.new_model_type}: it computes the same function, and a stock "
             f"{report.model_type} config cannot say the new number of heads."
         )
+    if not report.uniform:
+        _console.print(
+            "The layers differ in width: load it after `import grail_hf`, or with "
+            "trust_remote_code=True."
+        )
     _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
     if as_json:
         _print_json(report.to_dict() | {"output": str(output)})
@@ -219,7 +224,9 @@ def inspect_command(
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
     for spec in plan.specs:
         table.add_row(
-            f"{spec.kind} units per layer", f"{spec.num_units:,}", f"{plan.widths[spec.kind]:,}"
+            f"{spec.kind} units per layer",
+            f"{spec.num_units:,}",
+            width_range(plan.widths[spec.kind]),
         )
     for title, (before, after) in (
         ("projection parameters", plan.projection_parameters),

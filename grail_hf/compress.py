@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf.calibration import Calibration, TokenBatches, token_batches
+from grail_hf.calibration import (
+    Calibration,
+    TokenBatches,
+    check_token_ids,
+    token_batches,
+)
 from grail_hf.compensation import ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
@@ -91,11 +96,12 @@ def compress(
             model, layers, plan.specs, tokens.batches, device, target, config.seed, progress
         ):
             for group in block.groups:
-                width = plan.widths[group.kind]
+                width = plan.widths[group.kind][block.index]
                 if width == group.num_units:
                     continue
                 stats = block.collect(group).to(config.torch_dtype)
-                reduction = Reduction.keep_top(plan.select(group, stats), width, group.partitions)
+                scores = plan.select(group, stats)
+                reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept = reduction.kept_channels(group.columns)
                 weight = group.weight.to(config.torch_dtype)
                 repair = (
@@ -121,6 +127,8 @@ def read_calibration(
 ) -> TokenBatches:
     """The calibration tokens for a model, which may be on the meta device."""
     if isinstance(calibration, TokenBatches):
+        for batch in calibration.batches:
+            check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
         return calibration
     return token_batches(
         calibration,

@@ -74,7 +74,7 @@ class GrailConfig:
     def __post_init__(self) -> None:
         if isinstance(self.ignore, (str, int)):
             object.__setattr__(self, "ignore", (self.ignore,))
-        if not isinstance(self.ignore, (tuple, list)):
+        if not isinstance(self.ignore, Iterable):
             raise ValueError(f"ignore={self.ignore!r} must be layer indices or name patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
         fractions = ("sparsity", "mlp_sparsity", "attention_sparsity")
@@ -102,8 +102,8 @@ class GrailConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if self.seq_length < 2:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
-        if not (_is_integer(self.seed) and 0 <= self.seed < 2**32):
-            raise ValueError(f"seed={self.seed!r} must be a whole number in [0, 2**32)")
+        if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
+            raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits")
         if not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
             raise ValueError(f"ridge={self.ridge!r} must be a finite number of at least 0")
         if self.attention_unit not in ATTENTION_UNITS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,6 @@ logger = logging.getLogger(__name__)
 
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
-# A pivot below this share of its channel's energy is rounding: a hundredfold of what a factorisation
-# of a few thousand channels leaves, and well below any damping that is asked for.
-_SMALLEST_PIVOT = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 @dataclass
@@ -96,13 +94,18 @@ class GramStats:
         return self.gram.diagonal()
 
     def check_finite(self, name: str) -> None:
-        """Raise FloatingPointError, naming the group, if any input was NaN or Inf."""
+        """Raise FloatingPointError, naming the group, if an input or target was NaN or Inf."""
         # An entry that is not finite makes its own channel's sum of squares not finite.
         if not torch.isfinite(self.energy).all():
             bad = int((~torch.isfinite(self.energy)).sum())
             raise FloatingPointError(
                 f"activations in {name} are NaN or Inf in {bad} of {self.energy.numel()} channels; "
                 "float16 models overflow like this: load the model in bfloat16 or float32"
+            )
+        if not math.isfinite(self.target_energy):
+            raise FloatingPointError(
+                f"the dense model's output of {name} is NaN or Inf; float16 models overflow like "
+                "this: load the model in bfloat16 or float32"
             )
 
 
@@ -128,8 +131,10 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
         system = gram.clone()
         system.diagonal().add_(used * scale)
         factor, info = torch.linalg.cholesky_ex(system)
+        # A pivot at the level of rounding, against its own channel, passes the factorisation but
+        # not the solve.
         pivots = factor.diagonal().square() / system.diagonal()
-        if not info.any() and pivots.min() > _SMALLEST_PIVOT[gram.dtype]:
+        if not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5:
             break
         if used >= _LARGEST_DAMPING:
             raise FloatingPointError(

@@ -33,7 +33,7 @@ class Plan:
         architecture: the model type's entry.
         specs: the groups of a decoder layer.
         select: scores the units of a group.
-        widths: kind -> units kept in every layer.
+        widths: kind -> units kept, one number a layer.
         config: of the compressed model.
         projection_parameters: of all decoder blocks' projections, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
@@ -42,15 +42,15 @@ class Plan:
     architecture: Architecture
     specs: tuple[GroupSpec, ...]
     select: Selector
-    widths: dict[str, int]
+    widths: dict[str, tuple[int, ...]]
     config: PreTrainedConfig
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
 
     @property
     def reduced(self) -> tuple[GroupSpec, ...]:
-        """The groups that lose units."""
-        return tuple(spec for spec in self.specs if self.widths[spec.kind] < spec.num_units)
+        """The groups that lose units in some layer."""
+        return tuple(spec for spec in self.specs if min(self.widths[spec.kind]) < spec.num_units)
 
     @property
     def sparsity(self) -> float:
@@ -66,8 +66,7 @@ def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
         TypeError: not a transformers model.
         ValueError: a selector or architecture that is not known, a model that cannot be
             compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
-            be reached, an `ignore` entry that matches nothing, widths that the stock config
-            cannot say.
+            be reached, an `ignore` entry that matches nothing, widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -76,20 +75,28 @@ def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
     layers = decoder_layers(model, architecture)
     names = {id(module): name for name, module in model.named_modules()}
     groups = [[Group(layer, spec, names[id(layer)]) for spec in specs] for layer in layers]
-    ignored = _ignored_kinds(groups, config)
+    ignored = _ignored_groups(groups, config)
     budgets = {
         group.kind: Budget(
             group.num_units,
             group.unit_cost,
             fixed_cost=group.num_parameters - group.num_units * group.unit_cost,
             step=config.multiple_of if group.kind == MLP else group.partitions,
-            ignored=group.kind in ignored,
+            layers=len(groups),
+            ignored=sum(kind == group.kind for _, kind in ignored),
         )
         for group in groups[0]
     }
-    widths = ALLOCATIONS["uniform"](budgets, config)
-    before = sum(budget.cost(budget.num_units) for budget in budgets.values()) * len(layers)
-    after = sum(budgets[kind].cost(width) for kind, width in widths.items()) * len(layers)
+    chosen = ALLOCATIONS["uniform"](budgets, config)
+    widths = {
+        kind: tuple(
+            budgets[kind].num_units if (index, kind) in ignored else width
+            for index in range(len(groups))
+        )
+        for kind, width in chosen.items()
+    }
+    before = sum(budget.cost(budget.num_units) for budget in budgets.values())
+    after = sum(budgets[kind].cost(width) for kind, width in chosen.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(
         architecture,
@@ -185,38 +192,23 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _ignored_kinds(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[str]:
-    """The kinds that keep their width in every layer.
-
-    Raises ValueError for an entry that matches nothing, and for one that would leave layers of
-    different widths, which no stock config can say.
-    """
-    hits = {
-        entry: {
+def _ignored_groups(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[tuple[int, str]]:
+    """(layer, kind) of the groups that keep their width. ValueError if an entry matches nothing."""
+    ignored: set[tuple[int, str]] = set()
+    for entry in config.ignore:
+        found = {
             (index, group.kind)
             for index, layer in enumerate(groups)
             for group in layer
             if _matches(entry, index, group.name, len(groups))
         }
-        for entry in config.ignore
-    }
-    for entry, found in hits.items():
         if not found:
             raise ValueError(
                 f"ignore={entry!r} matches nothing: there are layers 0 to {len(groups) - 1}, and "
                 f"names like {', '.join(group.name for group in groups[0])}"
             )
-    ignored: set[tuple[int, str]] = set().union(*hits.values())
-    kinds = {kind for _, kind in ignored}
-    for kind in sorted(kinds):
-        layers = sorted(index for index, hit in ignored if hit == kind)
-        if len(layers) < len(groups):
-            raise ValueError(
-                f"ignore={list(config.ignore)} keeps the {kind} of layers {layers} whole and "
-                f"narrows the others', but a stock config has one width for all layers: ignore "
-                f"the {kind} of every layer, or of none"
-            )
-    return kinds
+        ignored |= found
+    return ignored
 
 
 def _matches(entry: int | str, index: int, name: str, num_layers: int) -> bool:
@@ -255,45 +247,39 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     layers = decoder_layers(model, plan.architecture)
     length = min(config.seq_length, context_length(model) or config.seq_length)
     tokens = config.num_samples * length
-    groups = [Group(layers[0], spec, "layer") for spec in plan.specs]
     batch = min(config.batch_size, config.num_samples) * length
     item = model.dtype.itemsize
     solve_item = config.torch_dtype.itemsize
 
-    forward = gram = solve = peak = upstream = 0
-    for group in groups:
-        inputs, outputs = group.consumer.in_features, group.consumer.out_features
-        kept = plan.widths[group.kind] * group.columns
-        removed = inputs - kept
-        whole = group.num_parameters
-        narrowed = whole - (group.num_units - plan.widths[group.kind]) * group.unit_cost
-        if removed:
-            forward += 2 * tokens * (upstream + whole - inputs * outputs)
-            gram += 2 * tokens * inputs**2
-            solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
-            solve += 4 * outputs * inputs**2
-            if config.selector == "gram":
-                solve += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
-            square = inputs**2
-            statistics = 4 * square + 4 * solve_item * square
-            activations = batch * item * (3 * inputs + 2 * outputs)
-            peak = max(peak, statistics, activations + 4 * square)
-        upstream += narrowed
-    forward += 2 * tokens * upstream
-    attention = groups[0]
-    passes = len(plan.reduced) + 1
-    forward += 2 * tokens * length * attention.num_units * attention.columns * passes
+    forward = gram = solve = peak = 0
+    for index, layer in enumerate(layers):
+        upstream = passes = 0
+        for spec in plan.specs:
+            group, width = Group(layer, spec, ""), plan.widths[spec.kind][index]
+            inputs, outputs = group.consumer.in_features, group.consumer.out_features
+            kept = width * group.columns
+            removed = inputs - kept
+            if removed:
+                passes += 1
+                forward += 2 * tokens * (upstream + group.num_parameters - inputs * outputs)
+                gram += 2 * tokens * inputs**2
+                solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
+                solve += 4 * outputs * inputs**2
+                if config.selector == "gram":
+                    solve += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+                square = inputs**2
+                activations = batch * item * (3 * inputs + 2 * outputs)
+                peak = max(peak, 4 * square + max(4 * solve_item * square, activations))
+            upstream += group.num_parameters - (group.num_units - width) * group.unit_cost
+        forward += 2 * tokens * upstream
+        attention = plan.specs[0]
+        forward += 2 * tokens * length * attention.num_units * attention.columns * (passes + 1)
     layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
-    hidden = tokens * groups[0].consumer.out_features * item
+    hidden = tokens * model.config.hidden_size * item
     weights = sum(p.numel() for p in model.parameters()) * item
-    count = len(layers)
     return Estimate(
         tokens,
         accelerator_bytes=layer_bytes + peak,
         host_bytes=weights + hidden,
-        operations={
-            "forward": forward * count,
-            "gram": gram * count,
-            "select and solve": solve * count,
-        },
+        operations={"forward": forward, "gram": gram, "select and solve": solve},
     )

@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -57,7 +58,8 @@ class CompressionReport:
             another stock type that computes the same function.
         config: the settings.
         sparsity: fraction of the decoder blocks' projection parameters removed.
-        units, widths: kind -> units in a layer, before and after.
+        units: kind -> units in a layer, before.
+        widths: kind -> units after, one number a layer.
         projection_parameters, total_parameters: before and after.
         groups: one entry a group, in the order of the work.
         calibration: source, samples, tokens and fingerprint of the calibration set.
@@ -72,7 +74,7 @@ class CompressionReport:
     config: GrailConfig
     sparsity: float
     units: dict[str, int]
-    widths: dict[str, int]
+    widths: dict[str, tuple[int, ...]]
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
     groups: list[GroupReport] = field(default_factory=list)
@@ -131,6 +133,7 @@ class CompressionReport:
             "config": self.config.to_dict(),
             "projection_parameters": list(self.projection_parameters),
             "total_parameters": list(self.total_parameters),
+            "widths": {kind: list(widths) for kind, widths in self.widths.items()},
         }
 
     @classmethod
@@ -142,6 +145,7 @@ class CompressionReport:
                 "config": GrailConfig.from_dict(data["config"]),
                 "projection_parameters": tuple(data["projection_parameters"]),
                 "total_parameters": tuple(data["total_parameters"]),
+                "widths": {kind: tuple(widths) for kind, widths in data["widths"].items()},
                 "groups": [GroupReport(**group) for group in data["groups"]],
             }
         )
@@ -207,13 +211,12 @@ class CompressionReport:
             f"# {self.base_model}, {100 * self.sparsity:.1f}% of the block parameters removed",
             "",
             f"Made from {self.base_model} by grail_hf {self.versions['grail-hf']}: units chosen by "
-            f"`{self.config.selector}`, {repair}. No training. It is an ordinary "
-            f"`{self.new_model_type}` checkpoint:",
+            f"`{self.config.selector}`, {repair}. No training. {self._loading()}",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+            f'model = AutoModelForCausalLM.from_pretrained("path/or/name"{self._arguments()})',
             "```",
             "",
         ]
@@ -238,6 +241,22 @@ class CompressionReport:
         lines += ["", f"All settings and per-layer errors are in `{REPORT_FILE}`.", ""]
         return "\n".join(lines)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have one width, so that a stock config says everything."""
+        return all(len(set(widths)) == 1 for widths in self.widths.values())
+
+    def _loading(self) -> str:
+        if self.uniform:
+            return f"It is an ordinary `{self.new_model_type}` checkpoint:"
+        return (
+            f"It is a `{self.new_model_type}` checkpoint whose layers differ in width: it loads "
+            "after `import grail_hf`, or without grail_hf by the code that lies beside the weights:"
+        )
+
+    def _arguments(self) -> str:
+        return "" if self.uniform else ", trust_remote_code=True"
+
     def table(self) -> Table:
         """Widths, parameters and errors before and after, for a terminal."""
         from rich.table import Table
@@ -254,8 +273,8 @@ class CompressionReport:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [
-            (f"{kind} units per layer", f"{self.units[kind]:,}", f"{width:,}")
-            for kind, width in self.widths.items()
+            (f"{kind} units per layer", f"{self.units[kind]:,}", width_range(widths))
+            for kind, widths in self.widths.items()
         ]
         for title, (before, after) in (
             ("projection parameters", self.projection_parameters),
@@ -280,6 +299,12 @@ class CompressionReport:
                 *(f"  {title}: {before} -> {after}" for title, before, after in self._rows()),
             ]
         )
+
+
+def width_range(widths: Sequence[int]) -> str:
+    """The width of all layers, or from the narrowest to the widest."""
+    low, high = min(widths), max(widths)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _public_name(name: str | None) -> str:

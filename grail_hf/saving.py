@@ -1,8 +1,8 @@
 """Config edits: how a stock `config.json` says the new widths, and another type where it cannot.
 
-Nothing of grail_hf is needed to load the result: the live model is given the very config that a
-plain `from_pretrained` will read, and, where it moves to another model type, that type's own
-modules around the same tensors.
+Nothing of grail_hf is needed to load the result, unless widths differ between layers (see
+`modeling_grail`): the live model is given the very config that a plain `from_pretrained` will read,
+and, where it moves to another model type, that type's own modules around the same tensors.
 """
 
 from __future__ import annotations
@@ -14,42 +14,63 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.architectures import GroupSpec, Rehome
+from grail_hf.modeling_grail import AUTO_MAP, has_own_widths, layer_classes, share_config_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+ALLOW = "allow_global_per_layer_attribute_access"
 
 
 def compressed_config(
     config: PreTrainedConfig,
     specs: Sequence[GroupSpec],
-    widths: Mapping[str, int],
+    widths: Mapping[str, Sequence[int]],
     rehome: Rehome | None = None,
 ) -> PreTrainedConfig:
     """A config that says `widths`, of the same model type or, failing that, of `rehome`'s.
 
+    Where layers differ, the widest gives the config's own values, and `per_layer_config` those of
+    the others; `modeling_grail` is what reads it.
+
     Args:
         config: of the dense model; not changed.
         specs: the groups of a decoder layer.
-        widths: kind -> units kept.
+        widths: kind -> units kept, one width a decoder layer.
         rehome: where the model may move; None forbids it.
 
     Raises:
-        ValueError: neither type's stock config can say the widths.
+        ValueError: neither type's config can say the widths, or this transformers knows no config
+            whose layers differ.
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    edits: dict[str, int] = {}
+    edits: dict[str, Any] = {}
+    layers: dict[int, dict[str, int]] = {}
     for spec in specs:
-        if widths[spec.kind] < spec.num_units:
-            edits |= spec.config_values(widths[spec.kind])
+        widest = max(widths[spec.kind])
+        if min(widths[spec.kind]) < spec.num_units:
+            edits |= spec.config_values(widest)
+        for index, width in enumerate(widths[spec.kind]):
+            if width < widest:
+                own = {key: width * n for key, n in spec.config_per_unit.items()}
+                layers[index] = layers.get(index, {}) | own
+    says = ", ".join(f"{key}={value}" for key, value in edits.items())
     edited = copy.deepcopy(config)
+    if has_own_widths(edited):
+        edited.per_layer_config = None
+        del edited.auto_map, edited.__dict__[ALLOW]
+    if layers:
+        _check_own_widths(edited)
+        # The order counts: `per_layer_config` is compared with the other values. Another auto_map
+        # would name code that is not this model's.
+        edits |= {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": layers}
     try:
         for key, value in edits.items():
             setattr(edited, key, value)
         edited.validate()
         return edited
     except (StrictDataclassError, ValueError) as error:
-        says = ", ".join(f"{key}={value}" for key, value in edits.items())
         refusal = f"a stock {config.model_type} config cannot say {says} ({_reason(error)})"
         if rehome is None:
             raise ValueError(
@@ -62,6 +83,18 @@ def compressed_config(
                 f"{rehome.model_type}; choose another sparsity or attention_unit"
             ) from error
     return _rehomed(config, edits | rehome.sets, rehome.model_type)
+
+
+def _check_own_widths(config: PreTrainedConfig) -> None:
+    """Raise ValueError where no config can have layers that differ."""
+    from transformers import __version__
+
+    if not hasattr(type(config), "per_layer_config"):
+        raise ValueError(
+            f"transformers {__version__} has no config whose layers differ (per_layer_config): "
+            "update transformers, or give every layer the same width (allocation='uniform' and no "
+            "single layers in ignore)"
+        )
 
 
 def _rehomed(config: PreTrainedConfig, edits: Mapping[str, object], to: str) -> PreTrainedConfig:
@@ -94,6 +127,10 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         return
     # Replaced rather than edited: other models may have been built from the same config object.
     dense = model.config
+    kinds = tuple(layer_classes(type(model)))
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    for index, layer in enumerate(layers):
+        share_config_(layer, dense, config, index)
     module: Any
     for module in model.modules():
         if getattr(module, "config", None) is dense:
@@ -101,28 +138,30 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Turn the model into `config`'s stock causal LM around the same parameters and buffers.
+    """Turn the model into `config`'s stock causal LM: each module takes the other type's class.
 
-    The object stays the same, its submodules are new; hooks on the old ones are gone.
+    Modules stay the objects they are, with their parameters, buffers, hooks and training flags;
+    what the other type's constructor sets and this one's does not is taken from a model of the
+    other type on the meta device.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        stock = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
-    for (new_name, new), (old_name, old) in zip(
-        fresh.named_modules(), model.named_modules(), strict=True
-    ):
-        new_shapes = {name: p.shape for name, p in new.named_parameters(recurse=False)}
-        old_shapes = {name: p.shape for name, p in old.named_parameters(recurse=False)}
-        if new_name != old_name or new_shapes != old_shapes:
+    pairs = list(zip(stock.named_modules(), model.named_modules(), strict=True))
+    for (new_name, new), (name, module) in pairs:
+        expected = {key: p.shape for key, p in new.named_parameters(recurse=False)}
+        present = {key: p.shape for key, p in module.named_parameters(recurse=False)}
+        if new_name != name or expected != present:
             raise RuntimeError(
-                f"{type(model).__name__} and {type(fresh).__name__} no longer agree at "
-                f"{old_name!r}: {old_shapes} against {new_shapes} at {new_name!r}"
+                f"{type(model).__name__} and {type(stock).__name__} no longer agree: {present} at "
+                f"{name!r} against {expected} at {new_name!r}"
             )
-        new._parameters, new._buffers = old._parameters, old._buffers
-    fresh.train(model.training)
-    fresh.generation_config = model.generation_config
-    model.__class__ = fresh.__class__
-    model.__dict__ = fresh.__dict__
+    for (_, new), (_, module) in pairs:
+        state = vars(module)
+        state.update({key: value for key, value in vars(new).items() if key not in state})
+        if "config" in state:
+            state["config"] = config
+        module.__class__ = type(new)

@@ -74,8 +74,9 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
         tr(W_u (P_uu)^-1 W_u^T),   P = (G + damping * mean(diag G) * I)^-1 over the units left,
 
     (optimal brain surgeon; Hassibi & Stork 1993). The cheapest unit goes, W and P are updated
-    exactly, and so on, from the weight that fits the target best: unlike one-shot scores this sees that two like units can stand in for
-    each other, but not both go. Within partitions the units go in turns.
+    exactly, and so on, from the weight that fits the target best. Unlike one-shot scores this
+    sees that two like units can stand in for each other, but not both go. Within partitions the
+    units go in turns.
     """
     factor, _ = damped_cholesky(stats.gram, damping, group.name)
     weight = group.weight.to(stats.gram.dtype)

@@ -100,7 +100,8 @@ class Block:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
         "residual" adds to the dense output what the residual stream lacks in front of it: the
-        difference of the layer's inputs, and of what earlier groups have put out.
+        difference of the layer's inputs, and of what earlier groups have put out. The consumer's
+        bias stays, so it is no part of the target.
         """
         if self.target == "self" or batch.dense is None:
             return None
@@ -109,7 +110,8 @@ class Block:
             target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
             for dense, compressed in zip(batch.outputs, seen, strict=False):
                 target += dense.to(self.device).float() - compressed.float()
-        return target
+        bias = self.groups[position].consumer.bias
+        return target if bias is None else target - bias.float()
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -162,7 +164,7 @@ def stream(
         for index, layer in enumerate(layers):
             name, home = names[id(layer)], next(layer.parameters()).device
             groups = tuple(
-                Group(layer, spec, name, seed=seed * 2**20 + index * len(specs) + number)
+                Group(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
                 for number, spec in enumerate(specs)
             )
             layer.to(device)

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
-# Before any library reads it: nothing here may ask a hub, and offline it fails at once.
+# Before any library reads them. Nothing here may ask a hub, and offline it fails at once; the
+# models are so small that threads cost more than they give, above all beside other test processes.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -103,6 +103,11 @@ def test_both_kinds_keep_about_the_same_fraction(budgets, wanted):
     assert found <= min(abs(heads - wish) for heads in feasible) + 1e-9
 
 
+def test_of_two_equally_near_widths_attention_takes_the_wider():
+    layer = {ATTENTION: Budget(4, 100), MLP: Budget(1000, 10)}
+    assert uniform(layer, GrailConfig(sparsity=0.375))[ATTENTION] == 3
+
+
 @given(budgets())
 @few
 def test_sparsity_zero_keeps_all(budgets):

@@ -30,7 +30,7 @@ def test_compress_and_evaluate(compress_arguments, jargon_test, tmp_path):
     code, out, err = run(*compress_arguments, "--eval", jargon_test, "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert report["widths"] == {"attention": 2, "mlp": 512}
+    assert report["widths"] == {"attention": [2] * 6, "mlp": [512] * 6}
     assert report["evaluation"]["perplexity before"] < report["evaluation"]["perplexity after"]
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved
@@ -52,7 +52,7 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     code, out, err = run("inspect", tmp_path, "--sparsity", 0.3, "--json")
     assert code == 0, err
     plan = json.loads(out)
-    assert plan["widths"] == {"attention": 3, "mlp": 704}
+    assert plan["widths"] == {"attention": [3] * 6, "mlp": [704] * 6}
     assert plan["new_model_type"] == "mistral"
     before, after = plan["projection_parameters"]
     assert before == 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)

@@ -192,3 +192,21 @@ def test_damping_is_raised_as_far_as_one(damping):
 def test_what_is_no_gram_is_refused(gram, damping):
     with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"):
         damped_cholesky(gram.double(), damping, "layers.3.mlp")
+
+
+def test_targets_are_summed_beside_the_inputs():
+    """Integers, so exactly; and merged, as by another process."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-8, 8, (30, 5), generator=generator).float()
+    y = torch.randint(-8, 8, (30, 3), generator=generator).float()
+    first, second = GramStats.zeros(5, outputs=3), GramStats.zeros(5, outputs=3)
+    first.update_(x[:11], y[:11])
+    second.update_(x[11:], y[11:])
+    first.merge_(second)
+    assert torch.equal(first.cross, y.T @ x)
+    assert torch.equal(first.gram, x.T @ x)
+    assert first.target_energy == y.square().sum().item()
+    weight = torch.ones(3, 5)
+    assert torch.equal(first.cross_of(weight), y.T @ x)
+    first.cross = None
+    assert torch.equal(first.cross_of(weight), weight @ (x.T @ x))

@@ -137,8 +137,11 @@ def test_a_moved_llama_is_a_mistral_with_the_same_rotary_and_norms(saved):
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (9, 3)
     assert type(model).__name__ == "MistralForCausalLM"
     assert model.config.sliding_window is None
-    for key in ("rope_parameters", "rms_norm_eps", "hidden_act", "head_dim", "eos_token_id"):
-        assert getattr(model.config, key) == getattr(dense.config, key)
+    said, moved = dense.config.to_dict(), model.config.to_dict()
+    new = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
+    keys = said.keys() & moved.keys() - new - {"model_type", "architectures"}
+    assert {"rope_parameters", "rms_norm_eps", "pad_token_id", "head_dim"} < keys
+    assert {key: moved[key] for key in keys} == {key: said[key] for key in keys}
 
 
 def test_shards_reload(tmp_path):
@@ -156,7 +159,7 @@ def test_a_reloaded_model_can_be_compressed_again(saved):
     again = AutoModelForCausalLM.from_pretrained(saved.folder / name)
     report = compress(again)
     assert report.base_model == name
-    assert (report.model_type, report.widths["attention"]) == ("mistral", 2)
+    assert (report.model_type, set(report.widths["attention"])) == ("mistral", {2})
     assert torch.isfinite(logits(again, batches())).all()
 
 
@@ -239,7 +242,7 @@ def test_the_table_and_the_text_say_the_widths(saved, name):
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(report.table())
     for text in (str(report), console.export_text()):
-        for kind, width in report.widths.items():
+        for kind, (width, *_) in report.widths.items():
             line = next(line for line in text.splitlines() if f"{kind} units" in line)
             assert str(width) in line and str(report.units[kind]) in line
 

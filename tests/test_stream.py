@@ -172,3 +172,54 @@ def test_tensors_that_differ_in_value_shape_or_dtype_are_stored_apart():
     assert shared.store((zeros.clone(),))[0] is zeros
     for other in (torch.ones(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int64)):
         assert shared.store((other,))[0] is other
+
+
+@pytest.mark.parametrize("target", ["dense", "residual"])
+@pytest.mark.parametrize("case", ["llama", "qwen2-mixed"])
+def test_targets_lead_back_to_the_dense_model(case, target):
+    """Y^T X and ||Y||^2 against hooks on a dense model and on one whose first layer is pruned."""
+    model, dense = tiny_model(case), tiny_model(case)
+    path = ARCHITECTURES[model.config.model_type].layers
+    specs, inputs = specs_of(model), batches()
+    found = {}
+    for block in stream(model, path, specs, inputs, CPU, target, progress=False):
+        for group in block.groups:
+            found[block.index, group.kind] = block.collect(group)
+            if block.index == 0:  # from here on the two paths differ
+                group.consumer.weight.data[:, ::3] = 0
+
+    for index in range(2):
+        for spec in specs:
+            x, y = [], []
+            for batch in inputs:
+                mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+                state = [consumer_states(m, index, spec, batch) for m in (dense, model)]
+                (_, output, residual), (own, _, compressed) = state
+                goal = output if target == "dense" else output + residual - compressed
+                x.append(own[mask].flatten(0, -2))
+                y.append(goal[mask].flatten(0, -2))
+            x, y = torch.cat(x), torch.cat(y)
+            stats = found[index, spec.kind]
+            if index == 0 and spec is specs[0]:
+                continue  # its consumer was still whole when its moments were taken
+            torch.testing.assert_close(stats.cross, y.T @ x, rtol=1e-4, atol=1e-3)
+            assert stats.target_energy == pytest.approx(y.square().sum().item(), rel=1e-4)
+
+
+def consumer_states(model, index, spec, batch):
+    """The consumer's input and output, and the residual stream that the output is added to."""
+    layer = layers_of(model)[index]
+    seen = {}
+    before_mlp = layer.post_attention_layernorm
+    handles = [
+        layer.get_submodule(spec.consumer).register_forward_hook(
+            lambda _, inputs, output: seen.update(input=inputs[0], output=output)
+        ),
+        layer.register_forward_pre_hook(lambda _, inputs: seen.update(attention=inputs[0])),
+        before_mlp.register_forward_pre_hook(lambda _, inputs: seen.update(mlp=inputs[0])),
+    ]
+    with torch.no_grad():
+        model.base_model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen["input"], seen["output"], seen[spec.kind]

@@ -1,8 +1,8 @@
 """Tiny random models, a case an architecture and one a variant, and token batches for them.
 
 The sizes differ from each other and are odd where they may be, so that a mistaken one does not
-fit. The weights are large, and biases and norms random, so that the functions are far from linear
-and nothing that is forgotten is near its neutral value.
+fit. The weights are large, biases and norms random, and settings are no defaults, so that the
+functions are far from linear and nothing that is forgotten is near its neutral value.
 """
 
 import torch
@@ -21,6 +21,10 @@ SIZES = {
     "head_dim": 10,
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+    "rms_norm_eps": 1e-2,
+    "attention_dropout": 0.5,
+    "pad_token_id": 3,
 }
 
 # name -> what its config has besides SIZES (None: it lacks the key); the model type is the name
@@ -36,7 +40,18 @@ CASES = {
     },
     "llama-multi-head": {"model_type": "llama", "num_key_value_heads": 12},
     "llama-derived-head-dim": {"model_type": "llama", "head_dim": None},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-tied-scaled-rope": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 50.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "mistral": {"sliding_window": None},
     "mistral-sliding": {"model_type": "mistral", "sliding_window": 7},
     "qwen2": {},
@@ -51,13 +66,7 @@ CASES = {
     "qwen3-biases": {"model_type": "qwen3", "attention_bias": True},
 }
 
-# With one query head to a KV head there is no query head to remove from a group.
-CASES_AND_UNITS = [
-    (case, unit)
-    for case in CASES
-    for unit in ATTENTION_UNITS
-    if (case, unit) != ("llama-multi-head", "query_head")
-]
+CASES_AND_UNITS = [(case, unit) for case in CASES for unit in ATTENTION_UNITS]
 
 
 def tiny_config(case, **changes):

@@ -1,0 +1,208 @@
+"""Decoder layers of different widths, in transformers' own models.
+
+A checkpoint that grail_hf has made narrower by different amounts in different layers lists them
+in its config under transformers' own `per_layer_config`, which most model code does not read.
+This file closes that gap. It needs torch and transformers alone, and is used in two ways:
+
+- `import grail_hf` installs it: from then on such a checkpoint loads like any other.
+- A copy lies beside the weights: `from_pretrained(…, trust_remote_code=True)` runs it, and
+  grail_hf is not needed.
+
+Either way the model is one of the stock class. Each decoder layer is built with its own layer's
+config. Models of other configs are built as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+MODELS = "transformers.modeling_utils"
+MARK = "_knows_grail"
+
+
+class GrailForCausalLM:
+    """What the config's `auto_map` names: gives the stock causal LM of the config.
+
+    The methods are those that transformers calls of a class that it finds beside the weights.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> Any:
+        install_hook()
+        return _stock_causal_lm(config).from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        install_hook()
+        return _stock_causal_lm(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: `auto_map` is in the config, and the config brings this file along."""
+
+
+def _stock_causal_lm(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping[type(config)]
+
+
+AUTO_MAP = {"AutoModelForCausalLM": f"modeling_grail.{GrailForCausalLM.__name__}"}
+
+
+def has_own_widths(config: Any) -> bool:
+    """Whether grail_hf made this config, with widths that differ between layers."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    name = auto_map.get("AutoModelForCausalLM")
+    # Older transformers write `repository--module.class` where the code came from a repository.
+    ours = isinstance(name, str) and name.endswith(AUTO_MAP["AutoModelForCausalLM"])
+    return ours and getattr(config, "is_heterogeneous", False)
+
+
+def install_hook() -> None:
+    """Let transformers build, load and save such models; at once, or when it loads its models.
+
+    Changes `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`, each once.
+    """
+    if MODELS in sys.modules:
+        _patch_(sys.modules[MODELS])
+    elif not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PatchOnImport())
+
+
+class _PatchOnImport(MetaPathFinder):
+    """Patches transformers' models right after their import, which it does not cause."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                _patch_(module)
+
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+
+def _patch_(models: ModuleType) -> None:
+    model_class, config_class = models.PreTrainedModel, models.PreTrainedConfig
+    build, save = model_class.__init__, config_class.save_pretrained
+    if hasattr(build, MARK):
+        return
+
+    @functools.wraps(build)
+    def build_model(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        # Runs before the model's own `__init__` makes its layers.
+        build(self, config, *args, **kwargs)
+        if has_own_widths(config):
+            for layer_class in layer_classes(type(self)):
+                _patch_layer_class_(layer_class)
+
+    @functools.wraps(save)
+    def save_config(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, save_directory, *args, **kwargs)
+        if has_own_widths(self):
+            here = Path(__file__)
+            Path(save_directory, here.name).write_bytes(here.read_bytes())
+
+    setattr(build_model, MARK, True)
+    model_class.__init__, config_class.save_pretrained = build_model, save_config
+
+
+def layer_classes(model_class: type) -> Iterator[type]:
+    """The classes of a model's decoder layers: those that transformers keeps on one device."""
+    for name in getattr(model_class, "_no_split_modules", None) or ():
+        for base in model_class.__mro__:
+            found = getattr(sys.modules.get(base.__module__), name, None)
+            if isinstance(found, type):
+                yield found
+                break
+
+
+def _patch_layer_class_(layer_class: Any) -> None:
+    """Let `layer_class(config, layer_idx)` read its own layer's config while it is built."""
+    build = layer_class.__init__
+    signature = inspect.signature(build)
+    if hasattr(build, MARK) or not {"config", "layer_idx"} <= signature.parameters.keys():
+        return
+
+    @functools.wraps(build)
+    def build_layer(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        call = signature.bind(self, *args, **kwargs)
+        config, index = call.arguments["config"], call.arguments.get("layer_idx")
+        if index is None or not has_own_widths(config):
+            build(self, *args, **kwargs)
+            return
+        own = call.arguments["config"] = config.per_layer_config[index]
+        build(*call.args, **call.kwargs)
+        share_config_(self, own, config, index)
+
+    setattr(build_layer, MARK, True)
+    layer_class.__init__ = build_layer
+
+
+def share_config_(layer: nn.Module, old: Any, config: Any, index: int) -> None:
+    """Give `config` to the layer's modules that hold `old`, or widths of their own over it.
+
+    A module that kept a copy would not see later changes of the model's config, such as another
+    attention implementation, and compute something else without a word.
+
+    Args:
+        layer: the decoder layer.
+        old: the config that is replaced.
+        config: the model's.
+        index: the layer's.
+    """
+    names = config.per_layer_attributes or set()
+    widths = {name: getattr(config.per_layer_config[index], name) for name in names}
+    module: Any
+    for module in layer.modules():
+        held = vars(module).get("config")
+        if held is old or isinstance(held, LayerConfig):
+            reads = widths.keys() & _names_read_after_init(type(module))
+            module.config = LayerConfig(config, widths) if reads else config
+
+
+def _names_read_after_init(module_class: type) -> set[str]:
+    methods = inspect.getmembers(module_class, inspect.isfunction)
+    return {
+        name
+        for method, function in methods
+        if method != "__init__"
+        for name in inspect.unwrap(function).__code__.co_names
+    }
+
+
+class LayerConfig:
+    """The model's live config, under one layer's widths.
+
+    For the few modules that read a width from their config when they run, not when they are built.
+    """
+
+    def __init__(self, config: Any, widths: dict[str, Any]) -> None:
+        vars(self).update(widths, _config=config)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is not among the widths. Copying asks before there is a `_config`.
+        if name == "_config" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._config, name)

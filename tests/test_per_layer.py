@@ -1,0 +1,477 @@
+"""Widths that differ between layers: one checkpoint, which loads with grail_hf or as remote code.
+
+The models are narrowed by hand. Two oracles: a dense model whose removed columns are zero computes
+the same, and whatever is loaded computes the same bits as the live model.
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    CASES_AND_UNITS,
+    batches,
+    layers_of,
+    logits,
+    relative_error,
+    specs_of,
+    tiny_config,
+    tiny_model,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from grail_hf import ARCHITECTURES, compress
+from grail_hf.architectures import ATTENTION, MLP
+from grail_hf.groups import Group
+from grail_hf.modeling_grail import AUTO_MAP, LayerConfig, has_own_widths
+from grail_hf.reduction import Reduction
+from grail_hf.saving import apply_config_, compressed_config
+
+# Runs alone: loads every folder in one way, says what it found as JSON, and saves it again.
+LOADER = """
+import json, sys
+from pathlib import Path
+import torch
+
+way, source, target, threads = sys.argv[1:]
+folders = sorted(Path(source).iterdir())
+torch.set_num_threads(int(threads))
+said = {"found": {}, "plain": {}}
+if way == "grail_hf":
+    import grail_hf
+    from grail_hf.modeling_grail import _PatchOnImport, install_hook
+
+    def waiting():
+        return sum(isinstance(finder, _PatchOnImport) for finder in sys.meta_path)
+
+    install_hook()
+    said["waiting"] = [waiting(), "transformers.modeling_utils" in sys.modules]
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+
+if way == "grail_hf":
+    install_hook()
+    build = PreTrainedModel.__init__
+    said["waiting"].append(waiting())
+    said["patched once"] = not hasattr(build.__wrapped__, "__wrapped__")
+untouched = MistralDecoderLayer.__init__
+AutoModelForCausalLM.from_config(
+    AutoConfig.for_model(
+        "mistral", vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )
+)
+said["normal is untouched"] = MistralDecoderLayer.__init__ is untouched
+how = {}
+if way == "remote code":
+    for folder in folders:  # before any remote code has run
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+        except RuntimeError as error:
+            said["plain"][folder.name] = str(error)
+    how = {"trust_remote_code": True}
+for folder in folders:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    model.save_pretrained(Path(target) / folder.name, max_shard_size="50KB")
+    again = AutoModelForCausalLM.from_pretrained(Path(target) / folder.name, **how)
+    built = AutoModelForCausalLM.from_config(model.config, **how)
+    expected = torch.load(folder / "expected.pt")
+    with torch.no_grad():
+        equal = [
+            torch.equal(m(**batch, use_cache=False).logits[mask], logits[mask])
+            for m in (model, again)
+            for batch, logits in zip(expected["batches"], expected["logits"])
+            for mask in [batch["attention_mask"].bool()]
+        ]
+    said["found"][folder.name] = {
+        "equal": equal,
+        "problems": {key: list(map(str, value)) for key, value in info.items() if value},
+        "class": f"{type(model).__module__}.{type(model).__name__}",
+        "from_config": {n: p.shape for n, p in built.named_parameters()}
+        == {n: p.shape for n, p in model.named_parameters()},
+    }
+said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
+print(json.dumps(said))
+"""
+
+# unit -> kind -> one width a layer. The first leaves no layer with every head, and llamas move to
+# mistral; in the second a layer keeps every head, and none every channel.
+WIDTHS = {
+    "kv_group": {ATTENTION: (3, 1, 2), MLP: (83, 40, 57)},
+    "query_head": {ATTENTION: (8, 12, 4), MLP: (50, 61, 50)},
+}
+
+every_case = pytest.mark.parametrize(("case", "unit"), CASES_AND_UNITS)
+
+
+def narrowed(case, unit, widths=None, **changes):
+    """A model with layers of different widths, and the dense one that computes the same."""
+    widths = widths or WIDTHS[unit]
+    model = tiny_model(case, **changes)
+    masked = copy.deepcopy(model)
+    specs = specs_of(model, unit)
+    config = compressed_config(
+        model.config, specs, widths, ARCHITECTURES[model.config.model_type].rehome
+    )
+    for index, (layer, twin) in enumerate(zip(layers_of(model), layers_of(masked), strict=True)):
+        for spec in specs:
+            scores = torch.rand(spec.num_units, generator=torch.Generator().manual_seed(index))
+            reduction = Reduction.keep_top(scores, widths[spec.kind][index], spec.partitions)
+            group = Group(layer, spec, f"layers.{index}")
+            consumer = Group(twin, spec, "twin").consumer
+            consumer.weight.data[:, reduction.removed_channels(spec.columns)] = 0
+            group.shrink_(reduction)
+            group.repair_(group.weight[:, reduction.kept_channels(spec.columns)])
+    apply_config_(model, config)
+    return model, masked
+
+
+def is_shared(model):
+    """Whether every module of the model that holds a config holds the live one."""
+    return all(vars(m).get("config", model.config) is model.config for m in model.modules())
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Every case's model and its masked twin. Not to be changed."""
+    return {(case, unit): narrowed(case, unit) for case, unit in CASES_AND_UNITS}
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for (case, unit), (model, _) in made.items():
+        model.save_pretrained(folder / f"{case}-{unit}")
+        with torch.no_grad():
+            expected = [model(**batch, use_cache=False).logits for batch in batches()]
+        expected = {"batches": batches(), "logits": expected}
+        torch.save(expected, folder / f"{case}-{unit}" / "expected.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(saved, tmp_path_factory):
+    """What processes of their own make of the saved folders: way -> what LOADER prints."""
+    running = {}
+    for way in ("grail_hf", "remote code"):
+        folder = tmp_path_factory.mktemp("loaded")
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        env["HF_MODULES_CACHE"] = str(folder / "code")
+        again = folder / "again"
+        arguments = [way, saved, again, str(torch.get_num_threads())]
+        process = subprocess.Popen(
+            [sys.executable, "-c", LOADER, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=env,
+        )
+        running[way] = process, again
+    loaded = {}
+    for way, (process, again) in running.items():
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        loaded[way] = json.loads(out.splitlines()[-1]) | {"again": again}
+    return loaded
+
+
+# Live
+
+
+@every_case
+def test_it_computes_what_the_dense_model_does_without_the_removed_columns(made, case, unit):
+    model, masked = made[case, unit]
+    assert relative_error(logits(model, batches()), logits(masked, batches())) < 1e-5
+    assert is_shared(model)
+
+
+@every_case
+def test_the_config_names_the_layers_that_are_not_the_widest(made, case, unit):
+    model, masked = made[case, unit]
+    said = json.loads(model.config.to_json_string())
+    dense = masked.config
+    widths = WIDTHS[unit]
+    per_unit = {spec.kind: spec.config_per_unit for spec in specs_of(masked, unit)}
+    for kind, keys in per_unit.items():
+        for key, n in keys.items():
+            assert said[key] == n * max(widths[kind])
+            for index, width in enumerate(widths[kind]):
+                listed = said["per_layer_config"].get(str(index), {})
+                expected = None if width == max(widths[kind]) else n * width
+                assert listed.get(key) == expected
+    assert said["auto_map"] == AUTO_MAP
+    assert said["model_type"] == model.config.model_type
+    heads = said["num_attention_heads"]
+    moved = dense.model_type == "llama" and dense.hidden_size % heads != 0
+    assert model.config.model_type == ("mistral" if moved else dense.model_type)
+    assert type(model).__module__.startswith("transformers.models.")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equal_widths_make_a_stock_config(case):
+    model = tiny_model(case)
+    specs = specs_of(model)
+    widths = {spec.kind: [spec.num_units // 2] * 3 for spec in specs}
+    config = compressed_config(model.config, specs, widths)
+    assert not config.is_heterogeneous
+    said = config.to_dict()
+    assert not {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"} & {*said}
+    assert said["intermediate_size"] == 41
+    assert said["num_attention_heads"] == model.config.num_attention_heads // 2
+
+
+@pytest.mark.parametrize(
+    ("case", "unit", "heads", "channels"),
+    [
+        ("qwen3", "kv_group", (2, 2, 2), (70, 80, 70)),
+        ("qwen3", "query_head", (4, 4, 8), (83, 83, 83)),
+        # 9 heads do not divide 48, but only the widest layer's are asked to.
+        ("llama", "kv_group", (4, 3, 1), (60, 60, 60)),
+    ],
+)
+def test_one_kind_may_differ_alone(tmp_path, case, unit, heads, channels):
+    model, masked = narrowed(case, unit, {ATTENTION: heads, MLP: channels})
+    assert model.config.model_type == case
+    assert relative_error(logits(model, batches()), logits(masked, batches())) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
+
+
+def test_a_config_with_own_widths_can_become_one_of_equal_widths_and_back(made):
+    model, _ = made["qwen3", "kv_group"]
+    before = model.config.to_dict()
+    specs = specs_of(model)
+    equal = compressed_config(model.config, specs, {ATTENTION: [1] * 3, MLP: [30] * 3})
+    assert not {"per_layer_config", "auto_map"} & equal.to_dict().keys()
+    other = compressed_config(model.config, specs, {ATTENTION: (2, 1, 2), MLP: (40, 40, 50)})
+    assert [c.num_key_value_heads for c in other.per_layer_config] == [2, 1, 2]
+    assert [c.intermediate_size for c in other.per_layer_config] == [40, 40, 50]
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("changes", [{"mlp_bias": True}, {"attention_bias": True}])
+def test_heads_that_no_config_can_say_are_refused(changes):
+    config = tiny_config("llama", **changes)
+    architecture = ARCHITECTURES["llama"]
+    with pytest.raises(ValueError, match="num_attention_heads=9"):
+        compressed_config(
+            config, architecture.groups(config), WIDTHS["kv_group"], architecture.rehome
+        )
+
+
+def test_a_transformers_without_per_layer_configs_is_refused(monkeypatch):
+    config = tiny_config("qwen3")
+    specs = ARCHITECTURES["qwen3"].groups(config)
+    owner = next(c for c in PreTrainedConfig.__mro__ if "per_layer_config" in vars(c))
+    monkeypatch.delattr(owner, "per_layer_config")
+    with pytest.raises(ValueError, match="update transformers"):
+        compressed_config(config, specs, WIDTHS["kv_group"])
+
+
+# Loaded
+
+
+@pytest.mark.parametrize("way", ["grail_hf", "remote code"])
+@every_case
+def test_it_loads_bit_for_bit_and_again_after_another_save(made, loaded, way, case, unit):
+    model, _ = made[case, unit]
+    found = loaded[way]["found"][f"{case}-{unit}"]
+    assert found["problems"] == {}
+    assert found["equal"] == [True] * 2 * len(batches())
+    assert found["class"] == f"{type(model).__module__}.{type(model).__name__}"
+    assert found["from_config"]
+    again = loaded[way]["again"] / f"{case}-{unit}"
+    assert len(list(again.glob("model-*.safetensors"))) > 1
+    assert (again / "modeling_grail.py").read_text().startswith('"""Decoder layers of different')
+    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+@every_case
+def test_plain_transformers_refuses_it(loaded, case, unit):
+    assert "mismatch" in loaded["remote code"]["plain"][f"{case}-{unit}"]
+
+
+def test_only_what_is_asked_for_is_imported_and_normal_models_are_untouched(loaded):
+    assert loaded["remote code"]["modules"] == []
+    assert all(way["normal is untouched"] for way in loaded.values())
+
+
+def test_the_hook_waits_for_transformers_models_and_patches_once(loaded):
+    assert loaded["grail_hf"]["waiting"] == [1, False, 0]
+    assert loaded["grail_hf"]["patched once"]
+
+
+# Used
+
+
+@pytest.fixture(scope="module")
+def reloaded(saved):
+    def load(case, unit, **settings):
+        return AutoModelForCausalLM.from_pretrained(saved / f"{case}-{unit}", **settings)
+
+    return load
+
+
+@every_case
+def test_a_copy_computes_the_same_and_shares_its_own_config(made, reloaded, case, unit):
+    live, _ = made[case, unit]
+    for model in (live, reloaded(case, unit)):
+        twin = copy.deepcopy(model)
+        assert twin.config is not model.config and is_shared(twin)
+        assert torch.equal(logits(twin, batches()), logits(live, batches()))
+
+
+@every_case
+def test_it_is_dispatched(made, reloaded, case, unit):
+    model = reloaded(case, unit, device_map="auto")
+    actual = logits(model, [{k: v.to(model.device) for k, v in b.items()} for b in batches()])
+    assert relative_error(actual.cpu(), logits(made[case, unit][0], batches())) < 1e-5
+
+
+@every_case
+def test_the_live_and_the_loaded_model_follow_another_attention(made, reloaded, case, unit):
+    live, masked = (copy.deepcopy(model) for model in made[case, unit])
+    expected = logits(masked, batches())
+    for model in (live, reloaded(case, unit)):
+        assert is_shared(model)
+        model.set_attn_implementation("eager")
+        assert is_shared(model)
+        out = model(**batches()[0], output_attentions=True, use_cache=False)
+        heads = [attention.shape[1] for attention in out.attentions]
+        assert heads == [c.num_attention_heads for c in model.config.per_layer_config]
+        assert relative_error(logits(model, batches()), expected) < 1e-5
+
+
+@every_case
+def test_caches_hold_as_many_heads_as_the_layer_has(made, case, unit):
+    model, masked = made[case, unit]
+    batch = batches()[0]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    runs = [
+        model.generate(**batch, **settings, **how)
+        for how in ({"use_cache": False}, {"use_cache": True}, {"cache_implementation": "static"})
+    ]
+    runs.append(masked.generate(**batch, **settings, use_cache=False))
+    assert all(torch.equal(run, runs[0]) for run in runs)
+    assert runs[0].shape[1] == batch["input_ids"].shape[1] + 8
+
+
+@every_case
+def test_it_trains_with_gradient_checkpointing(reloaded, case, unit):
+    gradients = []
+    for checkpointing in (False, True):
+        model = reloaded(case, unit).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        batch = batches()[0]
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    before = logits(model.eval(), batches())
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(logits(model, batches()), before)
+
+
+def test_other_heads_than_a_causal_lm_load(saved):
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    folder = saved / "qwen3-kv_group"
+    body, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert classifier(**batches()[0]).logits.shape == (8, 2)
+    assert is_shared(classifier)
+    assert [m.mlp.down_proj.in_features for m in body.layers] == [83, 40, 57]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_normal_model_is_built_with_its_own_config(made, case):
+    """The classes have been changed by now."""
+    model = tiny_model(case)
+    assert is_shared(model)
+    assert {m.mlp.down_proj.in_features for m in layers_of(model)} == {83}
+
+
+def test_normal_models_are_saved_without_the_file(tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_module_that_reads_a_width_when_it_runs_sees_its_own_and_later_changes():
+    """phi3 does; it is no known architecture yet, so nothing is compressed here."""
+    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "pad_token_id": 3}
+    config = AutoConfig.for_model(
+        "phi3", **sizes, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3
+    )
+    config.head_dim = 8
+    config.allow_global_per_layer_attribute_access = True
+    config.auto_map = dict(AUTO_MAP)
+    config.per_layer_config = {1: {"num_attention_heads": 2, "num_key_value_heads": 1}}
+    model = AutoModelForCausalLM.from_config(config).eval()
+    own = [layer.self_attn.config for layer in model.model.layers]
+    assert all(isinstance(c, LayerConfig) for c in own)
+    expected = logits(model, batches())
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    own = [layer.self_attn.config for layer in twin.model.layers]
+    assert [c.num_attention_heads for c in own] == [6, 2]
+    assert [c._attn_implementation for c in own] == ["eager"] * 2
+    assert relative_error(logits(twin, batches()), expected) < 1e-5
+    assert own[0].hidden_size == 48
+    with pytest.raises(AttributeError, match="no_such_key"):
+        _ = own[0].no_such_key
+
+
+def test_a_lora_trains_on_it(reloaded):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(reloaded("qwen3", "kv_group"), settings)
+    batch = batches()[0]
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_config_of_our_own_making_alone_wakes_the_hook():
+    def config(name, different):
+        return SimpleNamespace(auto_map=name, is_heterogeneous=different)
+
+    ours = AUTO_MAP["AutoModelForCausalLM"]
+    assert has_own_widths(config({"AutoModelForCausalLM": ours}, True))
+    assert has_own_widths(config({"AutoModelForCausalLM": f"me/smaller--{ours}"}, True))
+    assert not has_own_widths(config({"AutoModelForCausalLM": ours}, False))
+    assert not has_own_widths(config({"AutoModelForCausalLM": "modeling_x.X"}, True))
+    assert not has_own_widths(config(None, True))
+    assert not has_own_widths(SimpleNamespace())
+
+
+@pytest.mark.parametrize("ignore", [(0,), ("layers.1.mlp", -1)])
+def test_compress_leaves_single_layers_whole(tmp_path, ignore):
+    """The others take what the ignored ones keep, and the result loads with grail_hf imported."""
+    model = tiny_model("llama")
+    report = compress(
+        model, calibration=batches(), sparsity=0.3, ignore=ignore, multiple_of=1, progress=False
+    )
+    assert report.sparsity == pytest.approx(0.3, abs=0.005)
+    assert not report.uniform
+    layers = range(model.config.num_hidden_layers)
+    whole = {layer for layer in layers if report.widths[MLP][layer] == report.units[MLP]}
+    assert whole == ({0} if ignore == (0,) else {1, layers[-1]})
+    model.save_pretrained(tmp_path)
+    report.save(tmp_path)
+    assert "trust_remote_code=True" in (tmp_path / "README.md").read_text()
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
