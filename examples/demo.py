@@ -29,12 +29,11 @@ DENSE = EXAMPLES / "tiny-llama"
 TRAIN, TEST = EXAMPLES / "text" / "jargon-train.txt", EXAMPLES / "text" / "jargon-test.txt"
 
 SEQ_LENGTH = 256
-SPARSITIES = (0.3, 0.5, 0.7)
 SHOWN = 0.5
 METHODS = {
-    "Wanda, pruned only": {"selector": "wanda", "compensate": False},
-    "Wanda + GRAIL": {"selector": "wanda"},
-    "gram + GRAIL": {"selector": "gram"},
+    "Wanda, pruned only": ({"selector": "wanda", "compensate": False}, (0.3, 0.5, 0.7)),
+    "Wanda + GRAIL": ({"selector": "wanda"}, (SHOWN,)),
+    "gram + GRAIL": ({"selector": "gram"}, (0.3, 0.5, 0.7)),
 }
 PROMPT = "hacker /n./ [originally, someone who makes furniture with an axe] 1. A person who"
 
@@ -61,8 +60,8 @@ def main() -> None:
     dense = load()
     rows = [measure("dense", 0.0, dense, tokenizer, reference=None)]
     samples = {"dense": continuation(dense, tokenizer)}
-    for sparsity in SPARSITIES:
-        for name, settings in METHODS.items():
+    for name, (settings, sparsities) in METHODS.items():
+        for sparsity in sparsities:
             console.print(f"{name}, sparsity {sparsity}")
             model = load()
             start = time.perf_counter()
@@ -155,9 +154,10 @@ def results_table(rows: list[dict]) -> Table:
 def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     dense = rows[0]["perplexity"]
-    for (name, _), marker in zip(METHODS.items(), "os^", strict=True):
-        points = [(0.0, dense)]
-        points += [(r["sparsity"], r["perplexity"]) for r in rows if r["name"] == name]
+    for name, marker in zip(METHODS, "os^", strict=True):
+        points = [(r["sparsity"], r["perplexity"]) for r in rows if r["name"] == name]
+        if len(points) > 1:
+            points.insert(0, (0.0, dense))
         axes.plot(*zip(*points, strict=True), marker=marker, label=name)
     axes.axhline(dense, color="grey", linestyle=":", label="dense")
     axes.set_yscale("log")
