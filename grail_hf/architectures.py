@@ -33,6 +33,8 @@ class GroupSpec:
         num_units: units there are.
         producers: the projections that shrink with the units.
         consumer: path, inside the decoder layer, of the projection that reads the units.
+        linear: the producer in whose weight the block's output is linear, all else fixed; None
+            where there is none.
         columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
         partitions: the units form this many equal runs, each of which keeps equally many.
         unshrunk: projections of the block that stay whole whatever the width.
@@ -46,6 +48,7 @@ class GroupSpec:
     producers: tuple[Producer, ...]
     consumer: str
     columns: int
+    linear: str | None = None
     partitions: int = 1
     unshrunk: tuple[str, ...] = ()
     config_per_unit: dict[str, int] = field(default_factory=dict)
@@ -89,6 +92,7 @@ class Attention:
                 producers=(Producer(self.query, head_dim),),
                 consumer=self.output,
                 columns=head_dim,
+                linear=self.value,
                 partitions=kv_heads,
                 unshrunk=(self.key, self.value),
                 config_per_unit={self.heads_key: 1},
@@ -105,6 +109,7 @@ class Attention:
             ),
             consumer=self.output,
             columns=group_size * head_dim,
+            linear=self.value,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
             config_pinned={"head_dim": head_dim},
         )
@@ -115,6 +120,7 @@ class Mlp:
     """Paths inside a decoder layer, and the config key, of a (gated) MLP."""
 
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    linear: str | None = "mlp.up_proj"
     output: str = "mlp.down_proj"
     width_key: str = "intermediate_size"
     width_attribute: str = "mlp.intermediate_size"
@@ -126,6 +132,7 @@ class Mlp:
             producers=tuple(Producer(path, 1) for path in self.inputs),
             consumer=self.output,
             columns=1,
+            linear=self.linear,
             config_per_unit={self.width_key: 1},
             attributes={self.width_attribute: 1},
         )

@@ -81,6 +81,12 @@ def compress_command(
     attention_sparsity: AttentionSparsity = None,
     selector: SelectorName = _DEFAULTS.selector,
     compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
+    target: Annotated[
+        str, typer.Option(help="What a repaired block should put out: self, dense or residual.")
+    ] = _DEFAULTS.target,
+    refit: Annotated[
+        int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
+    ] = _DEFAULTS.refit,
     ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
     calibration: Annotated[
         list[str] | None,

@@ -33,6 +33,7 @@ from grail_hf.planning import (
     vocabulary_size,
 )
 from grail_hf.reduction import Reduction
+from grail_hf.refit import refit_
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
 from grail_hf.stream import stream
@@ -112,6 +113,12 @@ def compress(
                 report.add(block.index, group, stats, kept, repair)
                 group.shrink_(reduction)
                 group.repair_(repair.weight if repair else group.weight[:, kept])
+                if repair and config.refit:
+                    refit_(block, group, config.refit)
+                    stats = block.collect(group).to(config.torch_dtype)
+                    everything = torch.arange(len(kept), device=kept.device)
+                    weight = group.weight.to(config.torch_dtype)
+                    group.repair_(ridge(weight, stats, everything, config.ridge, group.name).weight)
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))

@@ -32,6 +32,9 @@ class GrailConfig:
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs
             what earlier blocks lost.
+        refit: conjugate gradient steps in which the producers that a block is linear in (values,
+            up-projections) are refitted to the target after the consumer; 0 leaves them as they
+            were cut. A step takes about three forward passes of the block.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
         num_samples: calibration windows to draw, where the calibration is text.
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
@@ -59,6 +62,7 @@ class GrailConfig:
     selector: str = "gram"
     compensate: bool = True
     target: str = "residual"
+    refit: int = 0
     ridge: float = 1e-4
     num_samples: int = 128
     seq_length: int = 2048
@@ -100,6 +104,13 @@ class GrailConfig:
             value = getattr(self, name)
             if not (_is_integer(value) and value >= 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if not (_is_integer(self.refit) and self.refit >= 0):
+            raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
+        if self.refit and (self.target == "self" or not self.compensate):
+            raise ValueError(
+                f"refit={self.refit} goes with compensate=True and target 'dense' or 'residual', "
+                f"not with compensate={self.compensate} and target={self.target!r}"
+            )
         if self.seq_length < 2:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
         if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):

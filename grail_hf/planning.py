@@ -239,7 +239,9 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     """Memory and arithmetic of a compression on text windows; works on the meta device.
 
     With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
-    parameter for the pass up to its consumer, 2 N H^2 for the Gram, and for the solve
+    parameter for the pass up to its consumer, 2 N H^2 for the Gram and 2 N O H for the moments with
+    a target of the dense model (and a dense pass for it), 6 N per parameter for a step of refit,
+    and for the solve
     K^3/3 + 2 K^2 (H - K) + 2 O K (H - K), after a selection of at most 5/3 H^3 + 2 O H^2 (greedy
     elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Causal
     attention adds 2 N T per query channel and pass.
@@ -251,6 +253,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     item = model.dtype.itemsize
     solve_item = config.torch_dtype.itemsize
 
+    targeted = config.compensate and config.target != "self"
     forward = gram = solve = peak = 0
     for index, layer in enumerate(layers):
         upstream = passes = 0
@@ -262,7 +265,8 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
             if removed:
                 passes += 1
                 forward += 2 * tokens * (upstream + group.num_parameters - inputs * outputs)
-                gram += 2 * tokens * inputs**2
+                gram += 2 * tokens * inputs * (inputs + outputs * targeted)
+                forward += 6 * tokens * group.num_parameters * config.refit
                 solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
                 solve += 4 * outputs * inputs**2
                 if config.selector == "gram":
@@ -273,9 +277,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
             upstream += group.num_parameters - (group.num_units - width) * group.unit_cost
         forward += 2 * tokens * upstream
         attention = plan.specs[0]
-        forward += 2 * tokens * length * attention.num_units * attention.columns * (passes + 1)
+        whole = sum(Group(layer, spec, "").num_parameters for spec in plan.specs)
+        forward += 2 * tokens * whole * targeted
+        passes += 1 + targeted
+        forward += 2 * tokens * length * attention.num_units * attention.columns * passes
     layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
-    hidden = tokens * model.config.hidden_size * item
+    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
+    copies = 1 + targeted * (2 + len(plan.specs))
+    hidden = tokens * model.config.hidden_size * item * copies
     weights = sum(p.numel() for p in model.parameters()) * item
     return Estimate(
         tokens,

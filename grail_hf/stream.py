@@ -58,6 +58,37 @@ class _MicroBatch:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A block's call on one micro-batch, to be repeated with other weights.
+
+    Attributes:
+        module: the attention or the MLP.
+        args, kwargs: what the layer calls it with.
+        target: [b, T, O], what it should put out.
+        batch: the micro-batch.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor
+    batch: _MicroBatch
+
+    def output(self) -> Tensor:
+        """[b, T, O], what the block puts out now."""
+        return _hidden_states(self.module(*self.args, **self.kwargs))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[b, T, H] to [n, H]: the tokens that are not padding."""
+        return self.batch.rows(x)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[b, T, O] with the rows of padding zero."""
+        tokens = self.batch.tokens
+        return x if tokens is None else x * tokens.to(x.device).reshape(*x.shape[:-1], 1)
+
+
+@dataclass(frozen=True)
 class Block:
     """A decoder layer on the accelerator, with the calibration hidden states in front of it."""
 
@@ -96,6 +127,27 @@ class Block:
         stats.check_finite(group.name)
         return stats
 
+    @torch.no_grad()
+    def runs(self, group: Group) -> list[Run]:
+        """The group's block as a function of its weights alone: its calls, and their targets."""
+        self.progress.set_postfix_str(f"{group.name} refit")
+        position = self.groups.index(group)
+        module = self.layer.get_submodule(group.spec.name)
+        bias = group.consumer.bias
+        runs = []
+        for batch in self.batches:
+            with (
+                captured_outputs([g.consumer for g in self.groups[: position + 1]]) as seen,
+                captured_call(module) as calls,
+            ):
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            target = self._target(batch, position, seen)
+            if target is None:
+                raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
+            target = target if bias is None else target + bias.float()
+            runs.append(Run(module, *calls[0], target, batch))
+        return runs
+
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
@@ -108,7 +160,7 @@ class Block:
         target = batch.outputs[position].to(self.device, torch.float32)
         if self.target == "residual":
             target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
-            for dense, compressed in zip(batch.outputs, seen, strict=False):
+            for dense, compressed in zip(batch.outputs[:position], seen, strict=False):
                 target += dense.to(self.device).float() - compressed.float()
         bias = self.groups[position].consumer.bias
         return target if bias is None else target - bias.float()
@@ -301,6 +353,21 @@ def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         handle.remove()
     raise RuntimeError(f"the layer's forward pass never calls its {type(module).__name__}")
+
+
+@contextmanager
+def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of the calls of `module` in the pass inside the context."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    handle = module.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -23,6 +23,8 @@ OUT_OF_RANGE = [
         for value in (0, -1, 1.5, "4", True)
     ),
     ("seq_length", 1),
+    *(("refit", value) for value in (-1, 1.5, "2", True)),
+    *(("target", value) for value in ("block", None, "Dense")),
     *(("seed", value) for value in (1.5, "0", False)),
     *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", True)),
     *(("attention_unit", value) for value in ("head", None)),
@@ -193,3 +195,9 @@ def test_overrides_win_over_the_config():
     assert config.sparsity == 0.3
     with pytest.raises(ValueError, match="'widht'"):
         GrailConfig.resolve(config, widht=3)
+
+
+@pytest.mark.parametrize("other", [{"target": "self"}, {"compensate": False}])
+def test_a_refit_needs_a_target_of_the_dense_model(other):
+    with pytest.raises(ValueError, match="refit=2 goes with"):
+        GrailConfig(sparsity=0.3, refit=2, **other)

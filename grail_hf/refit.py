@@ -1,0 +1,137 @@
+"""Refit of the producers that a block's output is linear in, by conjugate gradients.
+
+With its queries and keys fixed, attention is linear in the value projection; with its gate fixed, a
+gated MLP is linear in the up-projection. So after the consumer is solved for, what the block still
+misses is a linear least-squares problem in the weight U [K, D] of that producer,
+
+    minimise ||Y - A(U)||^2 + damping ||U - U_0||^2,    A linear,
+
+too large for a Cholesky factorisation (K D unknowns), but not for conjugate gradients: A(U) is the
+block run with U in place, and its adjoint the derivative of that run, which is exact since A is
+linear. No loss is descended and no labels are needed.
+
+The problem is solved in the coordinates T = U L, with L L^T = X^T X over the producer's inputs,
+where a step in any direction changes the producer's outputs alike; what scale is left, that of each
+row, is measured with one random probe and divided out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.groups import Group
+from grail_hf.stream import Block, Run, captured_input
+
+_INPUT_DAMPING = 1e-3
+
+
+def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None:
+    """Change the group's linear producer in `steps` conjugate gradient steps towards the target.
+
+    Args:
+        block: the decoder layer and its calibration hidden states.
+        group: already shrunk and repaired; without a linear producer, nothing is done.
+        steps: conjugate gradient steps.
+        damping: of each row, relative to its own curvature.
+    """
+    if group.spec.linear is None or steps == 0:
+        return
+    linear = group.layer.get_submodule(group.spec.linear)
+    assert isinstance(linear, nn.Linear)
+    runs = block.runs(group)
+    start = linear.weight
+    factor, _ = damped_cholesky(_input_gram(linear, runs), _INPUT_DAMPING, group.name)
+
+    def to_weight(t: Tensor) -> Tensor:
+        """U of T: solves U L = T."""
+        weight: Tensor = torch.linalg.solve_triangular(factor, t, upper=False, left=False)
+        return weight
+
+    def to_t(gradient: Tensor) -> Tensor:
+        """The gradient by T of one by U: solves (gradient by T) L^T = (gradient by U)."""
+        by_t: Tensor = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
+        return by_t
+
+    def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
+        """A^T of what `towards` makes of each run's output, as a gradient by T."""
+        total = torch.zeros_like(start, dtype=factor.dtype)
+        for run in runs:
+            with torch.enable_grad():
+                output = run.output()
+            goal = run.without_padding(towards(run, output.detach()))
+            total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
+        return to_t(total)
+
+    with replaceable_weight(linear) as put:
+
+        def normal(t: Tensor) -> Tensor:
+            """A^T A t. Biases are no part of A."""
+            with without_biases(linear, group.consumer):
+                return adjoint(put(to_weight(t)), lambda run, output: output)
+
+        generator = torch.Generator().manual_seed(group.seed)
+        probe = torch.randint(0, 2, start.shape, generator=generator).to(factor) * 2 - 1
+        rows = (probe * normal(probe)).mean(dim=1, keepdim=True)
+        rows = rows.clamp_min(1e-6 * rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny))
+
+        solution = torch.zeros_like(probe)
+        residual = adjoint(put(start), lambda run, output: run.target.to(output) - output)
+        scaled = residual / rows
+        direction, norm = scaled, (residual * scaled).sum()
+        for _ in range(steps):
+            if norm <= 0:
+                break
+            image = normal(direction) + damping * rows * direction
+            length = norm / (direction * image).sum()
+            solution = solution + length * direction
+            residual = residual - length * image
+            scaled = residual / rows
+            previous, norm = norm, (residual * scaled).sum()
+            direction = scaled + norm / previous * direction
+        change = to_weight(solution)
+    linear.weight = nn.Parameter(
+        (start.to(change.dtype) + change).to(start.dtype), requires_grad=start.requires_grad
+    )
+
+
+def _input_gram(linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+    """[D, D] fp64, X^T X over the inputs of `linear`."""
+    stats = GramStats.zeros(linear.in_features, linear.weight.device)
+    for run in runs:
+        with captured_input(linear) as inputs:
+            run.output()
+        stats.update_(run.rows(inputs[0]))
+    return stats.gram.double()
+
+
+@contextmanager
+def replaceable_weight(linear: nn.Linear) -> Iterator[Callable[[Tensor], nn.Parameter]]:
+    """A function that puts another weight into `linear`; its own is back afterwards."""
+    own = linear.weight
+
+    def put(weight: Tensor) -> nn.Parameter:
+        linear.weight = nn.Parameter(weight.detach().to(own.dtype))
+        return linear.weight
+
+    try:
+        yield put
+    finally:
+        linear.weight = own
+
+
+@contextmanager
+def without_biases(*linears: nn.Linear) -> Iterator[None]:
+    """The projections have no bias inside the context."""
+    biases = [linear.bias for linear in linears]
+    try:
+        for linear in linears:
+            linear.register_parameter("bias", None)
+        yield
+    finally:
+        for linear, bias in zip(linears, biases, strict=True):
+            linear.bias = bias

@@ -1,0 +1,98 @@
+"""The refit of linear producers against least squares on the block's own Jacobian."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import CASES, batches, layers_of, specs_of, tiny_model
+
+import grail_hf
+from grail_hf import ARCHITECTURES
+from grail_hf.refit import refit_
+from grail_hf.stream import stream
+
+CPU = torch.device("cpu")
+every_case = pytest.mark.parametrize("case", CASES)
+padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-padded"])
+
+
+def first_group_and_block(model, kind, inputs):
+    """The first layer's group, with a residual target that its block misses by far."""
+    path = ARCHITECTURES[model.config.model_type].layers
+    block = next(stream(model, path, specs_of(model), inputs, CPU, "residual", progress=False))
+    (group,) = (group for group in block.groups if group.kind == kind)
+    for producer in group.spec.producers:  # so that there is something to win back
+        group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5
+    return group, block
+
+
+@torch.no_grad()
+def shortfall(block, group) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n * O]: what the block's output and its target are, padding left out."""
+    runs = block.runs(group)
+    return (
+        torch.cat([run.rows(run.output()).flatten() for run in runs]).double(),
+        torch.cat([run.rows(run.target).flatten() for run in runs]).double(),
+    )
+
+
+@padded
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("case", ["qwen3", "llama-biases"])
+def test_many_steps_leave_nothing_to_descend(case, kind, padding):
+    """The problem is convex: where the squared miss has no gradient, it is least."""
+    model = tiny_model(case).double()
+    group, block = first_group_and_block(model, kind, batches(padded=padding)[:1])
+    linear = group.layer.get_submodule(group.spec.linear)
+
+    def slope() -> float:
+        (run,) = block.runs(group)
+        miss = run.rows(run.output() - run.target).square().sum()
+        return torch.autograd.grad(miss, linear.weight)[0].norm().item()
+
+    before = slope()
+    refit_(block, group, steps=150, damping=1e-9)
+    assert slope() < 1e-2 * before
+
+
+@every_case
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_each_step_brings_the_block_nearer_and_touches_one_weight(case, kind):
+    misses = []
+    for steps in (0, 1, 4):
+        model = tiny_model(case)
+        group, block = first_group_and_block(model, kind, batches(padded=True))
+        before = copy.deepcopy(model.state_dict())
+        refit_(block, group, steps)
+        output, target = shortfall(block, group)
+        misses.append((output - target).square().sum().item())
+        changed = {
+            name
+            for name, value in model.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
+        linear = f"layers.0.{group.spec.linear}.weight"
+        assert all(name.endswith(linear) for name in changed)
+        assert bool(changed) == bool(steps)
+        assert all(p.requires_grad for p in layers_of(model)[0].parameters())
+    assert misses[2] < misses[1] < misses[0]
+
+
+def test_compress_with_refit_is_nearer_to_the_dense_model():
+    dense = tiny_model("llama")
+
+    def distance(refit):
+        model = copy.deepcopy(dense)
+        grail_hf.compress(
+            model,
+            calibration=batches(),
+            sparsity=0.5,
+            multiple_of=1,
+            refit=refit,
+            progress=False,
+        )
+        with torch.no_grad():
+            pairs = [(model(**batch).logits, dense(**batch).logits) for batch in batches()]
+        return sum((a - b).square().sum().item() for a, b in pairs)
+
+    assert distance(6) < 0.9 * distance(0)
