@@ -79,7 +79,7 @@ def compress_command(
     sparsity: Sparsity = None,
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
-    selector: SelectorName = _DEFAULTS.selector,
+    selector: SelectorName = _DEFAULTS.selector_name,
     compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
     ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
     calibration: Annotated[
@@ -204,7 +204,7 @@ def inspect_command(
     sparsity: Sparsity = None,
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
-    selector: SelectorName = _DEFAULTS.selector,
+    selector: SelectorName = _DEFAULTS.selector_name,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,

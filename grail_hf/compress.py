@@ -35,6 +35,7 @@ from grail_hf.planning import (
 from grail_hf.reduction import Reduction
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
+from grail_hf.selectors import check_scores
 from grail_hf.stream import stream
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def compress(
                 if width == group.num_units:
                     continue
                 stats = block.collect(group).to(config.torch_dtype)
-                scores = plan.select(group, stats)
+                scores = check_scores(plan.select(group, stats), group, config.selector_name)
                 reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept = reduction.kept_channels(group.columns)
                 weight = group.weight.to(config.torch_dtype)

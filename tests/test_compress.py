@@ -364,6 +364,34 @@ def test_a_seed_gives_one_result_and_another_seed_another(case, unit):
     assert not torch.equal(logits(one, batches()), logits(other, batches()))
 
 
+def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
+    """Given with other settings or in a config, it does what its like in the table does."""
+    one, again, named = (tiny_model("qwen3") for _ in range(3))
+    seen = []
+
+    def mine(group, stats):
+        seen.append(group.name)
+        return SELECTORS["wanda"](group, stats)
+
+    report = compress(one, selector=mine)
+    config = grail_hf.GrailConfig(sparsity=0.5, selector=mine)
+    grail_hf.compress(
+        again, None, batches(), config, progress=False, sparsity=SPARSITY, multiple_of=1
+    )
+    compress(named, selector="wanda")
+    assert seen == 2 * [group.name for group in report.groups]
+    assert_state(one, state_of(named))
+    assert_state(again, state_of(named))
+    report.save(tmp_path)
+    name = f"{__name__}:{mine.__qualname__}"
+    read = grail_hf.CompressionReport.load(tmp_path)
+    assert read.config.selector == name
+    assert read.to_dict() == report.to_dict()
+    assert f"`{name}`" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="is not known"):
+        grail_hf.compress(tiny_model("qwen3"), None, batches(), read.config)
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_every_selector_is_deterministic(selector):
     one, again = tiny_model("qwen3"), tiny_model("qwen3")
