@@ -37,10 +37,10 @@ class GrailConfig:
             what brings the residual stream to the dense model's, so that a block also repairs
             what earlier blocks lost.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
-        num_samples: calibration windows to draw, where the calibration is text.
+        num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
-        seed: of the windows drawn, and of the `random` selector.
+        seed: of the windows drawn or sampled, and of the `random` selector.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
             parallelism; 8 is the least that keeps bf16 matrix products aligned).
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"

@@ -392,6 +392,30 @@ def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
         grail_hf.compress(tiny_model("qwen3"), None, batches(), read.config)
 
 
+def test_calibration_may_be_sampled_from_the_model_itself():
+    """With no data and no tokenizer; from the model in eval mode, which it does not stay in."""
+
+    def compressed(seed=0, train=False):
+        model = tiny_model("qwen3").train(train)
+        state = torch.get_rng_state()
+        settings = {"sparsity": SPARSITY, "multiple_of": 1, "num_samples": 30, "seq_length": 16}
+        report = grail_hf.compress(
+            model, None, "self", progress=False, seed=seed, batch_size=15, **settings
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        assert {module.training for module in model.modules()} == {train}
+        return model, report
+
+    model, report = compressed()
+    assert report.calibration["source"].startswith("sampled from the dense model itself: 30 ")
+    assert report.calibration["tokens"] == 480
+    assert all(group.error < group.error_pruned for group in report.groups)
+    again, same = compressed(train=True)
+    assert same.calibration == report.calibration
+    assert_state(again, state_of(model))
+    assert compressed(seed=1)[1].calibration["fingerprint"] != report.calibration["fingerprint"]
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_every_selector_is_deterministic(selector):
     one, again = tiny_model("qwen3"), tiny_model("qwen3")
