@@ -369,10 +369,15 @@ def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
     one, again, named = (tiny_model("qwen3") for _ in range(3))
     seen = []
 
-    def mine(group, stats):
-        seen.append(group.name)
-        return SELECTORS["wanda"](group, stats)
+    class Mine:
+        def __call__(self, group, stats):
+            seen.append(group.name)
+            return SELECTORS["wanda"](group, stats)
 
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied, with all that it holds")
+
+    mine = Mine()
     report = compress(one, selector=mine)
     config = grail_hf.GrailConfig(sparsity=0.5, selector=mine)
     grail_hf.compress(
@@ -383,7 +388,7 @@ def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
     assert_state(one, state_of(named))
     assert_state(again, state_of(named))
     report.save(tmp_path)
-    name = f"{__name__}:{mine.__qualname__}"
+    name = f"{__name__}:{Mine.__qualname__}"
     read = grail_hf.CompressionReport.load(tmp_path)
     assert read.config.selector == name
     assert read.to_dict() == report.to_dict()
@@ -414,6 +419,13 @@ def test_calibration_may_be_sampled_from_the_model_itself():
     assert same.calibration == report.calibration
     assert_state(again, state_of(model))
     assert compressed(seed=1)[1].calibration["fingerprint"] != report.calibration["fingerprint"]
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@every_unit
+def test_what_any_selector_keeps_is_better_repaired_than_pruned(selector, unit):
+    report = compress(tiny_model("qwen3"), unit, selector=selector, sparsity=0.5)
+    assert all(0 < group.error < group.error_pruned for group in report.groups)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

@@ -73,6 +73,7 @@ def small_loss(tiny_llama_dir, tokenizer, jargon_train, jargon_test):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", grail_hf.SELECTORS)
 def test_repair_helps_every_selector(selector, small_loss):
     """On text that calibration has not seen."""
