@@ -7,7 +7,8 @@ simpler to stream, but measures something else.
 
 Text may come from a file (plain, .gz, .xz) or a list of files, a list of strings, a corpus named in
 `CORPORA`, or any dataset written `name:split:column`, `name/config:split:column`, or
-`folder:split:column` for one on disk. Tokens may also be given ready made.
+`folder:split:column` for one on disk. Tokens may also be given ready made, or be sampled from the
+model itself, where there are no data.
 """
 
 import difflib
@@ -20,13 +21,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ Split: TypeAlias = Literal["train", "test"]
 TextSource: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 Calibration: TypeAlias = TextSource | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
+SELF = "self"  # sampled from the model itself
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}")
 # A split may be sliced, as in train[:1000], and then holds a colon of its own.
 _REFERENCE = re.compile(r"(?P<name>[^:]+)(:(?P<split>(\[[^\]]*\]|[^:\[])*))?(:(?P<column>[^:]*))?")
@@ -118,6 +122,8 @@ def token_batches(
     batch_size: int,
     seed: int,
     max_length: int | None = None,
+    model: "PreTrainedModel | None" = None,
+    progress: bool = True,
 ) -> TokenBatches:
     """Turn any kind of calibration data into micro-batches of token ids.
 
@@ -125,10 +131,13 @@ def token_batches(
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
     batches of `batch_size`. An integer tensor [N, T] is used whole, cut
     likewise. A mapping with `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an iterable
-    of such, is used whole and as batched; its other keys are dropped.
+    of such, is used whole and as batched; its other keys are dropped. "self" needs no data and no
+    tokenizer: it is as many tokens as text would be, sampled from `model` (in eval mode) where it
+    is, in batches of `batch_size`, with a bar on standard error if `progress`.
 
-    Raises ValueError for text too short, ids outside [0, vocab_size), and batches or masks of the
-    wrong shape, TypeError for the wrong kind of data, FileNotFoundError for text that is not found.
+    Raises ValueError for text too short, "self" without a model that has its weights, ids outside
+    [0, vocab_size), and batches or masks of the wrong shape, TypeError for the wrong kind of data,
+    FileNotFoundError for text that is not found.
     """
     _check_positive(
         vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
@@ -144,14 +153,19 @@ def token_batches(
     elif isinstance(calibration, list) and isinstance(calibration[0], Mapping):
         batches = [_check_batch(batch, vocab_size, i) for i, batch in enumerate(calibration)]
         source = f"given batches, {sum(len(b['input_ids']) for b in batches)} sequences"
+    elif calibration == SELF:
+        length = _capped(seq_length, max_length)
+        windows = _sample(
+            model, tokenizer, vocab_size, num_samples, length, batch_size, seed, progress
+        )
+        batches = _split(check_token_ids(windows, vocab_size, "the model's sample"), batch_size)
+        source = (
+            f"sampled from the dense model itself: {num_samples} sequences of {length} tokens at "
+            f"temperature 1, seed {seed}"
+        )
     else:
         tokenizer = _required(tokenizer)
-        if max_length is not None and seq_length > max_length:
-            logger.warning(
-                "seq_length=%d is more than the model's %d positions: using %d",
-                *(seq_length, max_length, max_length),
-            )
-            seq_length = max_length
+        seq_length = _capped(seq_length, max_length)
         text = _read(calibration, "train")
         windows = _random_windows(text, tokenizer, num_samples, seq_length, seed)
         batches = _split(check_token_ids(windows, vocab_size, text.label), batch_size)
@@ -233,8 +247,8 @@ def _materialize(calibration: Iterable[Any]) -> list[Any]:
 
 def _unknown_kind(kind: str) -> str:
     return (
-        f"calibration is a {kind}: give a path, paths, a corpus name, a list of texts, an integer "
-        "tensor [N, T], or batches that map 'input_ids' to [b, T]"
+        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts, "
+        "an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
     )
 
 
@@ -279,6 +293,99 @@ def _as_tensor(values: Any, name: str) -> Tensor:
         return torch.as_tensor(values)
     except ValueError as error:
         raise ValueError(f"{name} is not rectangular ({error}): pad it to one length") from error
+
+
+@torch.no_grad()
+def _sample(
+    model: "PreTrainedModel | None",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    num_samples: int,
+    seq_length: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> Tensor:
+    """Draw [num_samples, seq_length] tokens from the model's own distribution, with `seed`.
+
+    Temperature 1 and nothing cut off, whatever the model's generation settings say; the caller's
+    random state stays. An end of text may be drawn, as any token, but ends nothing: what follows it
+    is what the model believes to follow. Forbidding it would draw from another distribution.
+    """
+    if model is None or model.device.type == "meta":
+        raise ValueError(
+            f"calibration {SELF!r} is sampled from the model, which "
+            + ("is not given" if model is None else "is on the meta device")
+            + ": load the model with its weights"
+        )
+    if seq_length < 2:
+        raise ValueError(f"seq_length={seq_length} leaves nothing to sample: use at least 2")
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, top_k=0, max_length=seq_length, eos_token_id=None, pad_token_id=None
+    )
+    generate: Any = model.generate
+    theirs = model.generation_config
+    drawn = []
+    with (
+        torch.random.fork_rng(range(torch.accelerator.device_count())),
+        tqdm(
+            total=num_samples * seq_length, desc="Sampling", unit="token", disable=not progress
+        ) as bar,
+    ):
+        streamer = SimpleNamespace(put=lambda ids: bar.update(ids.numel()), end=lambda: None)
+        torch.manual_seed(seed)
+        starts = _start_tokens(model, tokenizer, vocab_size, num_samples)
+        # What a call leaves unset is read from the model's own settings: top_p, penalties, …
+        model.generation_config = settings
+        try:
+            for start in torch.split(starts.to(model.device), batch_size):
+                ids = generate(
+                    start,
+                    attention_mask=torch.ones_like(start),
+                    generation_config=settings,
+                    streamer=streamer,
+                )
+                drawn.append(ids.cpu())
+        finally:
+            model.generation_config = theirs
+    return torch.cat(drawn)
+
+
+def _start_tokens(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    count: int,
+) -> Tensor:
+    """[count, 1]: the token that begins a text; random ordinary ones where there is none."""
+    special: list[int] = []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config, tokenizer):
+            ids = getattr(config, name, None)
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            ids = [token for token in ids if 0 <= token < vocab_size]
+            if ids and name == "bos_token_id":
+                return torch.full((count, 1), ids[0])
+            special += ids
+    known = vocab_size
+    if tokenizer is not None:
+        special += tokenizer.all_special_ids
+        known = min(vocab_size, len(tokenizer))  # embeddings are often padded with unused rows
+    ordinary = sorted(set(range(known)) - set(special))
+    return torch.tensor(ordinary)[torch.randint(len(ordinary), (count, 1))]
+
+
+def _capped(seq_length: int, max_length: int | None) -> int:
+    """`seq_length`, or with a warning the fewer positions that the model was made for."""
+    if max_length is None or seq_length <= max_length:
+        return seq_length
+    logger.warning(
+        "seq_length=%d is more than the model's %d positions: using %d",
+        *(seq_length, max_length, max_length),
+    )
+    return max_length
 
 
 def _random_windows(

@@ -19,11 +19,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grail_hf.calibration import token_windows
+from grail_hf.calibration import SELF, token_windows
 from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
-from grail_hf.planning import choose_device, context_length, estimate, plan_compression
+from grail_hf.planning import (
+    check_weights,
+    choose_device,
+    context_length,
+    estimate,
+    plan_compression,
+)
 from grail_hf.report import REPORT_FILE, width_range
 from grail_hf.selectors import SELECTORS
 
@@ -79,7 +85,7 @@ def compress_command(
     sparsity: Sparsity = None,
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
-    selector: SelectorName = _DEFAULTS.selector,
+    selector: SelectorName = _DEFAULTS.selector_name,
     compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
     target: Annotated[
         str, typer.Option(help="What a repaired block should put out: self, dense or residual.")
@@ -90,7 +96,7 @@ def compress_command(
     ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="A text file (repeat for more), or a corpus name. Default: c4."),
+        typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
     ] = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
@@ -118,12 +124,17 @@ def compress_command(
         skeleton = _meta_model(source)
         plan_compression(skeleton, config)
         tokenizer = _tokenizer(source)
-        tokens = read_calibration(skeleton, tokenizer, _texts(calibration), config)
+        texts = _texts(calibration)
+        tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
         if eval_text:
             length = min(config.seq_length, context_length(skeleton) or config.seq_length)
             windows = token_windows(eval_text, tokenizer, seq_length=length)
         model = _model(source)
+        if tokens is None:
+            check_weights(model)
+            with _at_work(model, config):
+                tokens = read_calibration(model, tokenizer, texts, config)
         measured: dict[str, Any] = {}
         if windows is not None and eval_text:
             measured["evaluation text"] = Path(eval_text).name
@@ -210,7 +221,7 @@ def inspect_command(
     sparsity: Sparsity = None,
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
-    selector: SelectorName = _DEFAULTS.selector,
+    selector: SelectorName = _DEFAULTS.selector_name,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,
@@ -329,12 +340,21 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
-    """Perplexity where layers would run; the model is back home afterwards."""
+    """Perplexity where layers would run."""
+    with _at_work(model, config):
+        return perplexity(model, None, windows, batch_size=config.batch_size)
+
+
+@contextmanager
+def _at_work(model: PreTrainedModel, config: GrailConfig) -> Iterator[None]:
+    """The whole model is where layers would run, and back home afterwards."""
     home: Any = model.device
     device: Any = choose_device(model, config.device)
-    result = perplexity(model.to(device), None, windows, batch_size=config.batch_size)
-    model.to(home)
-    return result
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def _config(context: typer.Context) -> GrailConfig:

@@ -36,6 +36,7 @@ from grail_hf.reduction import Reduction
 from grail_hf.refit import refit_
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
+from grail_hf.selectors import check_scores
 from grail_hf.stream import stream
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def compress(
         calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
             `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
             tensor of token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
+            "self" needs no data: the tokens are sampled from the model, in batches of
+            `config.batch_size` and where the model is (put it on an accelerator first).
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
         progress: show a bar on standard error.
 
@@ -86,7 +89,7 @@ def compress(
         return report
     device = choose_device(model, config.device)
     check_weights(model)
-    tokens = read_calibration(model, tokenizer, calibration, config)
+    tokens = read_calibration(model, tokenizer, calibration, config, progress)
     report.calibration = tokens.summary()
     start = time.perf_counter()
 
@@ -101,7 +104,7 @@ def compress(
                 if width == group.num_units:
                     continue
                 stats = block.collect(group).to(config.torch_dtype)
-                scores = plan.select(group, stats)
+                scores = check_scores(plan.select(group, stats), group, config.selector_name)
                 reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept = reduction.kept_channels(group.columns)
                 weight = group.weight.to(config.torch_dtype)
@@ -131,22 +134,29 @@ def read_calibration(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Calibration | TokenBatches,
     config: GrailConfig,
+    progress: bool = True,
 ) -> TokenBatches:
-    """The calibration tokens for a model, which may be on the meta device."""
+    """The calibration tokens for a model.
+
+    It may be on the meta device, unless the tokens are sampled from it ("self").
+    """
     if isinstance(calibration, TokenBatches):
         for batch in calibration.batches:
             check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
         return calibration
-    return token_batches(
-        calibration,
-        tokenizer,
-        vocab_size=vocabulary_size(model),
-        num_samples=config.num_samples,
-        seq_length=config.seq_length,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_length=context_length(model),
-    )
+    with evaluation_mode(model):
+        return token_batches(
+            calibration,
+            tokenizer,
+            vocab_size=vocabulary_size(model),
+            num_samples=config.num_samples,
+            seq_length=config.seq_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_length=context_length(model),
+            model=model,
+            progress=progress,
+        )
 
 
 @contextmanager

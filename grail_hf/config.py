@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,10 @@ class GrailConfig:
             given, the other kind takes what is left to remove.
         mlp_sparsity: fraction of the MLP channels to remove, in [0, 1).
         attention_sparsity: fraction of the attention units to remove, in [0, 1).
-        selector: a name in `grail_hf.SELECTORS`.
+        selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
+            of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
+            columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
+            units of highest score stay. JSON gives a function's name.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning.
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
@@ -36,10 +40,10 @@ class GrailConfig:
             up-projections) are refitted to the target after the consumer; 0 leaves them as they
             were cut. A step takes about three forward passes of the block.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
-        num_samples: calibration windows to draw, where the calibration is text.
+        num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
-        seed: of the windows drawn, and of the `random` selector.
+        seed: of the windows drawn or sampled, and of the `random` selector.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
             parallelism; 8 is the least that keeps bf16 matrix products aligned).
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
@@ -59,7 +63,7 @@ class GrailConfig:
     sparsity: float | None = None
     mlp_sparsity: float | None = None
     attention_sparsity: float | None = None
-    selector: str = "gram"
+    selector: str | Callable[[Any, Any], torch.Tensor] = "gram"
     compensate: bool = True
     target: str = "residual"
     refit: int = 0
@@ -100,6 +104,11 @@ class GrailConfig:
                 "sparsity, mlp_sparsity and attention_sparsity are all given, but two of them "
                 "fix the third: drop one"
             )
+        if not (isinstance(self.selector, str) or callable(self.selector)):
+            raise ValueError(
+                f"selector={self.selector!r} must be a name in grail_hf.SELECTORS or a function "
+                "(group, stats) -> scores"
+            )
         for name in ("num_samples", "seq_length", "batch_size", "multiple_of"):
             value = getattr(self, name)
             if not (_is_integer(value) and value >= 1):
@@ -139,13 +148,30 @@ class GrailConfig:
         """The dtype of selection and solve."""
         return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
 
+    @property
+    def selector_name(self) -> str:
+        """The selector's name; `module:qualname` of a function that was passed as one."""
+        if isinstance(self.selector, str):
+            return self.selector
+        function: Any = self.selector
+        while isinstance(function, functools.partial):
+            function = function.func
+        named = function if hasattr(function, "__qualname__") else type(function)
+        return f"{named.__module__}:{named.__qualname__}"
+
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types."""
-        return dataclasses.asdict(self) | {"ignore": list(self.ignore)}
+        """The settings as plain JSON types; a selector that is a function by its name."""
+        return self._settings() | {"ignore": list(self.ignore), "selector": self.selector_name}
+
+    def _settings(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> GrailConfig:
-        """The inverse of `to_dict`. Raises ValueError on an unknown name."""
+        """The inverse of `to_dict`, but for a function's name, which stays a name.
+
+        Raises ValueError on an unknown setting.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -162,7 +188,7 @@ class GrailConfig:
     @classmethod
     def resolve(cls, config: GrailConfig | dict[str, Any] | None, **overrides: Any) -> GrailConfig:
         """One config from a config (or its dict, or nothing) and keyword overrides."""
-        settings = config.to_dict() if isinstance(config, GrailConfig) else dict(config or {})
+        settings = config._settings() if isinstance(config, GrailConfig) else dict(config or {})
         return cls.from_dict(settings | overrides)
 
 

@@ -269,7 +269,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 forward += 6 * tokens * group.num_parameters * config.refit
                 solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
                 solve += 4 * outputs * inputs**2
-                if config.selector == "gram":
+                if config.selector in ("gram", "slimgpt"):
                     solve += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
                 square = inputs**2
                 activations = batch * item * (3 * inputs + 2 * outputs)

@@ -7,7 +7,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +128,10 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types."""
+        # `asdict` copies deeply, and must not copy what a selector that is a function holds.
+        plain = replace(self, config=GrailConfig.from_dict(self.config.to_dict()))
         return {
-            **asdict(self),
+            **asdict(plain),
             "config": self.config.to_dict(),
             "projection_parameters": list(self.projection_parameters),
             "total_parameters": list(self.total_parameters),
@@ -211,7 +213,7 @@ class CompressionReport:
             f"# {self.base_model}, {100 * self.sparsity:.1f}% of the block parameters removed",
             "",
             f"Made from {self.base_model} by grail_hf {self.versions['grail-hf']}: units chosen by "
-            f"`{self.config.selector}`, {repair}. No training. {self._loading()}",
+            f"`{self.config.selector_name}`, {repair}. No training. {self._loading()}",
             "",
             "```python",
             "from transformers import AutoModelForCausalLM",

@@ -1,11 +1,14 @@
 """Which units to keep: one pure function a method, and the table `SELECTORS`.
 
 A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
-[units]; units of high score are kept. Only the consumer's weight and the Gram are read.
+[units]; units of high score are kept. Only the consumer's weight and the sums over its inputs are
+read. With W [O, H] the weight, X [N, H] the inputs over N tokens and W_j, X_j a channel's columns,
+a score of channels is summed over the channels that a unit owns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -64,6 +67,49 @@ def wanda(group: Units, stats: GramStats) -> Tensor:
     """
     salience = group.weight.to(stats.gram.dtype).abs().mean(dim=0) * stats.energy.sqrt()
     return _by_unit(salience, group)
+
+
+def flap(group: Units, stats: GramStats) -> Tensor:
+    """sum_j var(X_j) ||W_j||^2 over the unit's columns j.
+
+    FLAP's WIFV, weighted input feature variance (arXiv 2312.11983): what a channel
+    puts out beyond its mean, which a bias could make up for. Nothing is standardised between
+    groups: that would be a matter of the allocation, and cannot change the order within a group.
+    """
+    energy = group.weight.to(stats.gram.dtype).square().sum(dim=0)
+    return _by_unit(_variance(stats) * energy, group)
+
+
+def flap_wifn(group: Units, stats: GramStats) -> Tensor:
+    """sum_j mean_i |W_ij| ||X_j|| / sqrt(N) over the unit's columns j.
+
+    FLAP's WIFN, weighted input feature norm (arXiv 2312.11983, and its code). Within a group it
+    orders the units as `wanda` does: only the scale differs.
+    """
+    return wanda(group, stats) / math.sqrt(max(stats.count, 1))
+
+
+def flap_ifv(group: Units, stats: GramStats) -> Tensor:
+    """sum_j var(X_j) over the unit's columns j. Reads no weights.
+
+    FLAP's IFV, input feature variance (arXiv 2312.11983).
+    """
+    return _by_unit(_variance(stats), group)
+
+
+def slimgpt(group: Units, stats: GramStats, damping: float = 0.01) -> Tensor:
+    """tr(W_u (P_uu)^-1 W_u^T) with P = (G + damping * mean(diag G) * I)^-1.
+
+    The error that removing unit u alone adds when all other units are refitted: SlimGPT's (arXiv
+    2412.18110). Where a unit owns one column j, this is ||W_j||^2 / P_jj; an attention head is
+    scored as one block, not as a sum of its channels. One shot: units that can stand in for each
+    other all score low, which `gram` mends by eliminating one at a time.
+    """
+    factor, _ = damped_cholesky(stats.gram, damping, group.name)
+    weight = group.weight.to(stats.gram.dtype)
+    by_unit = weight.reshape(weight.shape[0], -1, group.columns).movedim(1, 0)  # [units, O, C]
+    blocks = _diagonal_blocks(torch.cholesky_inverse(factor), group.columns)
+    return _traces(blocks, by_unit.mT @ by_unit)
 
 
 def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
@@ -172,6 +218,12 @@ def _traces(p_blocks: Tensor, w_blocks: Tensor) -> Tensor:
     return ratio.diagonal(dim1=1, dim2=2).sum(dim=1)
 
 
+def _variance(stats: GramStats) -> Tensor:
+    """[H], the inputs' variance over the tokens; not negative, whatever the rounding."""
+    centred = stats.energy - stats.total.square() / max(stats.count, 1)
+    return centred.clamp(min=0) / max(stats.count - 1, 1)
+
+
 def _by_unit(channel_scores: Tensor, group: Units) -> Tensor:
     """[H] to [units] by summing a unit's channels."""
     return channel_scores.reshape(-1, group.columns).sum(dim=1)
@@ -181,12 +233,44 @@ SELECTORS: dict[str, Selector] = {
     "random": random,
     "magnitude": magnitude,
     "wanda": wanda,
+    "flap": flap,
+    "flap-wifn": flap_wifn,
+    "flap-ifv": flap_ifv,
+    "slimgpt": slimgpt,
     "gram": gram,
 }
 
 
-def find_selector(name: str) -> Selector:
-    """The function of a selector's name. Raises ValueError with the nearest known name."""
-    if name not in SELECTORS:
-        raise unknown_name("selector", name, SELECTORS, "SELECTORS in grail_hf/selectors.py")
-    return SELECTORS[name]
+def find_selector(selector: str | Selector) -> Selector:
+    """The function of a selector's name; a function is returned as it is.
+
+    Raises ValueError with the nearest known name.
+    """
+    if callable(selector):
+        return selector
+    if selector not in SELECTORS:
+        where = "SELECTORS in grail_hf/selectors.py, or passed as a function"
+        raise unknown_name("selector", selector, SELECTORS, where)
+    return SELECTORS[selector]
+
+
+def check_scores(scores: object, group: Units, name: str) -> Tensor:
+    """Return what the selector `name` gave for `group` if it is a score for each unit.
+
+    Raises ValueError for anything but a real tensor [units] without NaN; infinities count.
+    """
+    units = group.weight.shape[1] // group.columns
+    if not isinstance(scores, Tensor):
+        got = f"a {type(scores).__name__}"
+    elif scores.shape != (units,):
+        got = f"shape {list(scores.shape)}"
+    elif scores.is_complex():
+        got = f"dtype {scores.dtype}"
+    elif scores.isnan().any():
+        got = f"NaN for {int(scores.isnan().sum())} units"
+    else:
+        return scores.detach()
+    raise ValueError(
+        f"selector {name!r} returned {got} for {group.name}: it must return a real tensor of "
+        f"shape [{units}], a score for each unit, of which the highest are kept"
+    )

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_models import SIZES, tiny_model
 
 from grail_hf import calibration
 from grail_hf.calibration import CORPORA, corpus_tokens, token_batches, token_windows
@@ -393,6 +394,128 @@ def test_token_windows_are_consecutive(tokenizer, jargon_test):
     )
     with pytest.raises(ValueError, match="max_windows=0"):
         token_windows(jargon_test, tokenizer, seq_length=100, max_windows=0)
+
+
+# Tokens sampled from the model itself
+
+
+@pytest.fixture
+def sampled(tiny_llama):
+    """`token_batches` of "self" without a tokenizer, with small defaults."""
+
+    def make(model=None, **options):
+        model = tiny_llama.eval() if model is None else model
+        defaults = {"num_samples": 5, "seq_length": 12, "batch_size": 2, "seed": 0}
+        size = {"vocab_size": model.get_input_embeddings().num_embeddings}
+        options = size | defaults | {"tokenizer": None, "progress": False} | options
+        return token_batches("self", model=model, **options)
+
+    return make
+
+
+def with_start(model, bos, eos=None):
+    """The model with these special tokens, in its config and its generation settings."""
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = bos, eos
+    return model
+
+
+def test_a_sample_has_the_shape_of_windows_and_begins_as_texts_do(sampled):
+    result = sampled()
+    shapes = [tuple(batch["input_ids"].shape) for batch in result.batches]
+    assert shapes == [(2, 12), (2, 12), (1, 12)]
+    assert all(set(batch) == {"input_ids"} for batch in result.batches)
+    assert result.source == (
+        "sampled from the dense model itself: 5 sequences of 12 tokens at temperature 1, seed 0"
+    )
+    ids = ids_of(result)
+    assert ids[:, 0].tolist() == [0] * 5
+    assert len(torch.unique(ids, dim=0)) == 5
+
+
+def test_a_sample_depends_on_the_seed_alone_and_leaves_the_random_state(sampled):
+    first = sampled()
+    torch.rand(3)
+    state = torch.get_rng_state()
+    again = sampled()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.fingerprint == first.fingerprint
+    assert sampled(seed=1).fingerprint != first.fingerprint
+
+
+@torch.no_grad()
+def test_a_sample_follows_the_model_s_own_distribution(sampled, tiny_llama):
+    """The loss on its tokens is the entropy of its predictions: neither sharpened nor cut off."""
+    tiny_llama.generation_config.update(
+        do_sample=False, temperature=0.1, top_k=5, top_p=0.5, min_p=0.2, repetition_penalty=3.0
+    )
+    settings = tiny_llama.generation_config
+    said = settings.to_dict()
+    ids = ids_of(sampled(num_samples=128, seq_length=32, batch_size=64))
+    assert tiny_llama.generation_config is settings and settings.to_dict() == said
+    log_p = tiny_llama(ids).logits[:, :-1].log_softmax(dim=-1)
+    entropy = -(log_p.exp() * log_p).sum(dim=-1).mean()
+    loss = -log_p.gather(2, ids[:, 1:, None]).mean()
+    assert loss.item() == pytest.approx(entropy.item(), abs=0.15)
+
+
+def test_an_end_of_text_may_be_sampled_and_ends_nothing(sampled):
+    """The model predicts nothing else."""
+    model = with_start(tiny_model("llama", tie_word_embeddings=False), bos=5, eos=7)
+    model.model.norm.weight.data.zero_()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, SIZES["vocab_size"])
+    model.lm_head.weight.data.zero_()
+    model.lm_head.bias.data.copy_(torch.where(torch.arange(97) == 7, 100.0, 0.0))
+    assert ids_of(sampled(model)).tolist() == [[5] + [7] * 11] * 5
+
+
+def test_without_a_first_token_a_sample_begins_with_random_ordinary_ones(sampled, tokenizer):
+    model = with_start(tiny_model("qwen3"), bos=None, eos=[1, 2])  # 3 is padding
+    many = {"num_samples": 2000, "seq_length": 2, "batch_size": 2000}
+    starts = ids_of(sampled(model, **many))[:, 0]
+    assert set(starts.tolist()) == set(range(97)) - {1, 2, 3}
+    assert not torch.equal(ids_of(sampled(model, **many, seed=1))[:, 0], starts)
+
+    with_start(model, bos=99)  # outside the vocabulary
+    starts = ids_of(sampled(model, **many))[:, 0]
+    assert set(starts.tolist()) == set(range(97)) - {3}
+    starts = ids_of(sampled(model, **many, tokenizer=tokenizer))[:, 0]
+    assert set(starts.tolist()) == {tokenizer.bos_token_id} == {0}
+
+    class Bare:
+        """A tokenizer without a first token, that knows fewer ids than there are embeddings."""
+
+        bos_token_id = eos_token_id = pad_token_id = None
+        all_special_ids = (4, 5)
+
+        def __len__(self):
+            return 50
+
+    starts = ids_of(sampled(model, **many, tokenizer=Bare()))[:, 0]
+    assert set(starts.tolist()) == set(range(50)) - {3, 4, 5}
+
+
+def test_a_sample_is_no_longer_than_the_model_s_context(sampled, caplog):
+    assert ids_of(sampled(seq_length=100, max_length=9)).shape == (5, 9)
+    assert "using 9" in caplog.text
+
+
+def test_a_bar_is_shown_where_it_is_wanted(sampled, capsys):
+    sampled()
+    assert capsys.readouterr().err == ""
+    sampled(progress=True)
+    assert "Sampling: 100%" in capsys.readouterr().err
+
+
+def test_a_sample_needs_a_model_with_weights(batches_of, sampled):
+    with pytest.raises(ValueError, match="'self' is sampled from the model, which is not given"):
+        batches_of("self")
+    with torch.device("meta"):
+        skeleton = tiny_model("qwen2")
+    with pytest.raises(ValueError, match="which is on the meta device: load the model with its"):
+        sampled(skeleton)
+    with pytest.raises(ValueError, match="seq_length=1 leaves nothing to sample"):
+        sampled(seq_length=1)
 
 
 # Refusals

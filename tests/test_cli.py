@@ -46,6 +46,18 @@ def test_compress_and_evaluate(compress_arguments, jargon_test, tmp_path):
     assert measured == pytest.approx(report["evaluation"]["perplexity after"], rel=1e-3)
 
 
+def test_compress_without_data(compress_arguments, tmp_path):
+    """Sampled once the weights are there: the skeleton on the meta device has nothing to say."""
+    code, out, err = run(*compress_arguments, "--calibration", "self", "--json")
+    assert code == 1 and "self" in err, "one of several names is a file's"
+    at = compress_arguments.index("--calibration") + 1
+    arguments = (*compress_arguments[:at], "self", *compress_arguments[at + 1 :])
+    code, out, err = run(*arguments, "--json")
+    assert code == 0, err
+    source = json.loads(out)["calibration"]["source"]
+    assert source.startswith("sampled from the dense model itself: 8 sequences of 64 tokens")
+
+
 def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     """A folder with a config and nothing else suffices, and gives the shapes of `compress`."""
     (tmp_path / "config.json").write_bytes((tiny_llama_dir / "config.json").read_bytes())

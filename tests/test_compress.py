@@ -364,6 +364,70 @@ def test_a_seed_gives_one_result_and_another_seed_another(case, unit):
     assert not torch.equal(logits(one, batches()), logits(other, batches()))
 
 
+def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
+    """Given with other settings or in a config, it does what its like in the table does."""
+    one, again, named = (tiny_model("qwen3") for _ in range(3))
+    seen = []
+
+    class Mine:
+        def __call__(self, group, stats):
+            seen.append(group.name)
+            return SELECTORS["wanda"](group, stats)
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied, with all that it holds")
+
+    mine = Mine()
+    report = compress(one, selector=mine)
+    config = grail_hf.GrailConfig(sparsity=0.5, selector=mine)
+    grail_hf.compress(
+        again, None, batches(), config, progress=False, sparsity=SPARSITY, multiple_of=1
+    )
+    compress(named, selector="wanda")
+    assert seen == 2 * [group.name for group in report.groups]
+    assert_state(one, state_of(named))
+    assert_state(again, state_of(named))
+    report.save(tmp_path)
+    name = f"{__name__}:{Mine.__qualname__}"
+    read = grail_hf.CompressionReport.load(tmp_path)
+    assert read.config.selector == name
+    assert read.to_dict() == report.to_dict()
+    assert f"`{name}`" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="is not known"):
+        grail_hf.compress(tiny_model("qwen3"), None, batches(), read.config)
+
+
+def test_calibration_may_be_sampled_from_the_model_itself():
+    """With no data and no tokenizer; from the model in eval mode, which it does not stay in."""
+
+    def compressed(seed=0, train=False):
+        model = tiny_model("qwen3").train(train)
+        state = torch.get_rng_state()
+        settings = {"sparsity": SPARSITY, "multiple_of": 1, "num_samples": 30, "seq_length": 16}
+        report = grail_hf.compress(
+            model, None, "self", progress=False, seed=seed, batch_size=15, **settings
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        assert {module.training for module in model.modules()} == {train}
+        return model, report
+
+    model, report = compressed()
+    assert report.calibration["source"].startswith("sampled from the dense model itself: 30 ")
+    assert report.calibration["tokens"] == 480
+    assert all(group.error < group.error_pruned for group in report.groups)
+    again, same = compressed(train=True)
+    assert same.calibration == report.calibration
+    assert_state(again, state_of(model))
+    assert compressed(seed=1)[1].calibration["fingerprint"] != report.calibration["fingerprint"]
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+@every_unit
+def test_what_any_selector_keeps_is_better_repaired_than_pruned(selector, unit):
+    report = compress(tiny_model("qwen3"), unit, selector=selector, sparsity=0.5)
+    assert all(0 < group.error < group.error_pruned for group in report.groups)
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_every_selector_is_deterministic(selector):
     one, again = tiny_model("qwen3"), tiny_model("qwen3")

@@ -1,6 +1,7 @@
 """`GrailConfig`: what it refuses and how it says so, and that JSON gives it back."""
 
 import dataclasses
+import functools
 import json
 import string
 
@@ -29,6 +30,7 @@ OUT_OF_RANGE = [
     *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", True)),
     *(("attention_unit", value) for value in ("head", None)),
     *(("dtype", value) for value in ("bfloat16", torch.float64)),
+    *(("selector", value) for value in (3, None, ["gram"])),
     *(("device", value) for value in ("warp", 1.5)),
     *((name, value) for name in ("compensate", "rehome") for value in ("no", None)),
 ]
@@ -184,6 +186,50 @@ def test_an_unknown_setting_is_refused():
 def test_a_dict_is_checked_like_keywords():
     with pytest.raises(ValueError, match="ridge=-1"):
         GrailConfig.from_dict({"sparsity": 0.3, "ridge": -1})
+
+
+def mine(group, stats, power=1):
+    """A selector of the user's."""
+    return stats.energy**power
+
+
+class Scorer:
+    """One that is an object, and cannot be copied."""
+
+    def __call__(self, group, stats):
+        return stats.energy
+
+    def score(self, group, stats):
+        return stats.energy
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("copied")
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (mine, f"{__name__}:mine"),
+        (functools.partial(functools.partial(mine, power=2)), f"{__name__}:mine"),
+        (Scorer(), f"{__name__}:Scorer"),
+        (Scorer().score, f"{__name__}:Scorer.score"),
+    ],
+)
+def test_a_selector_may_be_a_function_and_json_gives_its_name(function, name):
+    config = GrailConfig(sparsity=0.3, selector=function)
+    assert config.selector is function
+    assert config.selector_name == name
+    assert json.loads(config.to_json()) == config.to_dict()
+    read = GrailConfig.from_json(config.to_json())
+    assert read == dataclasses.replace(config, selector=name)
+    assert read.selector == read.selector_name == name
+
+
+def test_overrides_leave_a_selector_that_is_a_function():
+    config = GrailConfig.resolve(GrailConfig(sparsity=0.3, selector=mine), seed=3)
+    assert config.selector is mine
+    assert GrailConfig.resolve(config, selector="wanda").selector == "wanda"
+    assert GrailConfig.resolve(None, sparsity=0.3, selector=mine).selector is mine
 
 
 def test_overrides_win_over_the_config():

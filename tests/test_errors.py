@@ -87,6 +87,19 @@ def test_settings_are_refused_before_calibration(settings, words):
         compress(model, Untouchable(), **settings)
 
 
+@pytest.mark.parametrize(
+    ("scores", "word"),
+    [(torch.ones(83), "shape [83]"), (torch.full((4,), float("nan")), "NaN for 4 units")],
+)
+def test_scores_that_do_not_fit_are_refused_by_name_and_shapes(scores, word):
+    def mine(group, stats):
+        return scores
+
+    model = tiny_model("qwen3")
+    with refused(model, ValueError, word, "mine'", "layers.0.self_attn", "shape [4]"):
+        compress(model, selector=mine)
+
+
 # Models
 
 
@@ -307,7 +320,7 @@ def test_dead_channels_do_no_harm(selector, dead):
     assert torch.isfinite(logits(model, batches())).all()
 
 
-@pytest.mark.parametrize("selector", ["gram", "wanda", "magnitude"])
+@pytest.mark.parametrize("selector", [name for name in SELECTORS if name != "random"])
 def test_dead_channels_that_nothing_reads_go_first(selector):
     model = tiny_model("qwen2")
     for layer in layers_of(model):

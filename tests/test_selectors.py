@@ -1,5 +1,6 @@
 """Selectors against loops, and greedy elimination against refitting every candidate."""
 
+import statistics
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from grail_hf import selectors
 from grail_hf.gram import GramStats
-from grail_hf.selectors import SELECTORS, elimination_order, find_selector
+from grail_hf.selectors import SELECTORS, check_scores, elimination_order, find_selector
 
 DAMPING = 1e-4  # The `gram` selector's default.
 
@@ -43,9 +44,9 @@ def problem(units: int, columns: int = 1, partitions: int = 1, seed: int = 0, ou
     return Units(normal(outputs, channels), x, columns, partitions, seed)
 
 
-def damped_gram(group: Units) -> Tensor:
+def damped_gram(group: Units, damping: float = DAMPING) -> Tensor:
     gram = group.x.T @ group.x
-    return gram + DAMPING * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
+    return gram + damping * gram.diagonal().mean() * torch.eye(gram.shape[0], dtype=gram.dtype)
 
 
 def error_of(group: Units, gram: Tensor, units) -> float:
@@ -92,6 +93,74 @@ def test_wanda_is_the_mean_weight_times_the_input_norm(columns):
         assert score.item() == pytest.approx(expected)
 
 
+either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+@either_dtype
+@pytest.mark.parametrize(
+    ("name", "channel_score"),
+    [
+        ("flap", lambda x, w: statistics.variance(x) * sum(v**2 for v in w)),
+        ("flap-ifv", lambda x, w: statistics.variance(x)),
+        (
+            "flap-wifn",
+            lambda x, w: statistics.fmean(map(abs, w)) * statistics.fmean(v**2 for v in x) ** 0.5,
+        ),
+    ],
+)
+def test_flap_s_scores_are_sums_over_a_unit_s_channels(name, channel_score, dtype, columns):
+    """Inputs with a mean, which the variances must not see."""
+    group = problem(6, columns)
+    group.x += 2
+    scores = SELECTORS[name](group, group.stats(dtype))
+    assert scores.dtype == dtype
+    for unit, score in enumerate(scores):
+        own = range(unit * columns, (unit + 1) * columns)
+        expected = sum(
+            channel_score(group.x[:, j].tolist(), group.weight[:, j].tolist()) for j in own
+        )
+        assert score.item() == pytest.approx(expected, rel=1e-4 if dtype.itemsize == 4 else 1e-9)
+
+
+def test_flap_does_not_keep_what_a_bias_could_put_out():
+    """The unit of largest output is constant: `wanda` keeps it, `flap` lets it go first."""
+    group = problem(6)
+    group.x[:, 2] = 100
+    assert SELECTORS["wanda"](group, group.stats()).argmax() == 2
+    assert SELECTORS["flap"](group, group.stats()).argmin() == 2
+
+
+@pytest.mark.parametrize("name", ["flap", "flap-ifv"])
+def test_a_variance_below_rounding_is_not_negative(name):
+    group = problem(50)
+    group.x = 1000 + 1e-4 * group.x
+    scores = SELECTORS[name](group, group.stats(torch.float32))
+    assert (scores >= 0).all()
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+@either_dtype
+def test_slimgpt_is_the_error_of_refitting_all_but_the_unit(dtype, columns):
+    """A head as one block: not the sum of what its channels cost one by one."""
+    group = problem(6, columns)
+    gram = damped_gram(group, 0.01)
+    scores = SELECTORS["slimgpt"](group, group.stats(dtype))
+    assert scores.dtype == dtype
+    for unit, score in enumerate(scores):
+        expected = error_of(group, gram, set(range(6)) - {unit})
+        assert score.item() == pytest.approx(expected, rel=1e-3 if dtype.itemsize == 4 else 1e-9)
+
+
+def test_slimgpt_is_the_squared_weight_over_the_inverse_s_diagonal():
+    """The form that the paper prints, for units of one column."""
+    group = problem(7)
+    inverse = torch.linalg.inv(damped_gram(group, 0.01))
+    for unit, score in enumerate(SELECTORS["slimgpt"](group, group.stats())):
+        squares = sum(value.item() ** 2 for value in group.weight[:, unit])
+        assert score.item() == pytest.approx(squares / inverse[unit, unit].item())
+
+
 def test_random_depends_on_the_seed_alone():
     draw = SELECTORS["random"]
     first = problem(50, seed=1)
@@ -105,7 +174,7 @@ def test_random_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@either_dtype
 @pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (4, 1), (4, 3)])
 def test_every_selector_scores_every_unit(name, dtype, columns, partitions):
     """With a half-precision weight, more channels than tokens and dead channels too."""
@@ -224,3 +293,44 @@ def test_an_unknown_selector_is_refused_with_the_nearest_and_all_names():
 def test_a_selector_like_no_other_is_refused_in_whole_sentences():
     with pytest.raises(ValueError, match=r"'zzz' is not known\. Known: "):
         find_selector("zzz")
+
+
+# A user's own function
+
+
+def test_a_function_is_its_own_selector():
+    def mine(group, stats):
+        return stats.energy
+
+    assert find_selector(mine) is mine
+
+
+def test_the_name_of_a_function_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"my\.module:mine.*passed as a function"):
+        find_selector("my.module:mine")
+
+
+@pytest.mark.parametrize(
+    "scores", [torch.arange(3), torch.tensor([1.0, float("inf"), -float("inf")]), torch.ones(3) > 0]
+)
+def test_scores_may_be_of_any_real_dtype_and_infinite(scores):
+    assert torch.equal(check_scores(scores, problem(3, 2), "mine"), scores)
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (torch.ones(6), "shape [6]"),
+        (torch.ones(3, 1), "shape [3, 1]"),
+        (torch.ones(()), "shape []"),
+        ([1.0, 2.0, 3.0], "a list"),
+        (None, "a NoneType"),
+        (torch.tensor([1.0, float("nan"), 2.0]), "NaN for 1 units"),
+        (torch.ones(3, dtype=torch.complex64), "dtype torch.complex64"),
+    ],
+)
+def test_scores_that_are_not_one_real_number_a_unit_are_refused(scores, words):
+    with pytest.raises(ValueError) as error:
+        check_scores(scores, problem(3, 2), "my.module:mine")
+    for part in (words, "'my.module:mine'", "layers.3.mlp", "shape [3]"):
+        assert part in str(error.value)
