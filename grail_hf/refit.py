@@ -38,6 +38,9 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         group: already shrunk and repaired; without a linear producer, nothing is done.
         steps: conjugate gradient steps.
         damping: of each row, relative to its own curvature.
+
+    Raises:
+        FloatingPointError: the fitted weight is not finite.
     """
     if group.spec.linear is None or steps == 0:
         return
@@ -94,9 +97,13 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             previous, norm = norm, (residual * scaled).sum()
             direction = scaled + norm / previous * direction
         change = to_weight(solution)
-    linear.weight = nn.Parameter(
-        (start.to(change.dtype) + change).to(start.dtype), requires_grad=start.requires_grad
-    )
+    fitted = (start.to(change.dtype) + change).to(start.dtype)
+    if not torch.isfinite(fitted).all():
+        raise FloatingPointError(
+            f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "
+            "model in bfloat16 or float32"
+        )
+    linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
 
 
 def _input_gram(linear: nn.Linear, runs: Sequence[Run]) -> Tensor:

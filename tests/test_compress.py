@@ -434,3 +434,14 @@ def test_every_selector_is_deterministic(selector):
     reports = [compress(model, selector=selector) for model in (one, again)]
     assert_state(again, state_of(one))
     assert reports[0].groups == reports[1].groups
+
+
+@pytest.mark.parametrize(
+    ("ridge", "rows", "warned"), [(1e-4, 1, True), (0.1, 1, False), (1e-4, 32, False)]
+)
+def test_too_few_tokens_are_warned_of(caplog, ridge, rows, warned):
+    model = tiny_model("llama")
+    ids = torch.arange(24).repeat(rows, 1)
+    settings = {"multiple_of": 1, "sparsity": SPARSITY, "ridge": ridge, "progress": False}
+    grail_hf.compress(model, calibration=ids, **settings)
+    assert ("calibration tokens for" in caplog.text) == warned

@@ -96,3 +96,25 @@ def test_compress_with_refit_is_nearer_to_the_dense_model():
         return sum((a - b).square().sum().item() for a, b in pairs)
 
     assert distance(6) < 0.9 * distance(0)
+
+
+def test_a_refit_that_is_not_finite_is_said_and_changes_nothing():
+    model = tiny_model("qwen3")
+    group, block = first_group_and_block(model, "mlp", batches())
+    for batch in block.batches:
+        batch.outputs[1][..., 0] = float("inf")
+    before = group.layer.get_submodule(group.spec.linear).weight.clone()
+    with pytest.raises(FloatingPointError, match=r"the refit of model\.layers\.0\.mlp"):
+        refit_(block, group, steps=2)
+    assert torch.equal(group.layer.get_submodule(group.spec.linear).weight, before)
+
+
+def test_bf16_gains_as_well():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    group, block = first_group_and_block(model, "mlp", batches())
+    output, target = shortfall(block, group)
+    before = (output - target).square().sum()
+    refit_(block, group, steps=3)
+    output, target = shortfall(block, group)
+    assert (output - target).square().sum() < before
+    assert group.layer.get_submodule(group.spec.linear).weight.dtype == torch.bfloat16
