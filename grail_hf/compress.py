@@ -126,9 +126,11 @@ def compress(
                 if repair and config.refit:
                     refit_(block, group, config.refit)
                     stats = block.collect(group).to(config.torch_dtype)
-                    everything = torch.arange(len(kept), device=kept.device)
+                    kept = torch.arange(kept.numel(), device=kept.device)
                     weight = group.weight.to(config.torch_dtype)
-                    group.repair_(ridge(weight, stats, everything, config.ridge, group.name).weight)
+                    repair = ridge(weight, stats, kept, config.ridge, group.name)
+                    report.refit(stats, repair)
+                    group.repair_(repair.weight)
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))

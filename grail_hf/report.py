@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from grail_hf.compensation import Repair, reconstruction_error
@@ -120,6 +121,12 @@ class CompressionReport:
                 repair.damping if repair else None,
             )
         )
+
+    def refit(self, stats: GramStats, repair: Repair) -> None:
+        """Replace the last group's error, after a refit, by what its consumer now leaves."""
+        kept = torch.arange(repair.weight.shape[1], device=repair.weight.device)
+        error = reconstruction_error(repair.weight, repair.weight, stats, kept)
+        self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     @property
     def rehomed(self) -> bool:

@@ -80,10 +80,11 @@ def test_each_step_brings_the_block_nearer_and_touches_one_weight(case, kind):
 
 def test_compress_with_refit_is_nearer_to_the_dense_model():
     dense = tiny_model("llama")
+    errors = []
 
     def distance(refit):
         model = copy.deepcopy(dense)
-        grail_hf.compress(
+        report = grail_hf.compress(
             model,
             calibration=batches(),
             sparsity=0.5,
@@ -91,11 +92,13 @@ def test_compress_with_refit_is_nearer_to_the_dense_model():
             refit=refit,
             progress=False,
         )
+        errors.append([group.error for group in report.groups if group.layer == 0])
         with torch.no_grad():
             pairs = [(model(**batch).logits, dense(**batch).logits) for batch in batches()]
         return sum((a - b).square().sum().item() for a, b in pairs)
 
     assert distance(6) < 0.9 * distance(0)
+    assert all(refitted < before for refitted, before in zip(*errors, strict=True))
 
 
 def test_a_refit_that_is_not_finite_is_said_and_changes_nothing():
