@@ -129,11 +129,11 @@ def token_batches(
 
     Text (see the module) is sampled: `num_samples` windows of `seq_length` tokens (at most
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
-    batches of `batch_size`. An integer tensor [N, T] is used whole, cut
-    likewise. A mapping with `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an iterable
-    of such, is used whole and as batched; its other keys are dropped. "self" needs no data and no
-    tokenizer: it is as many tokens as text would be, sampled from `model` (in eval mode) where it
-    is, in batches of `batch_size`, with a bar on standard error if `progress`.
+    batches of `batch_size`. An integer tensor [N, T] is used whole, cut likewise. A mapping with
+    `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an iterable of such, is used whole
+    and as batched; its other keys are dropped. "self" needs no data and no tokenizer: it is as many
+    tokens as text would be, sampled from `model` (in eval mode) where it is, in batches of
+    `batch_size`, with a bar on standard error if `progress`.
 
     Raises ValueError for text too short, "self" without a model that has its weights, ids outside
     [0, vocab_size), and batches or masks of the wrong shape, TypeError for the wrong kind of data,

@@ -26,9 +26,9 @@ from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.planning import (
     check_weights,
     choose_device,
-    context_length,
     estimate,
     plan_compression,
+    window_length,
 )
 from grail_hf.report import REPORT_FILE, width_range
 from grail_hf.selectors import SELECTORS
@@ -128,7 +128,7 @@ def compress_command(
         tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
         if eval_text:
-            length = min(config.seq_length, context_length(skeleton) or config.seq_length)
+            length = window_length(skeleton, config)
             windows = token_windows(eval_text, tokenizer, seq_length=length)
         model = _model(source)
         if tokens is None:

@@ -34,7 +34,7 @@ from grail_hf.planning import (
     vocabulary_size,
 )
 from grail_hf.reduction import Reduction
-from grail_hf.refit import refit_
+from grail_hf.refit import refit_, refit_passes
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import check_scores
@@ -103,8 +103,17 @@ def compress(
     with evaluation_mode(model), says_what_is_left(report):
         layers = plan.architecture.layers
         target = config.target if config.compensate else "self"
+        passes = 1 + (refit_passes(config.refit) + 1 if config.refit else 0)
         for block in stream(
-            model, layers, plan.specs, tokens.batches, device, target, config.seed, progress
+            model,
+            layers,
+            plan.specs,
+            tokens.batches,
+            device,
+            target,
+            config.seed,
+            progress,
+            group_passes=plan.num_reduced * passes,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]

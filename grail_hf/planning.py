@@ -53,6 +53,13 @@ class Plan:
         return tuple(spec for spec in self.specs if min(self.widths[spec.kind]) < spec.num_units)
 
     @property
+    def num_reduced(self) -> int:
+        """How many groups of all layers lose units."""
+        return sum(
+            width < spec.num_units for spec in self.specs for width in self.widths[spec.kind]
+        )
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the projection parameters removed."""
         before, after = self.projection_parameters
@@ -175,6 +182,11 @@ def context_length(model: PreTrainedModel) -> int | None:
     return limit
 
 
+def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
+    """Tokens in a window: as the config says, within the model's limit."""
+    return min(config.seq_length, context_length(model) or config.seq_length)
+
+
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
@@ -247,7 +259,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     attention adds 2 N T per query channel and pass.
     """
     layers = decoder_layers(model, plan.architecture)
-    length = min(config.seq_length, context_length(model) or config.seq_length)
+    length = window_length(model, config)
     tokens = config.num_samples * length
     batch = min(config.batch_size, config.num_samples) * length
     item = model.dtype.itemsize

@@ -30,6 +30,11 @@ from grail_hf.stream import Block, Run, captured_input
 _INPUT_DAMPING = 1e-3
 
 
+def refit_passes(steps: int) -> int:
+    """Passes over the calibration tokens that `refit_` makes, for an estimate of the time."""
+    return steps + 4  # the calls, their inputs, a probe and the right-hand side come first
+
+
 def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None:
     """Change the group's linear producer in `steps` conjugate gradient steps towards the target.
 
@@ -48,7 +53,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     assert isinstance(linear, nn.Linear)
     runs = block.runs(group)
     start = linear.weight
-    factor, _ = damped_cholesky(_input_gram(linear, runs), _INPUT_DAMPING, group.name)
+    factor, _ = damped_cholesky(_input_gram(block, linear, runs), _INPUT_DAMPING, group.name)
 
     def to_weight(t: Tensor) -> Tensor:
         """U of T: solves U L = T."""
@@ -68,6 +73,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
                 output = run.output()
             goal = run.without_padding(towards(run, output.detach()))
             total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
+            block.progress.update()
         return to_t(total)
 
     with replaceable_weight(linear) as put:
@@ -106,13 +112,14 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
 
 
-def _input_gram(linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
     """[D, D] fp64, X^T X over the inputs of `linear`."""
     stats = GramStats.zeros(linear.in_features, linear.weight.device)
     for run in runs:
         with captured_input(linear) as inputs:
             run.output()
         stats.update_(run.rows(inputs[0]))
+        block.progress.update()
     return stats.gram.double()
 
 

@@ -122,6 +122,8 @@ class Block:
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             target = self._target(batch, position, seen)
+            if target is not None and consumer.bias is not None:
+                target = target - consumer.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             self.progress.update()
         stats.check_finite(group.name)
@@ -133,7 +135,6 @@ class Block:
         self.progress.set_postfix_str(f"{group.name} refit")
         position = self.groups.index(group)
         module = self.layer.get_submodule(group.spec.name)
-        bias = group.consumer.bias
         runs = []
         for batch in self.batches:
             with (
@@ -144,16 +145,15 @@ class Block:
             target = self._target(batch, position, seen)
             if target is None:
                 raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
-            target = target if bias is None else target + bias.float()
             runs.append(Run(module, *calls[0], target, batch))
+            self.progress.update()
         return runs
 
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
         "residual" adds to the dense output what the residual stream lacks in front of it: the
-        difference of the layer's inputs, and of what earlier groups have put out. The consumer's
-        bias stays, so it is no part of the target.
+        difference of the layer's inputs, and of what earlier groups have put out.
         """
         if self.target == "self" or batch.dense is None:
             return None
@@ -162,8 +162,7 @@ class Block:
             target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
             for dense, compressed in zip(batch.outputs[:position], seen, strict=False):
                 target += dense.to(self.device).float() - compressed.float()
-        bias = self.groups[position].consumer.bias
-        return target if bias is None else target - bias.float()
+        return target
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -185,6 +184,7 @@ def stream(
     target: str = "self",
     seed: int = 0,
     progress: bool = True,
+    group_passes: int | None = None,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
 
@@ -201,14 +201,18 @@ def stream(
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
+        group_passes: passes that the caller will make for groups, in all layers together, for
+            the bar's estimate; by default one for each group.
     """
     layers = model.base_model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
     names = {id(module): name for name, module in model.named_modules()}
     micro_batches = record_calls(model, layers, batches)
-    passes = len(specs) + 1 + (target != "self")
+    if group_passes is None:
+        group_passes = len(layers) * len(specs)
+    passes = group_passes + len(layers) * (1 + (target != "self")) - 1
     with tqdm(
-        total=(len(layers) * passes - 1) * len(micro_batches),
+        total=passes * len(micro_batches),
         desc="Calibrating",
         unit="batch",
         disable=not progress,

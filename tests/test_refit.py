@@ -121,3 +121,37 @@ def test_bf16_gains_as_well():
     output, target = shortfall(block, group)
     assert (output - target).square().sum() < before
     assert group.layer.get_submodule(group.spec.linear).weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"refit": 3}, {"ignore": ("layers.1",)}, {"target": "self"}]
+)
+def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
+    """As many passes are announced as are made."""
+    bars = []
+    monkeypatch.setattr(
+        "grail_hf.stream.tqdm", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
+    )
+    model = tiny_model("qwen3")
+    grail_hf.compress(model, calibration=batches(), sparsity=0.3, multiple_of=1, **settings)
+    (bar,) = bars
+    assert bar.done == bar.total
+
+
+class Bar:
+    """Counts as tqdm does."""
+
+    def __init__(self, total):
+        self.total, self.done = total, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def update(self, number=1):
+        self.done += number
+
+    def set_postfix_str(self, text):
+        pass
