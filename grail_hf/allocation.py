@@ -1,20 +1,30 @@
-"""How wide each kind of group becomes: one function a rule, sparsity -> widths, and `ALLOCATIONS`.
+"""How wide each group becomes: one function a rule, and the table `ALLOCATIONS`.
 
-A `Budget` says what a kind's units cost; a rule turns the budgets of all kinds and the config into
-the number of units that each kind keeps in a layer.
+A rule says what each width of a group would lose; the widths of least total loss at the wanted
+sparsity follow from that in the same way for all rules: `allocate`. Either every layer gets one
+width a kind, which any stock config can say, or each layer its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from itertools import product
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+
+from torch import Tensor
 
 from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.config import GrailConfig
+from grail_hf.config import GrailConfig, unknown_name
 
 # Largest distance between the sparsity asked for and the one reached.
 TOLERANCE = 0.005
+
+Widths = dict[str, tuple[int, ...]]
+"""Kind -> units kept, one number a layer."""
+
+Curve = Mapping[int, float]
+"""Width -> loss, for every width there can be."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Budget:
         fixed_cost: projection parameters of a layer that stay whatever the width.
         step: widths are multiples of this.
         layers: decoder layers.
-        ignored: of these, how many keep their width.
+        ignored: of these, the ones that keep their width.
     """
 
     num_units: int
@@ -35,33 +45,158 @@ class Budget:
     fixed_cost: int = 0
     step: int = 1
     layers: int = 1
-    ignored: int = 0
+    ignored: frozenset[int] = frozenset()
 
     def cost(self, width: int) -> int:
         """Projection parameters in all layers, of which those not ignored have `width` units."""
-        units = width * (self.layers - self.ignored) + self.num_units * self.ignored
-        return self.layers * self.fixed_cost + units * self.unit_cost
+        return self.cost_of(self.in_all_layers(width))
+
+    def cost_of(self, widths: Sequence[int]) -> int:
+        """Projection parameters in all layers, with a width for each."""
+        return self.layers * self.fixed_cost + sum(widths) * self.unit_cost
+
+    def in_all_layers(self, width: int) -> tuple[int, ...]:
+        """`width` in every layer that is not ignored."""
+        return tuple(
+            self.num_units if layer in self.ignored else width for layer in range(self.layers)
+        )
 
     @property
     def widths(self) -> list[int]:
         """The widths there can be, ascending. The full width needs to be no multiple."""
-        if self.ignored == self.layers:
+        if len(self.ignored) == self.layers:
             return [self.num_units]
         return [*range(self.step, self.num_units, self.step), self.num_units]
 
 
-Allocation = Callable[[Mapping[str, Budget], GrailConfig], dict[str, int]]
+Budgets = Mapping[str, Budget]
 
 
-def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int]:
-    """One width per kind for all layers not ignored, both kinds at about the same kept fraction.
+@dataclass(frozen=True)
+class Profile:
+    """What was measured of one group of the dense model.
 
-    Attention units are coarse: their number is rounded to the nearest, and the MLP width takes up
-    the difference. Where even so the total misses by more than `TOLERANCE` (a large
-    `multiple_of`), the next nearest numbers of attention units are tried.
+    Attributes:
+        scores: [units], the selector's.
+        errors: [units + 1], the squared error of the repaired consumer with so many units kept,
+            relative to the energy of the residual stream behind the block.
+        divergences: width -> KL divergence from the dense model, nats a token, of the model in
+            which this group alone is reduced and repaired; measured for a few widths, where the
+            rule asks for it.
+    """
+
+    scores: Tensor
+    errors: Tensor
+    divergences: Mapping[int, float] = field(default_factory=dict)
+
+
+Profiles = Mapping[tuple[str, int], Profile]
+"""(kind, layer) -> profile, for every group that may lose units."""
+
+
+def flap(profile: Profile, budget: Budget) -> Curve:
+    """The sum of the removed units' scores, standardised within the group, times their parameters.
+
+    Least total loss then removes the units of lowest standardised score in the whole model (FLAP,
+    arXiv 2312.11983, its "AL-AM"). FLAP's own scores are `selector="flap"`.
+    """
+    scores = profile.scores.double().sort().values
+    deviation = scores.std(correction=0)
+    standard = (scores - scores.mean()) / deviation if deviation > 0 else scores * 0
+    removed = [0.0, *(budget.unit_cost * standard).cumsum(dim=0).tolist()]
+    return {width: removed[budget.num_units - width] for width in budget.widths}
+
+
+def error(profile: Profile, budget: Budget) -> Curve:
+    """What repair leaves, relative to the energy of the residual stream behind the block.
+
+    The layers behind normalise that stream, so this is how much of what they read is wrong. An
+    error relative to the block's own output would spend width on blocks that hardly matter.
+    """
+    errors = profile.errors.tolist()
+    return {width: errors[width] for width in budget.widths}
+
+
+def search(profile: Profile, budget: Budget) -> Curve:
+    """The measured KL divergence; between the widths measured, as the error goes.
+
+    The logarithm of divergence / error is interpolated linearly in the width.
+    """
+    errors = profile.errors.tolist()
+    points = [
+        (width, math.log(divergence / errors[width]))
+        for width, divergence in sorted(profile.divergences.items())
+        if divergence > 0 and errors[width] > 0
+    ]
+    return {
+        width: errors[width] * math.exp(_interpolated(points, width)) for width in budget.widths
+    }
+
+
+def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Piecewise linear through `points`, ascending; constant beyond them, zero without any."""
+    if not points:
+        return 0.0
+    if x <= points[0][0]:
+        return points[0][1]
+    for (left, low), (right, high) in pairwise(points):
+        if x <= right:
+            return low + (high - low) * (x - left) / (right - left)
+    return points[-1][1]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A rule.
+
+    Attributes:
+        loss: what each width of a group loses, from its profile; None where nothing is measured.
+        per_layer: each layer gets a width of its own.
+        divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
+    """
+
+    loss: Callable[[Profile, Budget], Curve] | None = None
+    per_layer: bool = True
+    divergences: bool = False
+
+
+def find_allocation(name: str) -> Allocation:
+    """The rule of a name. Raises ValueError with the nearest known one."""
+    if name not in ALLOCATIONS:
+        where = "ALLOCATIONS in grail_hf/allocation.py"
+        raise unknown_name("allocation", name, ALLOCATIONS, where)
+    return ALLOCATIONS[name]
+
+
+def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = None) -> Widths:
+    """The widths of least total loss at the wanted sparsity.
+
+    Without profiles, all layers are taken to lose alike: a forecast where the rule measures.
 
     Raises:
-        ValueError: no pair of widths comes close enough; lists the sparsities next to the asked.
+        ValueError: an unknown rule, or no widths come within `TOLERANCE`; lists the sparsities
+            next to the one asked.
+    """
+    rule = find_allocation(config.allocation)
+    curves = None
+    if profiles is not None and rule.loss is not None:
+        curves = {
+            (kind, layer): rule.loss(profile, budgets[kind])
+            for (kind, layer), profile in profiles.items()
+        }
+    if rule.per_layer:
+        return _by_layer(budgets, config, curves or _alike(budgets))
+    return _in_all_layers(budgets, config, curves)
+
+
+def _in_all_layers(
+    budgets: Budgets, config: GrailConfig, curves: Mapping[tuple[str, int], Curve] | None
+) -> Widths:
+    """One width per kind for all layers not ignored.
+
+    Of the pairs of widths that come within `TOLERANCE`, the one of least loss; without curves the
+    one whose kinds keep the most equal fractions: attention units are coarse, so their number is
+    rounded to the nearest, and the MLP width takes up the difference.
     """
     attention, mlp = budgets[ATTENTION], budgets[MLP]
     total = sum(budget.cost(budget.num_units) for budget in budgets.values())
@@ -69,10 +204,16 @@ def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int
     def reached(pair: tuple[int, int]) -> float:
         return 1 - (attention.cost(pair[0]) + mlp.cost(pair[1])) / total
 
-    attention_widths = _widths(ATTENTION, attention, config.attention_sparsity)
-    mlp_widths = _widths(MLP, mlp, config.mlp_sparsity)
+    def widths(pair: tuple[int, int]) -> Widths:
+        return {
+            kind: budgets[kind].in_all_layers(width)
+            for kind, width in zip((ATTENTION, MLP), pair, strict=True)
+        }
+
+    attention_widths = _own_widths(ATTENTION, attention, config.attention_sparsity)
+    mlp_widths = _own_widths(MLP, mlp, config.mlp_sparsity)
     if config.sparsity is None:
-        return {ATTENTION: attention_widths[0], MLP: mlp_widths[0]}
+        return widths((attention_widths[0], mlp_widths[0]))
 
     wanted = config.sparsity
 
@@ -84,24 +225,129 @@ def uniform(budgets: Mapping[str, Budget], config: GrailConfig) -> dict[str, int
     if not near:
         every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
         raise ValueError(_unreachable(wanted, every, config))
+    if curves is not None:
+        return widths(
+            min(
+                near,
+                key=lambda pair: sum(
+                    curve[pair[0] if kind == ATTENTION else pair[1]]
+                    for (kind, _), curve in curves.items()
+                ),
+            )
+        )
     # The least difference between the kinds' kept fractions; of equals, the wider attention.
-    heads, width = min(
-        near,
-        key=lambda pair: (abs(pair[0] / attention.num_units - (1 - wanted)), -pair[0]),
+    return widths(
+        min(
+            near,
+            key=lambda pair: (abs(pair[0] / attention.num_units - (1 - wanted)), -pair[0]),
+        )
     )
-    return {ATTENTION: heads, MLP: width}
 
 
-def _widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
+def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
     """The widths to choose from: all, or the one nearest to the kind's own sparsity."""
     if sparsity is None:
         return budget.widths
-    if budget.ignored == budget.layers and sparsity > 0:
+    _check_not_ignored(kind, budget, sparsity)
+    return [min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))]
+
+
+def _check_not_ignored(kind: str, budget: Budget, sparsity: float) -> None:
+    if len(budget.ignored) == budget.layers and sparsity > 0:
         raise ValueError(
             f"{kind}_sparsity={sparsity:g} and ignore contradict each other, since ignore keeps "
             f"the {kind} whole: drop one"
         )
-    return [min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))]
+
+
+def _by_layer(
+    budgets: Budgets, config: GrailConfig, curves: Mapping[tuple[str, int], Curve]
+) -> Widths:
+    """A width for each group: the marginal loss of a removed parameter is the same everywhere."""
+    total = sum(budget.cost(budget.num_units) for budget in budgets.values())
+    widths = {
+        kind: list(budget.in_all_layers(budget.num_units)) for kind, budget in budgets.items()
+    }
+    own = {ATTENTION: config.attention_sparsity, MLP: config.mlp_sparsity}
+    together = {kind for kind, sparsity in own.items() if sparsity is None}
+
+    def shrink(kinds: Iterable[str], parameters: float) -> None:
+        chosen = {slot: curve for slot, curve in curves.items() if slot[0] in kinds}
+        for (kind, layer), width in _spend(chosen, budgets, parameters).items():
+            widths[kind][layer] = width
+
+    for kind, sparsity in own.items():
+        if sparsity is not None:
+            budget = budgets[kind]
+            _check_not_ignored(kind, budget, sparsity)
+            free = budget.layers - len(budget.ignored)
+            shrink({kind}, sparsity * free * budget.num_units * budget.unit_cost)
+    if config.sparsity is not None:
+        kept = sum(budgets[kind].cost_of(widths[kind]) for kind in budgets)
+        shrink(together, config.sparsity * total - (total - kept))
+        reached = 1 - sum(budgets[kind].cost_of(widths[kind]) for kind in budgets) / total
+        if abs(reached - config.sparsity) > TOLERANCE:
+            raise ValueError(_unreachable(config.sparsity, {reached}, config))
+    return {kind: tuple(values) for kind, values in widths.items()}
+
+
+def _spend(
+    curves: Mapping[tuple[str, int], Curve], budgets: Budgets, parameters: float
+) -> dict[tuple[str, int], int]:
+    """Widths that remove about `parameters` at the least loss.
+
+    The segments of the curves' lower convex hulls are taken in the order of their slopes, which is
+    optimal wherever they end. A segment that is too long is taken as far as it fits, and finer
+    ones that follow take what is left.
+    """
+    widths = {slot: max(curve) for slot, curve in curves.items()}
+    segments = [
+        (slot, wide, narrow) for slot, curve in curves.items() for wide, narrow in _hull(curve)
+    ]
+
+    def slope(segment: tuple[tuple[str, int], int, int]) -> float:
+        slot, wide, narrow = segment
+        loss = curves[slot][narrow] - curves[slot][wide]
+        return loss / ((wide - narrow) * budgets[slot[0]].unit_cost)
+
+    left = parameters
+    finest = min((budgets[kind].step * budgets[kind].unit_cost for kind, _ in curves), default=0)
+    for slot, wide, narrow in sorted(segments, key=slope):
+        if widths[slot] != wide:
+            continue
+        unit_cost = budgets[slot[0]].unit_cost
+        fits = wide - (left + finest / 2) / unit_cost
+        widths[slot] = min(w for w in curves[slot] if max(narrow, fits) <= w < wide or w == wide)
+        left -= (wide - widths[slot]) * unit_cost
+    return widths
+
+
+def _hull(curve: Curve) -> list[tuple[int, int]]:
+    """The lower convex hull of a curve: (wide, narrow) segments, from the full width down."""
+    hull: list[int] = []
+    for width in sorted(curve, reverse=True):
+        while len(hull) > 1:
+            before, last = hull[-2:]
+            # Is `last` on or above the line from `before` to `width`?
+            rise = (curve[width] - curve[before]) * (before - last)
+            if (curve[last] - curve[before]) * (before - width) < rise:
+                break
+            hull.pop()
+        hull.append(width)
+    return list(pairwise(hull))
+
+
+def _alike(budgets: Budgets) -> dict[tuple[str, int], Curve]:
+    """Curves by which every group keeps about the same fraction."""
+    return {
+        (kind, layer): {
+            width: budget.unit_cost * (budget.num_units - width) ** 2 / budget.num_units
+            for width in budget.widths
+        }
+        for kind, budget in budgets.items()
+        for layer in range(budget.layers)
+        if layer not in budget.ignored
+    }
 
 
 def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> str:
@@ -120,4 +366,10 @@ def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> s
     )
 
 
-ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform}
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Allocation(per_layer=False),
+    "uniform-split": Allocation(search, per_layer=False, divergences=True),
+    "flap": Allocation(flap),
+    "error": Allocation(error),
+    "search": Allocation(search, divergences=True),
+}

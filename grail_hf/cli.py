@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grail_hf.allocation import ALLOCATIONS
 from grail_hf.calibration import SELF, token_windows
 from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
@@ -55,6 +56,9 @@ AttentionSparsity = Annotated[
     float | None, typer.Option(help="Fraction of the attention units to remove.")
 ]
 SelectorName = Annotated[str, typer.Option(help=f"One of {', '.join(SELECTORS)}.")]
+AllocationName = Annotated[
+    str, typer.Option("--allocation", help=f"How widths differ: {', '.join(ALLOCATIONS)}.")
+]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLength = Annotated[int, typer.Option(help="Tokens in a window.")]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
@@ -86,6 +90,7 @@ def compress_command(
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
     selector: SelectorName = _DEFAULTS.selector_name,
+    allocation: AllocationName = _DEFAULTS.allocation,
     compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
     target: Annotated[
         str, typer.Option(help="What a repaired block should put out: self, dense or residual.")
@@ -222,6 +227,7 @@ def inspect_command(
     mlp_sparsity: MlpSparsity = None,
     attention_sparsity: AttentionSparsity = None,
     selector: SelectorName = _DEFAULTS.selector_name,
+    allocation: AllocationName = _DEFAULTS.allocation,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,

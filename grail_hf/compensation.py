@@ -64,3 +64,27 @@ def reconstruction_error(weight: Tensor, new: Tensor, stats: GramStats, kept: Te
     error = energy + (fitted * new).sum()
     # Rounding may take an exact zero below it.
     return (error.clamp_min(0) / energy).item() if energy > 0 else 0.0
+
+
+def error_curve(
+    weight: Tensor, stats: GramStats, order: Tensor, damping: float, name: str = "the group"
+) -> Tensor:
+    """[H + 1]: entry k is what repair leaves of ||X W^T||^2 when the first k channels are kept.
+
+    In the given order, let G + d I = L L^T. The trailing block of L is a Cholesky factor of the
+    Schur complement of the kept channels, so one factorisation serves every k:
+
+        E_k = sum_{j >= k} ||(W L)_j||^2
+
+    This is the error of the repaired consumer, up to what the damping adds, for the target "self".
+
+    Args:
+        weight: [O, H], W, in the dtype of the statistics.
+        stats: of the consumer's inputs, fp32 or fp64.
+        order: [H] int64, the channel that is kept longest first.
+        damping: relative to the mean diagonal, >= 0.
+        name: of the group, for messages.
+    """
+    factor, _ = damped_cholesky(stats.gram[order[:, None], order], damping, name)
+    lost = (weight[:, order] @ factor).square().sum(dim=0)
+    return torch.cat([lost.flip(0).cumsum(dim=0).flip(0), lost.new_zeros(1)])

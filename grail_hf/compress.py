@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grail_hf.allocation import find_allocation
 from grail_hf.calibration import (
     Calibration,
     TokenBatches,
@@ -33,6 +34,7 @@ from grail_hf.planning import (
     plan_compression,
     vocabulary_size,
 )
+from grail_hf.profiling import profile
 from grail_hf.reduction import Reduction
 from grail_hf.refit import refit_, refit_passes
 from grail_hf.report import TAGS, CompressionReport
@@ -89,16 +91,20 @@ def compress(
     """
     config = GrailConfig.resolve(config, **overrides)
     plan = plan_compression(model, config)
-    report = CompressionReport.begin(model, config, plan)
     if not plan.reduced:
-        return report
+        return CompressionReport.begin(model, config, plan)
     device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
+    start = time.perf_counter()
+    if find_allocation(config.allocation).loss is not None:
+        with evaluation_mode(model):
+            profiles = profile(model, plan, tokens.batches, config, device, progress)
+        plan = plan_compression(model, config, profiles)
+    report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
     if config.compensate:
         warn_of_few_tokens(tokens, plan, config)
-    start = time.perf_counter()
 
     with evaluation_mode(model), says_what_is_left(report):
         layers = plan.architecture.layers

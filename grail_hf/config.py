@@ -31,6 +31,12 @@ class GrailConfig:
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
             units of highest score stay. JSON gives a function's name.
+        allocation: a name in `grail_hf.ALLOCATIONS`: how the kept parameters are shared out.
+            "uniform": one width per kind for all layers. "uniform-split": the same, at the split
+            between attention and MLP that costs least. "error", "search", "flap": each layer its
+            own widths, by the reconstruction error, by the measured divergence from the dense
+            model, or by standardised scores; such a checkpoint loads with `import grail_hf` or
+            `trust_remote_code=True`.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning.
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
@@ -64,6 +70,7 @@ class GrailConfig:
     mlp_sparsity: float | None = None
     attention_sparsity: float | None = None
     selector: str | Callable[[Any, Any], torch.Tensor] = "gram"
+    allocation: str = "uniform"
     compensate: bool = True
     target: str = "residual"
     refit: int = 0
@@ -108,6 +115,10 @@ class GrailConfig:
             raise ValueError(
                 f"selector={self.selector!r} must be a name in grail_hf.SELECTORS or a function "
                 "(group, stats) -> scores"
+            )
+        if not isinstance(self.allocation, str):
+            raise ValueError(
+                f"allocation={self.allocation!r} must be a name in grail_hf.ALLOCATIONS"
             )
         for name in ("num_samples", "seq_length", "batch_size", "multiple_of"):
             value = getattr(self, name)

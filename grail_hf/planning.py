@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from grail_hf.allocation import ALLOCATIONS, Budget
+from grail_hf.allocation import Budget, Profiles, Widths, allocate
 from grail_hf.architectures import MLP, Architecture, GroupSpec, find_architecture
 from grail_hf.config import GrailConfig
 from grail_hf.groups import Group
@@ -33,7 +33,9 @@ class Plan:
         architecture: the model type's entry.
         specs: the groups of a decoder layer.
         select: scores the units of a group.
-        widths: kind -> units kept, one number a layer.
+        budgets: what the units of each kind cost.
+        widths: kind -> units kept, one number a layer; a forecast until the allocation's profiles
+            are measured.
         config: of the compressed model.
         projection_parameters: of all decoder blocks' projections, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
@@ -42,7 +44,8 @@ class Plan:
     architecture: Architecture
     specs: tuple[GroupSpec, ...]
     select: Selector
-    widths: dict[str, tuple[int, ...]]
+    budgets: dict[str, Budget]
+    widths: Widths
     config: PreTrainedConfig
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
@@ -66,13 +69,20 @@ class Plan:
         return 1 - after / before
 
 
-def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
+def plan_compression(
+    model: PreTrainedModel, config: GrailConfig, profiles: Profiles | None = None
+) -> Plan:
     """Check the model against the config and settle the widths.
+
+    Args:
+        model: the dense model; on the meta device it will do.
+        config: the settings.
+        profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: a selector or architecture that is not known, a model that cannot be
-            compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
+        ValueError: a selector, allocation or architecture that is not known, a model that cannot
+            be compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
             be reached, an `ignore` entry that matches nothing, widths that no config can say.
     """
     select = find_selector(config.selector)
@@ -90,25 +100,19 @@ def plan_compression(model: PreTrainedModel, config: GrailConfig) -> Plan:
             fixed_cost=group.num_parameters - group.num_units * group.unit_cost,
             step=config.multiple_of if group.kind == MLP else group.partitions,
             layers=len(groups),
-            ignored=sum(kind == group.kind for _, kind in ignored),
+            ignored=frozenset(layer for layer, kind in ignored if kind == group.kind),
         )
         for group in groups[0]
     }
-    chosen = ALLOCATIONS["uniform"](budgets, config)
-    widths = {
-        kind: tuple(
-            budgets[kind].num_units if (index, kind) in ignored else width
-            for index in range(len(groups))
-        )
-        for kind, width in chosen.items()
-    }
+    widths = allocate(budgets, config, profiles)
     before = sum(budget.cost(budget.num_units) for budget in budgets.values())
-    after = sum(budgets[kind].cost(width) for kind, width in chosen.items())
+    after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(
         architecture,
         specs,
         select,
+        budgets,
         widths,
         compressed_config(
             model.config,

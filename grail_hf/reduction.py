@@ -32,12 +32,7 @@ class Reduction:
         Raises:
             FloatingPointError: a score is NaN.
         """
-        if torch.isnan(scores).any():
-            raise FloatingPointError("a unit's score is NaN")
-        runs = scores.reshape(partitions, -1)
-        order = runs.argsort(dim=1, descending=True, stable=True)[:, : width // partitions]
-        offsets = torch.arange(partitions, device=scores.device)[:, None] * runs.shape[1]
-        return cls((order + offsets).flatten().sort().values, scores.numel())
+        return cls(best_first(scores, partitions)[:width].sort().values, scores.numel())
 
     @property
     def removed(self) -> Tensor:
@@ -59,3 +54,21 @@ def expand_units(units: Tensor, per_unit: int) -> Tensor:
     """Unit indices [n] to channel indices [n * per_unit]."""
     within = torch.arange(per_unit, device=units.device)
     return (units[:, None] * per_unit + within).flatten()
+
+
+def best_first(scores: Tensor, partitions: int = 1) -> Tensor:
+    """[units] int64, units from the highest score to the lowest, the partitions in turns.
+
+    Args:
+        scores: [units], any real dtype; of equal scores the lower index comes first.
+        partitions: the units are this many equal consecutive runs.
+
+    Raises:
+        FloatingPointError: a score is NaN.
+    """
+    if torch.isnan(scores).any():
+        raise FloatingPointError("a unit's score is NaN")
+    runs = scores.reshape(partitions, -1)
+    order = runs.argsort(dim=1, descending=True, stable=True)
+    offsets = torch.arange(partitions, device=scores.device)[:, None] * runs.shape[1]
+    return (order + offsets).T.flatten()

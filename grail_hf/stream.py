@@ -149,6 +149,27 @@ class Block:
             self.progress.update()
         return runs
 
+    @torch.no_grad()
+    def behind(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What the layer makes of other hidden states: one tensor [b, T, D] a micro-batch."""
+        return [
+            batch.through(self.layer, self.index, states, self.device).to(states.device)
+            for batch, states in zip(self.batches, hidden, strict=True)
+        ]
+
+    @torch.no_grad()
+    def energies(self) -> list[float]:
+        """For each group, the sum of squares of the residual stream behind its block."""
+        energies = [0.0] * len(self.groups)
+        for batch in self.batches:
+            with captured_outputs([group.consumer for group in self.groups]) as outputs:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            behind = batch.hidden.to(self.device, torch.float32)
+            for number, output in enumerate(outputs):
+                behind = behind + output.float()
+                energies[number] += batch.rows(behind).double().square().sum().item()
+        return energies
+
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
@@ -282,14 +303,14 @@ def record_calls(
             batch.calls.append(shared.store((args, kwargs)))
             return hidden
 
-        with _forwards_replaced(layers, record):
+        with forwards_replaced(layers, record):
             model.base_model(**inputs, use_cache=False)
         micro_batches.append(batch)
     return micro_batches
 
 
 @contextmanager
-def _forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Every layer's `forward` is `forward` inside the context, and as it was after it."""
     originals = [vars(layer).get("forward") for layer in layers]
     try:

@@ -18,7 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("config", "architectures", "reduction", "gram", "selectors", "allocation", "compensation"),
     *("groups", "stream", "refit", "calibration", "checkpoint"),
-    *("modeling_grail", "saving", "planning", "evaluation"),
+    *("modeling_grail", "saving", "planning", "profiling", "evaluation"),
     *("report", "compress", "__init__", "cli", "__main__"),
 ]
 FOUNDATION = ["config", "architectures", "reduction", "gram"]

@@ -1,0 +1,198 @@
+"""What an allocation goes by: how much of each group of the dense model can be spared.
+
+One pass over the dense model, layer by layer as in a compression: each group is scored and its
+error at every width computed. For rules that ask for it, a few pruned and repaired variants of
+each group are then put in its place, one at a time, on calibration windows that the repair has not
+seen; their hidden states ride along through the remaining dense layers, so that every layer is
+loaded once, and the divergence of their logits from the dense model's is measured at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
+from grail_hf.compensation import error_curve, ridge
+from grail_hf.gram import GramStats
+from grail_hf.groups import Group
+from grail_hf.reduction import Reduction, best_first, expand_units
+from grail_hf.refit import replaceable_weight
+from grail_hf.selectors import check_scores
+from grail_hf.stream import Block, forwards_replaced, stream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grail_hf.config import GrailConfig
+    from grail_hf.planning import Plan
+
+# Divergences of variants are compared on the same tokens, so that few will do.
+HELD_OUT_TOKENS = 4096
+HELD_OUT_AT_MOST = 0.25  # of the calibration windows
+
+_DAMPING = 1e-4
+
+Batches = Sequence[dict[str, Tensor]]
+
+
+@dataclass
+class _Variant:
+    """The dense model with one group reduced and repaired: its hidden states, [b, T, D] each."""
+
+    slot: tuple[str, int]
+    width: int
+    hidden: list[Tensor]
+
+
+@torch.no_grad()
+def profile(
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Batches,
+    config: GrailConfig,
+    device: torch.device,
+    progress: bool = True,
+) -> Profiles:
+    """Measure every group that may lose units. The model is as it was afterwards.
+
+    Args:
+        model: the dense model.
+        plan: its forecast; gives the groups and their budgets.
+        batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
+        config: the settings; the divergences are measured near the widths of its sparsity.
+        device: where layers run.
+        progress: show a bar on standard error.
+    """
+    wanted = find_allocation(config.allocation).divergences
+    fit, held = held_out(batches) if wanted else (list(batches), [])
+    profiles: dict[tuple[str, int], Profile] = {}
+    variants: list[_Variant] = []
+    finals: list[Tensor] = []
+    layers = model.base_model.get_submodule(plan.architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    blocks = stream(
+        model,
+        plan.architecture.layers,
+        plan.specs,
+        [*fit, *held],
+        device,
+        seed=config.seed,
+        progress=False,
+    )
+    for block in tqdm(
+        blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
+    ):
+        fitted = replace(block, batches=block.batches[: len(fit)])
+        watched = replace(block, batches=block.batches[len(fit) :])
+        for variant in variants:
+            variant.hidden = watched.behind(variant.hidden)
+        energies = fitted.energies()
+        for group, energy in zip(block.groups, energies, strict=True):
+            slot = (group.kind, block.index)
+            budget = plan.budgets[group.kind]
+            if block.index in budget.ignored:
+                continue
+            stats = fitted.collect(group).to(config.torch_dtype)
+            scores = check_scores(plan.select(group, stats), group, config.selector_name)
+            weight = group.weight.to(stats.gram.dtype)
+            order = expand_units(best_first(scores, group.partitions), group.columns)
+            errors = error_curve(weight, stats, order, _DAMPING, group.name)
+            profiles[slot] = Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
+            if wanted:
+                variants += [
+                    _Variant(slot, width, _reduced(watched, group, stats, scores, width))
+                    for width in widths_to_measure(budget, plan.sparsity)
+                ]
+        if wanted and block.index + 1 == len(layers):
+            finals = watched.behind([batch.hidden for batch in watched.batches])
+    divergences = _divergences(model, layers, held, finals, variants)
+    for variant, divergence in zip(variants, divergences, strict=True):
+        known = profiles[variant.slot]
+        measured = {**known.divergences, variant.width: divergence}
+        profiles[variant.slot] = replace(known, divergences=measured)
+    return profiles
+
+
+def widths_to_measure(budget: Budget, sparsity: float) -> list[int]:
+    """Three widths about the one of equal shares; the error curve tells what lies between."""
+    kept = 1 - sparsity
+    wishes = (fraction * budget.num_units for fraction in (kept / 2, kept, (1 + kept) / 2))
+    nearest = {min(budget.widths, key=lambda width: abs(width - wish)) for wish in wishes}
+    return sorted(nearest - {budget.num_units})
+
+
+def held_out(batches: Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Batches to fit to, and batches to measure on: whole windows, from all over the calibration.
+
+    Enough windows for `HELD_OUT_TOKENS` are held out, but at most `HELD_OUT_AT_MOST` of them;
+    where that leaves none, all serve for both.
+    """
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    share = min(HELD_OUT_TOKENS / tokens, HELD_OUT_AT_MOST)
+    every = math.ceil(1 / share)
+    if sum(sizes) < every:
+        return list(batches), list(batches)
+    chosen = torch.split(torch.arange(sum(sizes)) % every == every - 1, sizes)
+    fit, held = (
+        [
+            {name: tensor[rows.to(tensor.device)] for name, tensor in batch.items()}
+            for batch, rows in zip(batches, part, strict=True)
+            if rows.any()
+        ]
+        for part in ([~rows for rows in chosen], chosen)
+    )
+    return fit, held
+
+
+def _reduced(
+    block: Block, group: Group, stats: GramStats, scores: Tensor, width: int
+) -> list[Tensor]:
+    """Behind the layer, [b, T, D] each, with the group cut to `width` units and repaired."""
+    reduction = Reduction.keep_top(scores, width, group.partitions)
+    kept = reduction.kept_channels(group.columns)
+    weight = group.weight.to(stats.gram.dtype)
+    repaired = torch.zeros_like(weight)
+    repaired[:, kept] = ridge(weight, stats, kept, _DAMPING, group.name).weight
+    with replaceable_weight(group.consumer) as put:
+        put(repaired)
+        return block.behind([batch.hidden for batch in block.batches])
+
+
+def _divergences(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    batches: Batches,
+    dense: Sequence[Tensor],
+    variants: Sequence[_Variant],
+) -> list[float]:
+    """KL(dense || variant) of the next token, nats a token, for each variant.
+
+    The model's own forward makes logits of the hidden states behind the last layer, so that its
+    final norm, scaling and caps are what they are.
+    """
+
+    def log_probabilities(inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        with forwards_replaced(layers, lambda *_, **__: hidden.to(model.device)):
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        mask = inputs.get("attention_mask")
+        return log_probabilities[mask.bool()] if mask is not None else log_probabilities
+
+    sums, tokens = [0.0] * len(variants), 0
+    for index, inputs in enumerate(batches):
+        goal = log_probabilities(inputs, dense[index])
+        tokens += goal[..., 0].numel()
+        for number, variant in enumerate(variants):
+            found = log_probabilities(inputs, variant.hidden[index])
+            sums[number] += F.kl_div(found, goal, reduction="sum", log_target=True).item()
+    return [total / tokens for total in sums]
