@@ -1,8 +1,9 @@
-"""A `Group` in a live decoder layer: its units, producers and consumer; slicing and repair."""
+"""A `Group` in a live decoder layer: its units, producers, consumer; slicing, folding, repair."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,18 @@ class Group:
         return self.consumer.weight.detach()
 
     @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """Of each producer, [num_units, features]: a unit's weight rows and, if any, biases."""
+        found = []
+        for producer in self.spec.producers:
+            linear = _linear(self.layer, producer.path, self.name)
+            rows = linear.weight.detach()
+            if linear.bias is not None:
+                rows = torch.cat([rows, linear.bias.detach()[:, None]], dim=1)
+            found.append(rows.reshape(self.num_units, -1))
+        return tuple(found)
+
+    @property
     def projections(self) -> Iterator[nn.Linear]:
         """Every projection of the block: producers, those that stay whole, and the consumer."""
         for path in (
@@ -74,14 +87,17 @@ class Group:
 
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
-        """Slice the producers to the kept units; the consumer is left for `repair_`."""
+        """Slice the producers to the kept units, or average them over each cluster.
+
+        The consumer is left for `repair_`.
+        """
         for producer in self.spec.producers:
             linear = _linear(self.layer, producer.path, self.name)
-            rows = reduction.kept_channels(producer.rows).to(linear.weight.device)
-            linear.weight = _like(linear.weight, linear.weight[rows])
+            rows = producer.rows
+            linear.weight = _like(linear.weight, reduction.of_producer(linear.weight, rows))
             if linear.bias is not None:
-                linear.bias = _like(linear.bias, linear.bias[rows])
-            linear.out_features = rows.numel()
+                linear.bias = _like(linear.bias, reduction.of_producer(linear.bias, rows))
+            linear.out_features = reduction.kept.numel() * rows
         for path, divisor in self.spec.attributes.items():
             owner, _, name = path.rpartition(".")
             setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
@@ -102,6 +118,23 @@ class Group:
             )
         consumer.weight = _like(consumer.weight, fitting)
         consumer.in_features = fitting.shape[1]
+
+    @contextmanager
+    def reduced(self, reduction: Reduction) -> Iterator[None]:
+        """Inside the context, the group is reduced and not repaired; after it, as it was."""
+        paths = [*(producer.path for producer in self.spec.producers), self.spec.consumer]
+        names = ("weight", "bias", "in_features", "out_features")
+        attributes = [f"{path}.{name}" for path in paths for name in names]
+        owners = [path.rpartition(".") for path in (*attributes, *self.spec.attributes)]
+        places = [(self.layer.get_submodule(owner), name) for owner, _, name in owners]
+        before = [getattr(module, name) for module, name in places]
+        try:
+            self.repair_(reduction.of_consumer(self.weight, self.columns))
+            self.shrink_(reduction)
+            yield
+        finally:
+            for (module, name), value in zip(places, before, strict=True):
+                setattr(module, name, value)
 
 
 def _linear(layer: nn.Module, path: str, name: str) -> nn.Linear:

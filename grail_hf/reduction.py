@@ -1,4 +1,4 @@
-"""`Reduction`: which units of a group are kept."""
+"""`Reduction`: which units of a group are kept, or which are folded together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reduction:
-    """The kept units of a group.
+    """The kept units of a group, or its clusters of units that become one.
 
     Attributes:
-        kept: [width] int64, ascending unit indices.
+        kept: [width] int64, ascending unit indices; of a cluster the first unit.
         num_units: units before the reduction.
+        labels: [num_units] int64, the cluster of each unit: cluster c has kept[c] as its first
+            unit. None where units are removed and not folded.
     """
 
     kept: Tensor
     num_units: int
+    labels: Tensor | None = None
 
     @classmethod
     def keep_top(cls, scores: Tensor, width: int, partitions: int = 1) -> Reduction:
@@ -38,6 +41,45 @@ class Reduction:
         order = runs.argsort(dim=1, descending=True, stable=True)[:, : width // partitions]
         offsets = torch.arange(partitions, device=scores.device)[:, None] * runs.shape[1]
         return cls((order + offsets).flatten().sort().values, scores.numel())
+
+    @classmethod
+    def fold(cls, labels: Tensor) -> Reduction:
+        """Make one unit of all those that have the same label.
+
+        Args:
+            labels: [units], any integers; the clusters are numbered anew, by their first units.
+        """
+        names, labels = torch.unique(labels, return_inverse=True)
+        units = torch.arange(labels.numel(), device=labels.device)
+        first = units.new_full((names.numel(),), labels.numel())
+        kept, order = first.scatter_reduce(0, labels, units, "amin").sort()
+        return cls(kept, labels.numel(), order.argsort()[labels])
+
+    @property
+    def folds(self) -> bool:
+        """Whether units become one, and none is removed."""
+        return self.labels is not None
+
+    def of_producer(self, rows: Tensor, per_unit: int) -> Tensor:
+        """[num_units * per_unit, ..] to [width * per_unit, ..]: a producer's weight or bias.
+
+        Kept units' rows; of a cluster the mean, position by position inside the units, so that
+        what belongs to a position (a frequency of rotary embeddings) stays there.
+        """
+        return self._reduce(rows, per_unit, "mean")
+
+    def of_consumer(self, weight: Tensor, per_unit: int) -> Tensor:
+        """[O, num_units * per_unit] to [O, width * per_unit]: the consumer without repair.
+
+        Kept units' columns; of a cluster the sum, since each of its units now puts out the same.
+        """
+        return self._reduce(weight.mT, per_unit, "sum").mT
+
+    def _reduce(self, rows: Tensor, per_unit: int, how: str) -> Tensor:
+        if self.labels is None:
+            return rows[self.kept_channels(per_unit).to(rows.device)]
+        units = rows.reshape(-1, per_unit, *rows.shape[1:])
+        return reduce_clusters(units, self.labels.to(rows.device), how).flatten(0, 1)
 
     @property
     def removed(self) -> Tensor:
@@ -59,3 +101,17 @@ def expand_units(units: Tensor, per_unit: int) -> Tensor:
     """Unit indices [n] to channel indices [n * per_unit]."""
     within = torch.arange(per_unit, device=units.device)
     return (units[:, None] * per_unit + within).flatten()
+
+
+def reduce_clusters(x: Tensor, labels: Tensor, how: str) -> Tensor:
+    """[n, ..] to [clusters, ..]: the "mean" or "sum" of each cluster, computed in fp32 at least.
+
+    Args:
+        x: [n, ..].
+        labels: [n] int64 in [0, clusters), none of them empty.
+        how: "mean" or "sum".
+    """
+    wide = x[labels.argsort(stable=True)]
+    wide = wide.float() if x.dtype.itemsize < 4 else wide
+    # Unlike `index_add_`, this adds in the same order on every run on an accelerator.
+    return torch.segment_reduce(wide, how, lengths=labels.bincount(), axis=0).to(x.dtype)

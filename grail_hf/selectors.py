@@ -1,15 +1,17 @@
-"""Which units to keep: one pure function a method, and the table `SELECTORS`.
+"""Which units to keep or to fold: one pure function a method, and the table `SELECTORS`.
 
 A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
-[units]; units of high score are kept. Only the consumer's weight and the sums over its inputs are
-read. With W [O, H] the weight, X [N, H] the inputs over N tokens and W_j, X_j a channel's columns,
-a score of channels is summed over the channels that a unit owns.
+[units]; units of high score are kept. A `Folding` maps them and the width to clusters of units
+that become one. `choose` makes a `Reduction` of either. With W [O, H] the consumer's weight,
+X [N, H] its inputs over N tokens and W_j, X_j a channel's columns, a score of channels is summed
+over the channels that a unit owns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from grail_hf.config import unknown_name
 from grail_hf.gram import GramStats, damped_cholesky
-from grail_hf.reduction import expand_units
+from grail_hf.reduction import Reduction, expand_units, reduce_clusters
 
 _PANEL = 128
 
@@ -34,6 +36,10 @@ class Units(Protocol):
         """[O, H], the consumer's weight."""
 
     @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """Of each producer, [units, features]: a unit's weight rows and biases."""
+
+    @property
     def columns(self) -> int:
         """Consumer columns that a unit owns; H = num_units * columns."""
 
@@ -46,7 +52,23 @@ class Units(Protocol):
         """For selectors that draw: differs between groups."""
 
 
-Selector = Callable[[Units, GramStats], Tensor]
+@dataclass(frozen=True)
+class Folding:
+    """A selector that folds units together instead of removing some.
+
+    Attributes:
+        labels: (group, stats, width) -> [units], any integers: units of one label become one. There
+            are `width` labels, as many in each partition, and none in two of them.
+    """
+
+    labels: Callable[[Units, GramStats, int], Tensor]
+
+    def __call__(self, group: Units, stats: GramStats, width: int) -> Tensor:
+        return self.labels(group, stats, width)
+
+
+Scoring = Callable[[Units, GramStats], Tensor]
+Selector = Scoring | Folding
 
 
 def random(group: Units, stats: GramStats) -> Tensor:
@@ -134,6 +156,87 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     scores = torch.empty_like(order)
     scores[order] = torch.arange(order.numel(), device=order.device)
     return scores
+
+
+@Folding
+def fold(group: Units, stats: GramStats, width: int) -> Tensor:
+    """k-means on the units' producer rows. Reads no activations.
+
+    Model folding (arXiv 2502.10216): units whose producers are alike become one, whose producers
+    are their mean. A unit is the point of all its producers' rows and biases together (a channel's
+    gate and up; a KV group's q, k and v), since it is alike another only if it is in all of them.
+    Each producer is divided by the root of its total variance over the units, so that none decides
+    by its scale or by how many rows it has. Clusters stay within partitions.
+    """
+    points = []
+    for rows in group.producers:
+        centred = rows.double() - rows.double().mean(dim=0)
+        points.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    inner = sum(rows @ rows.mT for rows in points)
+    assert isinstance(inner, Tensor)
+    generator = torch.Generator().manual_seed(group.seed)
+    per_run = width // group.partitions
+    runs = _diagonal_blocks(inner, inner.shape[0] // group.partitions)
+    return torch.cat([k_means(run, per_run, generator) + n * per_run for n, run in enumerate(runs)])
+
+
+def k_means(
+    inner: Tensor, clusters: int, generator: torch.Generator, max_steps: int = 100
+) -> Tensor:
+    """Lloyd's k-means from the points' inner products: the cluster of each, [n] int64.
+
+    With n points p, a centre is the mean of its points, so |p_i - centre|^2 is made of means of
+    inner products and a step takes n^2 operations whatever the dimension. The start is k-means++
+    (Arthur & Vassilvitskii 2007). Of equal distances the first counts. An empty cluster takes the
+    point farthest from its centre, so that there are always as many as asked.
+
+    Args:
+        inner: [n, n], fp64.
+        clusters: from 1 to n.
+        generator: on the CPU, for the start.
+        max_steps: stop here where the clusters still change.
+    """
+    norms = inner.diagonal()
+    centres = _spread_points(inner, clusters, generator)
+    labels = _nearest(norms[:, None] + norms[centres] - 2 * inner[:, centres])
+    for _ in range(max_steps):
+        to_centres = reduce_clusters(inner, labels, "mean")  # [clusters, n]
+        own = to_centres.gather(0, labels[None])[0]
+        before = labels
+        labels = _nearest(norms[:, None] + reduce_clusters(own, labels, "mean") - 2 * to_centres.mT)
+        if torch.equal(labels, before):
+            break
+    return labels
+
+
+def _spread_points(inner: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[count] int64, distinct points: each drawn in proportion to its squared distance so far."""
+    norms = inner.diagonal()
+    nearest = torch.full_like(norms, torch.inf)
+    left = torch.ones(norms.numel(), dtype=torch.float64)
+    chosen: list[Tensor] = []
+    while len(chosen) < count:
+        weights = nearest.cpu() * left if chosen else left
+        # Where all that is left are copies of what is chosen, any of them will do.
+        point = torch.multinomial(weights if weights.any() else left, 1, generator=generator)
+        left[point] = 0
+        chosen.append(point)
+        at = point.to(inner.device)
+        distance = norms + norms[at] - 2 * inner[at].flatten()
+        nearest = torch.minimum(nearest, distance.clamp_min(0))
+    return torch.cat(chosen).to(inner.device)
+
+
+def _nearest(distance: Tensor) -> Tensor:
+    """[n, clusters] squared distances to [n] int64, the nearest cluster; none is left empty."""
+    own, labels = distance.min(dim=1).values, distance.argmin(dim=1)
+    counts = labels.bincount(minlength=distance.shape[1])
+    for empty in (counts == 0).nonzero().flatten():
+        point = own.masked_fill(counts[labels] == 1, -torch.inf).argmax()
+        counts[labels[point]] -= 1
+        counts[empty] += 1
+        labels[point] = empty
+    return labels
 
 
 def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions: int = 1) -> Tensor:
@@ -238,15 +341,16 @@ SELECTORS: dict[str, Selector] = {
     "flap-ifv": flap_ifv,
     "slimgpt": slimgpt,
     "gram": gram,
+    "fold": fold,
 }
 
 
 def find_selector(selector: str | Selector) -> Selector:
-    """The function of a selector's name; a function is returned as it is.
+    """The selector of a name; a function or a `Folding` is returned as it is.
 
     Raises ValueError with the nearest known name.
     """
-    if callable(selector):
+    if not isinstance(selector, str):
         return selector
     if selector not in SELECTORS:
         where = "SELECTORS in grail_hf/selectors.py, or passed as a function"
@@ -273,4 +377,41 @@ def check_scores(scores: object, group: Units, name: str) -> Tensor:
     raise ValueError(
         f"selector {name!r} returned {got} for {group.name}: it must return a real tensor of "
         f"shape [{units}], a score for each unit, of which the highest are kept"
+    )
+
+
+def choose(select: Selector, group: Units, stats: GramStats, width: int, name: str) -> Reduction:
+    """The units of `group` to keep or to fold so that `width` are left.
+
+    Raises ValueError, by the selector's `name`, where it does not give what it must.
+    """
+    if isinstance(select, Folding):
+        labels = check_labels(select(group, stats, width), group, width, name)
+        return Reduction.fold(labels)
+    scores = check_scores(select(group, stats), group, name)
+    return Reduction.keep_top(scores, width, group.partitions)
+
+
+def check_labels(labels: object, group: Units, width: int, name: str) -> Tensor:
+    """Return what the folding selector `name` gave if it makes `width` clusters of the units.
+
+    Raises ValueError for anything but an integer tensor [units] with `width` values, of which as
+    many in each partition, and none in two of them.
+    """
+    units = group.weight.shape[1] // group.columns
+    if not isinstance(labels, Tensor):
+        got = f"a {type(labels).__name__}"
+    elif labels.shape != (units,):
+        got = f"shape {list(labels.shape)}"
+    elif labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        got = f"dtype {labels.dtype}"
+    else:
+        runs = [len(torch.unique(run)) for run in labels.reshape(group.partitions, -1)]
+        if set(runs) == {width // group.partitions} and len(torch.unique(labels)) == width:
+            return labels
+        got = f"{len(torch.unique(labels))} labels ({runs} in the partitions)"
+    raise ValueError(
+        f"selector {name!r} returned {got} for {group.name}: it must return an integer tensor of "
+        f"shape [{units}] with {width} labels, as many in each of {group.partitions} partitions "
+        "and none in two of them"
     )

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from grail_hf.architectures import GroupSpec
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.reduction import Reduction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,32 +103,62 @@ class Block:
     progress: tqdm[Any]
 
     @torch.no_grad()
-    def collect(self, group: Group) -> GramStats:
+    def collect(self, group: Group, targets: Sequence[Tensor] | None = None) -> GramStats:
         """Second moments of the inputs and targets of the group's consumer, as the layer is now.
 
         The layer runs up to the consumer and no further. Padding does not count.
+
+        Args:
+            group: of this layer.
+            targets: other targets than the block's, as `outputs` gives them.
 
         Raises:
             FloatingPointError: an input is NaN or Inf.
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
         consumer = group.consumer
-        outputs = None if self.target == "self" else consumer.out_features
+        outputs = None if self.target == "self" and targets is None else consumer.out_features
         stats = GramStats.zeros(consumer.in_features, self.device, outputs)
         position = self.groups.index(group)
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
             with (
                 captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
                 captured_input(consumer) as inputs,
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
-            target = self._target(batch, position, seen)
+            if targets is None:
+                target = self._target(batch, position, seen)
+            else:
+                target = targets[number].to(self.device, torch.float32)
             if target is not None and consumer.bias is not None:
                 target = target - consumer.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             self.progress.update()
         stats.check_finite(group.name)
         return stats
+
+    def collect_folded(self, group: Group, reduction: Reduction) -> GramStats:
+        """The moments [K] that `collect` will find behind the folded producers; nothing is changed.
+
+        Behind a gate or an attention, the mean of producers does not put out the mean of what they
+        put out, so this takes another pass. The targets are those before the fold; where that is
+        the block's own output, one pass more.
+        """
+        targets = self.outputs(group) if self.target == "self" else None
+        with group.reduced(reduction):
+            return self.collect(group, targets)
+
+    @torch.no_grad()
+    def outputs(self, group: Group) -> list[Tensor]:
+        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept on its device."""
+        self.progress.set_postfix_str(f"{group.name} output")
+        outputs = []
+        for batch in self.batches:
+            with captured_input(group.consumer) as inputs:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            outputs.append(group.consumer(inputs[0]).to(batch.hidden.device))
+            self.progress.update()
+        return outputs
 
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
