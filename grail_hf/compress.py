@@ -64,7 +64,7 @@ def compress(
     progress: bool = True,
     **overrides: Any,
 ) -> CompressionReport:
-    """Make `model` narrower in place and repair it. No gradients, no labels.
+    """Make `model` narrower in place and repair it. No training, no labels.
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from grail_hf.architectures import GroupSpec
 from grail_hf.reduction import Reduction
+from grail_hf.selectors import RegionalGradient
 
 
 class Group:
     """All units in front of one consumer of a live decoder layer.
 
     Methods that end in an underscore change the layer's weights.
+
+    Attributes:
+        differentiate: gives the regional gradient; set where there are calibration hidden states.
     """
+
+    differentiate: Callable[[], RegionalGradient] | None = None
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         self.layer = layer
@@ -48,6 +54,12 @@ class Group:
     def weight(self) -> Tensor:
         """[O, H], the consumer's weight, detached."""
         return self.consumer.weight.detach()
+
+    def regional_gradient(self) -> RegionalGradient:
+        """By the consumer's weight, computed when asked for: a pass forward and one back."""
+        if self.differentiate is None:
+            raise RuntimeError(f"{self.name} has no calibration hidden states to differentiate at")
+        return self.differentiate()
 
     @property
     def producers(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ from grail_hf.gram import GramStats, damped_cholesky
 from grail_hf.reduction import Reduction, expand_units, reduce_clusters
 
 _PANEL = 128
+
+
+class RegionalGradient(NamedTuple):
+    """Root mean square over calibration samples of the gradient by a consumer's weight.
+
+    Attributes:
+        rms: [O, H] fp32, sqrt(mean over n of (d ||f(X_n)|| / d W_ij)^2), with f the decoder layer
+            that the consumer is in, alone, and X_n a sample's hidden states in front of it.
+        samples: how many.
+    """
+
+    rms: Tensor
+    samples: int
 
 
 class Units(Protocol):
@@ -50,6 +63,9 @@ class Units(Protocol):
     @property
     def seed(self) -> int:
         """For selectors that draw: differs between groups."""
+
+    def regional_gradient(self) -> RegionalGradient:
+        """By the consumer's weight, computed when asked for: a pass forward and one back."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,24 @@ def wanda(group: Units, stats: GramStats) -> Tensor:
     Wanda (arXiv 2306.11695, equation 1) summed to channels as GRAIL does (arXiv 2602.23795).
     """
     salience = group.weight.to(stats.gram.dtype).abs().mean(dim=0) * stats.energy.sqrt()
+    return _by_unit(salience, group)
+
+
+def wanda_plus_plus(group: Units, stats: GramStats, alpha: float = 100.0) -> Tensor:
+    """sum_j mean_i (alpha G_ij + ||X_j|| / sqrt(n)) |W_ij| over the unit's columns j, n samples.
+
+    Wanda++'s regional gradient score (arXiv 2503.04992), summed to channels as `wanda` is: G is the
+    root mean square over samples of the gradient of the norm of one decoder layer's output, taken
+    inside that layer alone. This is the one selector that uses automatic differentiation. G is
+    of a sample, so ||X_j|| is too: sums over all tokens are divided by n, as in Wanda's code, and
+    what alpha = 100 means does not depend on how many samples there are. Of Wanda++ this is the
+    score; its other half, steps of an optimiser that trains each layer's weights towards the dense
+    output, is not done here.
+    """
+    gradient = group.regional_gradient()
+    weight = group.weight.to(stats.gram.dtype)
+    norms = (stats.energy / gradient.samples).sqrt()
+    salience = ((alpha * gradient.rms.to(weight) + norms) * weight.abs()).mean(dim=0)
     return _by_unit(salience, group)
 
 
@@ -336,6 +370,7 @@ SELECTORS: dict[str, Selector] = {
     "random": random,
     "magnitude": magnitude,
     "wanda": wanda,
+    "wanda++": wanda_plus_plus,
     "flap": flap,
     "flap-wifn": flap_wifn,
     "flap-ifv": flap_ifv,

@@ -13,6 +13,7 @@ from grail_hf.gram import GramStats
 from grail_hf.selectors import (
     SELECTORS,
     Folding,
+    RegionalGradient,
     check_scores,
     choose,
     elimination_order,
@@ -36,6 +37,10 @@ class Units:
 
     def __post_init__(self):
         self.producers = (self.weight.T.reshape(-1, self.columns * self.weight.shape[0]),)
+
+    def regional_gradient(self) -> RegionalGradient:
+        generator = torch.Generator().manual_seed(9)
+        return RegionalGradient(torch.rand(self.weight.shape, generator=generator), 3)
 
     def stats(self, dtype: torch.dtype = torch.float64) -> GramStats:
         x = self.x.to(dtype)
@@ -102,6 +107,21 @@ def test_wanda_is_the_mean_weight_times_the_input_norm(columns):
             for i in range(5)
         )
         assert score.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_wanda_plus_plus_adds_the_gradient_to_the_input_norm_of_a_sample(columns):
+    group = problem(6, columns)
+    gradient, samples = group.regional_gradient()
+    for unit, score in enumerate(SELECTORS["wanda++"](group, group.stats())):
+        own = range(unit * columns, (unit + 1) * columns)
+        expected = sum(
+            abs(group.weight[i, j].item())
+            * (100 * gradient[i, j].item() + group.x[:, j].norm().item() / samples**0.5)
+            for j in own
+            for i in range(5)
+        )
+        assert score.item() == pytest.approx(expected / 5)
 
 
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
