@@ -1,8 +1,8 @@
 """Which units to keep or to fold: one pure function a method, and the table `SELECTORS`.
 
 A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
-[units]; units of high score are kept. A `Folding` maps them and the width to clusters of units
-that become one. `choose` makes a `Reduction` of either. With W [O, H] the consumer's weight,
+[units]; units of high score are kept. A `Folding` maps them and the width to a `Reduction` that
+makes clusters of units one. `choose` does with either. With W [O, H] the consumer's weight,
 X [N, H] its inputs over N tokens and W_j, X_j a channel's columns, a score of channels is summed
 over the channels that a unit owns.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grail_hf.config import unknown_name
 from grail_hf.gram import GramStats, damped_cholesky
-from grail_hf.reduction import Reduction, expand_units, reduce_clusters
+from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
 _PANEL = 128
 
@@ -73,14 +73,14 @@ class Folding:
     """A selector that folds units together instead of removing some.
 
     Attributes:
-        labels: (group, stats, width) -> [units], any integers: units of one label become one. There
-            are `width` labels, as many in each partition, and none in two of them.
+        clusters: (group, stats, width) -> `Reduction.fold` of labels [units]. There are `width`
+            labels, as many in each partition, and none in two of them.
     """
 
-    labels: Callable[[Units, GramStats, int], Tensor]
+    clusters: Callable[[Units, GramStats, int], Reduction]
 
-    def __call__(self, group: Units, stats: GramStats, width: int) -> Tensor:
-        return self.labels(group, stats, width)
+    def __call__(self, group: Units, stats: GramStats, width: int) -> Reduction:
+        return self.clusters(group, stats, width)
 
 
 Scoring = Callable[[Units, GramStats], Tensor]
@@ -193,66 +193,87 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
 
 
 @Folding
-def fold(group: Units, stats: GramStats, width: int) -> Tensor:
-    """k-means on the units' producer rows. Reads no activations.
+def fold(group: Units, stats: GramStats, width: int) -> Reduction:
+    """Weighted k-means on the units' producer rows.
 
     Model folding (arXiv 2502.10216): units whose producers are alike become one, whose producers
-    are their mean. A unit is the point of all its producers' rows and biases together (a channel's
-    gate and up; a KV group's q, k and v), since it is alike another only if it is in all of them.
-    Each producer is divided by the root of its total variance over the units, so that none decides
-    by its scale or by how many rows it has. Clusters stay within partitions.
+    are their mean. Unlike there, a unit weighs what it puts out, sum_j ||W_j||^2 ||X_j||^2 over its
+    columns, in the clustering and in the mean: to move its producers costs as much, and one that
+    nothing reads moves none.
+
+    A unit is the point of all its producers' rows and biases together (a channel's gate and up; a
+    KV group's q, k and v), since it is like another only if it is in all of them. Each producer is
+    divided by the root of its total variance over the units, so that none decides by its scale or
+    by how many rows it has. Clusters stay within partitions.
     """
-    points = []
+    parts = []
     for rows in group.producers:
         centred = rows.double() - rows.double().mean(dim=0)
-        points.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    inner = sum(rows @ rows.mT for rows in points)
-    assert isinstance(inner, Tensor)
+        parts.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    points = torch.cat(parts, dim=1)
+    inner = points @ points.mT
+    norms = group.weight.to(stats.gram.dtype).square().sum(dim=0)
+    weights = _by_unit(norms * stats.energy, group).to(inner)
+    weights = (weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(group.seed)
     per_run = width // group.partitions
     runs = _diagonal_blocks(inner, inner.shape[0] // group.partitions)
-    return torch.cat([k_means(run, per_run, generator) + n * per_run for n, run in enumerate(runs)])
+    labels = [
+        k_means(run, own, per_run, generator) + n * per_run
+        for n, (run, own) in enumerate(
+            zip(runs, weights.reshape(group.partitions, -1), strict=True)
+        )
+    ]
+    return Reduction.fold(torch.cat(labels), weights)
 
 
 def k_means(
-    inner: Tensor, clusters: int, generator: torch.Generator, max_steps: int = 100
+    inner: Tensor,
+    weights: Tensor,
+    clusters: int,
+    generator: torch.Generator,
+    max_steps: int = 100,
 ) -> Tensor:
-    """Lloyd's k-means from the points' inner products: the cluster of each, [n] int64.
+    """Lloyd's weighted k-means from the points' inner products: the cluster of each, [n] int64.
 
-    With n points p, a centre is the mean of its points, so |p_i - centre|^2 is made of means of
-    inner products and a step takes n^2 operations whatever the dimension. The start is k-means++
-    (Arthur & Vassilvitskii 2007). Of equal distances the first counts. An empty cluster takes the
-    point farthest from its centre, so that there are always as many as asked.
+    With n points p, a centre is the weighted mean of its points, so |p_i - centre|^2 is made of
+    means of inner products and a step takes n^2 operations whatever the dimension. The start is
+    k-means++ (Arthur & Vassilvitskii 2007). Of equal distances the first counts. An empty cluster
+    takes the point that costs most where it is, so that there are always as many as asked.
 
     Args:
         inner: [n, n], fp64.
+        weights: [n], fp64, positive.
         clusters: from 1 to n.
         generator: on the CPU, for the start.
         max_steps: stop here where the clusters still change.
     """
     norms = inner.diagonal()
-    centres = _spread_points(inner, clusters, generator)
-    labels = _nearest(norms[:, None] + norms[centres] - 2 * inner[:, centres])
+    centres = _spread_points(inner, weights, clusters, generator)
+    labels = _nearest(norms[:, None] + norms[centres] - 2 * inner[:, centres], weights)
     for _ in range(max_steps):
-        to_centres = reduce_clusters(inner, labels, "mean")  # [clusters, n]
-        own = to_centres.gather(0, labels[None])[0]
+        shares = weights / sum_clusters(weights, labels)[labels]
+        to_centres = sum_clusters(shares[:, None] * inner, labels)  # [clusters, n]
+        of_centres = sum_clusters(shares * to_centres.gather(0, labels[None])[0], labels)
         before = labels
-        labels = _nearest(norms[:, None] + reduce_clusters(own, labels, "mean") - 2 * to_centres.mT)
+        labels = _nearest(norms[:, None] + of_centres - 2 * to_centres.mT, weights)
         if torch.equal(labels, before):
             break
     return labels
 
 
-def _spread_points(inner: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[count] int64, distinct points: each drawn in proportion to its squared distance so far."""
+def _spread_points(
+    inner: Tensor, weights: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """[count] int64, distinct points, drawn in proportion to weight and squared distance so far."""
     norms = inner.diagonal()
     nearest = torch.full_like(norms, torch.inf)
     left = torch.ones(norms.numel(), dtype=torch.float64)
     chosen: list[Tensor] = []
     while len(chosen) < count:
-        weights = nearest.cpu() * left if chosen else left
+        chances = ((weights * nearest) if chosen else weights).cpu() * left
         # Where all that is left are copies of what is chosen, any of them will do.
-        point = torch.multinomial(weights if weights.any() else left, 1, generator=generator)
+        point = torch.multinomial(chances if chances.any() else left, 1, generator=generator)
         left[point] = 0
         chosen.append(point)
         at = point.to(inner.device)
@@ -261,9 +282,9 @@ def _spread_points(inner: Tensor, count: int, generator: torch.Generator) -> Ten
     return torch.cat(chosen).to(inner.device)
 
 
-def _nearest(distance: Tensor) -> Tensor:
+def _nearest(distance: Tensor, weights: Tensor) -> Tensor:
     """[n, clusters] squared distances to [n] int64, the nearest cluster; none is left empty."""
-    own, labels = distance.min(dim=1).values, distance.argmin(dim=1)
+    own, labels = weights * distance.min(dim=1).values, distance.argmin(dim=1)
     counts = labels.bincount(minlength=distance.shape[1])
     for empty in (counts == 0).nonzero().flatten():
         point = own.masked_fill(counts[labels] == 1, -torch.inf).argmax()
@@ -421,32 +442,29 @@ def choose(select: Selector, group: Units, stats: GramStats, width: int, name: s
     Raises ValueError, by the selector's `name`, where it does not give what it must.
     """
     if isinstance(select, Folding):
-        labels = check_labels(select(group, stats, width), group, width, name)
-        return Reduction.fold(labels)
+        return check_clusters(select(group, stats, width), group, width, name)
     scores = check_scores(select(group, stats), group, name)
     return Reduction.keep_top(scores, width, group.partitions)
 
 
-def check_labels(labels: object, group: Units, width: int, name: str) -> Tensor:
+def check_clusters(reduction: object, group: Units, width: int, name: str) -> Reduction:
     """Return what the folding selector `name` gave if it makes `width` clusters of the units.
 
-    Raises ValueError for anything but an integer tensor [units] with `width` values, of which as
-    many in each partition, and none in two of them.
+    Raises ValueError for anything but a `Reduction` that folds, with as many clusters in each
+    partition, and none in two of them.
     """
     units = group.weight.shape[1] // group.columns
-    if not isinstance(labels, Tensor):
-        got = f"a {type(labels).__name__}"
-    elif labels.shape != (units,):
-        got = f"shape {list(labels.shape)}"
-    elif labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        got = f"dtype {labels.dtype}"
+    if not isinstance(reduction, Reduction) or reduction.labels is None:
+        got = f"a {type(reduction).__name__} that folds nothing"
+    elif reduction.num_units != units:
+        got = f"{reduction.num_units} labels"
     else:
-        runs = [len(torch.unique(run)) for run in labels.reshape(group.partitions, -1)]
-        if set(runs) == {width // group.partitions} and len(torch.unique(labels)) == width:
-            return labels
-        got = f"{len(torch.unique(labels))} labels ({runs} in the partitions)"
+        runs = [len(torch.unique(run)) for run in reduction.labels.reshape(group.partitions, -1)]
+        if set(runs) == {width // group.partitions} and reduction.kept.numel() == width:
+            return reduction
+        got = f"{reduction.kept.numel()} clusters ({runs} in the partitions)"
     raise ValueError(
-        f"selector {name!r} returned {got} for {group.name}: it must return an integer tensor of "
-        f"shape [{units}] with {width} labels, as many in each of {group.partitions} partitions "
+        f"selector {name!r} returned {got} for {group.name}: it must return Reduction.fold of "
+        f"{units} labels with {width} clusters, as many in each of {group.partitions} partitions "
         "and none in two of them"
     )

@@ -26,7 +26,7 @@ from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import ATTENTION_UNITS
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
-from grail_hf.reduction import Reduction, reduce_clusters
+from grail_hf.reduction import Reduction
 from grail_hf.selectors import Folding, choose, fold, k_means
 
 few = settings(max_examples=25, deadline=None)
@@ -39,43 +39,49 @@ def compress(model, unit="kv_group", **changes):
 
 
 def in_turns(group, stats, width):
-    """Labels: in each partition the units are dealt to the clusters in turns."""
+    """In each partition the units are dealt to the clusters in turns."""
     units, per_run = stats.energy.numel() // group.columns, width // group.partitions
     dealt = torch.arange(units // group.partitions) % per_run
-    return torch.cat([dealt + 7 * per_run * run for run in range(group.partitions)])
+    return Reduction.fold(torch.cat([dealt + 7 * per_run * run for run in range(group.partitions)]))
 
 
 # k-means
 
 
-def objective(points, labels):
-    """Sum of squared distances to the clusters' means."""
+def objective(points, labels, weights):
+    """Sum of squared distances to the clusters' means; a point of weight 3 is there 3 times."""
+    points, labels = (x.repeat_interleave(weights, dim=0) for x in (points, labels))
     return sum(
         (points[labels == label] - points[labels == label].mean(dim=0)).square().sum().item()
         for label in labels.unique()
     )
 
 
-def clustered(points, clusters, seed=0, **options):
-    return k_means(points @ points.T, clusters, torch.Generator().manual_seed(seed), **options)
+def clustered(points, weights, clusters, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return k_means(points @ points.T, weights.double(), clusters, generator, **options)
 
 
 @st.composite
 def clouds(draw):
-    """A few points in the plane, many of which coincide."""
+    """A few points in the plane, many of which coincide, of weights 1 to 3."""
     corner = st.tuples(st.integers(-2, 2), st.integers(-2, 2))
     points = torch.tensor(draw(st.lists(corner, min_size=1, max_size=5)), dtype=torch.float64)
-    return points, draw(st.integers(1, len(points)))
+    weights = torch.tensor(draw(st.lists(st.integers(1, 3), min_size=5, max_size=5)))
+    return points, weights[: len(points)], draw(st.integers(1, len(points)))
 
 
 @given(clouds(), st.integers(0, 100))
 @few
 def test_every_cluster_has_points_and_every_point_the_nearest_centre(cloud, seed):
-    points, clusters = cloud
-    labels = clustered(points, clusters, seed)
+    points, weights, clusters = cloud
+    labels = clustered(points, weights, clusters, seed)
     assert sorted(set(labels.tolist())) == list(range(clusters))
-    assert torch.equal(clustered(points, clusters, seed), labels)
-    centres = torch.stack([points[labels == c].mean(dim=0) for c in range(clusters)])
+    assert torch.equal(clustered(points, weights, clusters, seed), labels)
+    shares = [
+        ((labels == c) * weights / weights[labels == c].sum()).double() for c in range(clusters)
+    ]
+    centres = torch.stack(shares) @ points
     distances = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
     own = distances[torch.arange(len(points)), labels]
     assert (own <= distances.min(dim=1).values + 1e-6).all()
@@ -84,14 +90,17 @@ def test_every_cluster_has_points_and_every_point_the_nearest_centre(cloud, seed
 @given(clouds(), st.integers(0, 100))
 @few
 def test_steps_only_better_the_start_and_the_best_of_some_starts_is_near_the_optimum(cloud, seed):
-    points, clusters = cloud
+    points, weights, clusters = cloud
     start, end = (
-        objective(points, clustered(points, clusters, seed, max_steps=steps)) for steps in (0, 100)
+        objective(points, clustered(points, weights, clusters, seed, max_steps=steps), weights)
+        for steps in (0, 100)
     )
     every = product(range(clusters), repeat=len(points))
-    best = min(objective(points, torch.tensor(labels)) for labels in every)
+    best = min(objective(points, torch.tensor(labels), weights) for labels in every)
     assert best - 1e-9 <= end <= start + 1e-9
-    some = min(objective(points, clustered(points, clusters, seed)) for seed in range(10))
+    some = min(
+        objective(points, clustered(points, weights, clusters, seed), weights) for seed in range(10)
+    )
     assert some <= 1.5 * best + 1e-9
 
 
@@ -100,10 +109,11 @@ def test_as_many_clusters_as_kinds_of_points_find_the_kinds(units):
     """However often each occurs; with more clusters, kinds are split, and none is mixed."""
     kinds = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kind = torch.arange(9 * units) * 5 % 9
+    weights = 1 + torch.arange(9 * units) % 3
     for clusters in range(9, 9 * units + 1):
-        labels = clustered(kinds[kind], clusters)
+        labels = clustered(kinds[kind], weights, clusters)
         assert len(labels.unique()) == clusters
-        assert objective(kinds[kind], labels) == pytest.approx(0, abs=1e-20)
+        assert objective(kinds[kind], labels, weights) == pytest.approx(0, abs=1e-20)
 
 
 def test_no_producer_decides_by_its_scale():
@@ -115,10 +125,10 @@ def test_no_producer_decides_by_its_scale():
     stats = GramStats.zeros(83)
     for scale in (1e3, 1e-3):
         gate *= scale
-        labels = fold(group, stats, 43)
+        labels = fold(group, stats, 43).labels
         assert torch.equal(labels[40:80], labels[:40])
     up[40:80] = -up[:40]
-    labels = fold(group, stats, 43)
+    labels = fold(group, stats, 43).labels
     assert not torch.equal(labels[40:80], labels[:40])
 
 
@@ -159,10 +169,13 @@ def test_a_fold_averages_producers_and_sums_consumers(labels, per_unit):
             torch.testing.assert_close(reduction.of_consumer(x.T, per_unit)[:, at], rows.sum(0))
 
 
-def test_means_of_half_precision_are_rounded_once():
-    x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
-    labels = torch.zeros(300, dtype=torch.int64)
-    assert torch.equal(reduce_clusters(x, labels, "mean"), x.double().mean(0, True).bfloat16())
+def test_a_mean_may_be_weighted_and_one_of_half_precision_is_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 2, generator=generator).bfloat16()
+    weights = torch.rand(100, generator=generator, dtype=torch.float64) + 0.1
+    reduction = Reduction.fold(torch.zeros(100, dtype=torch.int64), weights)
+    expected = (weights / weights.sum()) @ x.double().reshape(100, -1)
+    assert torch.equal(reduction.of_producer(x, 3), expected.reshape(3, 2).bfloat16())
 
 
 def test_a_pruning_takes_rows_and_columns():
@@ -182,31 +195,35 @@ def test_a_group_is_reduced_for_a_while(unit):
     for spec in specs_of(model, unit):
         group = Group(layer, spec, "layers.0")
         width = group.num_units - group.partitions
-        labels = in_turns(group, GramStats.zeros(group.consumer.in_features), width)
-        with pytest.raises(KeyError), group.reduced(Reduction.fold(labels)):
+        reduction = in_turns(group, GramStats.zeros(group.consumer.in_features), width)
+        with pytest.raises(KeyError), group.reduced(reduction):
             assert group.consumer.in_features == width * group.columns
             raise KeyError
     assert_state(model, state)
     assert [dict(vars(module)) for module in layer.modules()] == plain
 
 
+def folded(*labels):
+    return Reduction.fold(torch.tensor(labels))
+
+
 @pytest.mark.parametrize(
-    ("labels", "words"),
+    ("given", "words"),
     [
-        ([0] * 4, "a list"),
-        (torch.zeros(3, dtype=torch.int64), "shape [3]"),
-        (torch.zeros(4), "dtype torch.float32"),
-        (torch.tensor([0, 1, 2, 3]), "4 labels"),
-        (torch.tensor([0, 0, 0, 1]), "2 labels ([1, 2]"),
-        (torch.tensor([0, 1, 0, 1]), "2 labels ([2, 2]"),
+        ([0, 0, 1, 1], "a list that folds nothing"),
+        (Reduction(torch.tensor([0, 2]), 4), "a Reduction that folds nothing"),
+        (folded(0, 0, 1), "3 labels"),
+        (folded(0, 1, 2, 3), "4 clusters"),
+        (folded(0, 0, 0, 1), "2 clusters ([1, 2]"),
+        (folded(0, 1, 0, 1), "2 clusters ([2, 2]"),
     ],
 )
-def test_labels_that_are_no_clusters_of_each_partition_are_refused(labels, words):
+def test_what_does_not_fold_each_partition_is_refused(given, words):
     model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
     group = Group(layers_of(model)[0], specs_of(model, "query_head")[0], "layers.0")
     with pytest.raises(ValueError) as error:
-        choose(Folding(lambda *_: labels), group, GramStats.zeros(40), 2, "mine")
-    for part in (words, "'mine'", "layers.0.self_attn", "shape [4] with 2 labels"):
+        choose(Folding(lambda *_: given), group, GramStats.zeros(40), 2, "mine")
+    for part in (words, "'mine'", "layers.0.self_attn", "4 labels with 2 clusters"):
         assert part in str(error.value)
 
 
@@ -224,7 +241,7 @@ def test_folding_is_giving_every_unit_of_a_cluster_its_mean_producers(monkeypatc
         for spec in specs_of(full, unit):
             group, width = Group(layer, spec, ""), report.widths[spec.kind][0]
             assert width < group.num_units
-            labels = in_turns(group, GramStats.zeros(group.consumer.in_features), width)
+            labels = in_turns(group, GramStats.zeros(group.consumer.in_features), width).labels
             same = (labels[:, None] == labels).double()
             mean = same / same.sum(dim=1, keepdim=True)
             for producer in spec.producers:
