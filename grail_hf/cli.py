@@ -99,6 +99,9 @@ def compress_command(
         int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
     ] = _DEFAULTS.refit,
     ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
+    fold: Annotated[
+        str, typer.Option(help="What the repair of folded units goes by: measured or linear.")
+    ] = _DEFAULTS.fold,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.reduction import Reduction
 
 
 class Repair(NamedTuple):
@@ -88,3 +90,33 @@ def error_curve(
     factor, _ = damped_cholesky(stats.gram[order[:, None], order], damping, name)
     lost = (weight[:, order] @ factor).square().sum(dim=0)
     return torch.cat([lost.flip(0).cumsum(dim=0).flip(0), lost.new_zeros(1)])
+
+
+def fold_linearly(
+    weight: Tensor, stats: GramStats, reduction: Reduction, columns: int
+) -> GramStats:
+    """The statistics [K] after a fold, as if averaging producers averaged what they put out.
+
+    With R [K, H] the mean over each cluster, Z = X R^T, and so Z^T Z = R G R^T, Y^T Z = C R^T: the
+    form in which GRAIL (arXiv 2602.23795) folds, B = G R^T (R G R^T + d I)^-1. It holds for a
+    projection alone; behind a gate or an attention it is an approximation.
+
+    Args:
+        weight: [O, H], W, the dense consumer, in the dtype of the statistics.
+        stats: of the consumer's inputs and targets before the fold.
+        reduction: that folds.
+        columns: that a unit owns.
+    """
+
+    def mean(x: Tensor) -> Tensor:
+        return reduction.of_producer(x, columns)
+
+    cross = stats.cross_of(weight)
+    energy = (cross * weight).sum().item() if stats.cross is None else stats.target_energy
+    return replace(
+        stats,
+        gram=mean(mean(stats.gram).mT),
+        total=mean(stats.total),
+        cross=mean(cross.mT).mT,
+        target_energy=energy,
+    )

@@ -2,8 +2,9 @@
 
 Each decoder layer is visited once, in order. In it, attention first and then the MLP, each group
 of units is scored on what the already compressed model feeds it, its producers are sliced to the
-units that stay, and a ridge regression on the Gram of the consumer's inputs gives the linear map
-from what is left to what was there, which the consumer absorbs (GRAIL, arXiv 2602.23795).
+units that stay (or averaged over clusters of units), and a ridge regression on the Gram of the
+consumer's inputs gives the linear map from what is left to what was there, which the consumer
+absorbs (GRAIL, arXiv 2602.23795).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from grail_hf.calibration import (
     check_token_ids,
     token_batches,
 )
-from grail_hf.compensation import ridge
+from grail_hf.compensation import fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
 from grail_hf.planning import (
@@ -35,11 +36,10 @@ from grail_hf.planning import (
     vocabulary_size,
 )
 from grail_hf.profiling import profile
-from grail_hf.reduction import Reduction
 from grail_hf.refit import refit_, refit_passes
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
-from grail_hf.selectors import check_scores
+from grail_hf.selectors import Folding, choose
 from grail_hf.stream import stream
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def compress(
     progress: bool = True,
     **overrides: Any,
 ) -> CompressionReport:
-    """Make `model` narrower in place and repair it. No gradients, no labels.
+    """Make `model` narrower in place and repair it. No training, no labels.
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`.
@@ -110,6 +110,8 @@ def compress(
         layers = plan.architecture.layers
         target = config.target if config.compensate else "self"
         passes = 1 + (refit_passes(config.refit) + 1 if config.refit else 0)
+        if isinstance(plan.select, Folding):
+            passes += 2 if target == "self" else 1
         for block in stream(
             model,
             layers,
@@ -126,18 +128,27 @@ def compress(
                 if width == group.num_units:
                     continue
                 stats = block.collect(group).to(config.torch_dtype)
-                scores = check_scores(plan.select(group, stats), group, config.selector_name)
-                reduction = Reduction.keep_top(scores, width, group.partitions)
+                reduction = choose(plan.select, group, stats, width, config.selector_name)
                 kept = reduction.kept_channels(group.columns)
                 weight = group.weight.to(config.torch_dtype)
+                if reduction.folds:
+                    linear = fold_linearly(weight, stats, reduction, group.columns)
+                    stats = block.collect_folded(group, reduction).to(config.torch_dtype)
+                    weight = reduction.of_consumer(weight, group.columns)
+                    kept = torch.arange(kept.numel(), device=kept.device)
                 repair = (
                     ridge(weight, stats, kept, config.ridge, group.name)
                     if config.compensate
                     else None
                 )
-                report.add(block.index, group, stats, kept, repair)
+                report.add(block.index, group, weight, stats, kept, repair)
+                if repair and reduction.folds:
+                    other = ridge(weight, linear, kept, config.ridge, group.name)
+                    report.fold(weight, stats, other, used=config.fold == "linear")
+                    repair = other if config.fold == "linear" else repair
+                unrepaired = reduction.of_consumer(group.weight, group.columns)
                 group.shrink_(reduction)
-                group.repair_(repair.weight if repair else group.weight[:, kept])
+                group.repair_(repair.weight if repair else unrepaired)
                 if repair and config.refit:
                     refit_(block, group, config.refit)
                     stats = block.collect(group).to(config.torch_dtype)

@@ -14,6 +14,7 @@ import torch
 
 ATTENTION_UNITS = ("kv_group", "query_head")
 TARGETS = ("self", "dense", "residual")
+FOLDS = ("measured", "linear")
 SOLVE_DTYPES = ("float32", "float64")
 
 
@@ -46,10 +47,13 @@ class GrailConfig:
             up-projections) are refitted to the target after the consumer; 0 leaves them as they
             were cut. A step takes about three forward passes of the block.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
+        fold: what the repair of folded units goes by. "measured": what they put out, taken in
+            another pass over the calibration tokens. "linear": the mean of what they put out
+            before (the paper), which a gate or an attention makes an approximation.
         num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
-        seed: of the windows drawn or sampled, and of the `random` selector.
+        seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
             parallelism; 8 is the least that keeps bf16 matrix products aligned).
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
@@ -75,6 +79,7 @@ class GrailConfig:
     target: str = "residual"
     refit: int = 0
     ridge: float = 1e-4
+    fold: str = "measured"
     num_samples: int = 128
     seq_length: int = 2048
     batch_size: int = 4
@@ -143,6 +148,8 @@ class GrailConfig:
             )
         if self.target not in TARGETS:
             raise ValueError(f"target={self.target!r} must be one of {TARGETS}")
+        if self.fold not in FOLDS:
+            raise ValueError(f"fold={self.fold!r} must be one of {FOLDS}")
         if self.dtype not in SOLVE_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {SOLVE_DTYPES}")
         for entry in self.ignore:

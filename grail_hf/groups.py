@@ -1,21 +1,28 @@
-"""A `Group` in a live decoder layer: its units, producers and consumer; slicing and repair."""
+"""A `Group` in a live decoder layer: its units, producers, consumer; slicing, folding, repair."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from grail_hf.architectures import GroupSpec
 from grail_hf.reduction import Reduction
+from grail_hf.selectors import RegionalGradient
 
 
 class Group:
     """All units in front of one consumer of a live decoder layer.
 
     Methods that end in an underscore change the layer's weights.
+
+    Attributes:
+        differentiate: gives the regional gradient; set where there are calibration hidden states.
     """
+
+    differentiate: Callable[[], RegionalGradient] | None = None
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         self.layer = layer
@@ -48,6 +55,24 @@ class Group:
         """[O, H], the consumer's weight, detached."""
         return self.consumer.weight.detach()
 
+    def regional_gradient(self) -> RegionalGradient:
+        """By the consumer's weight, computed when asked for: a pass forward and one back."""
+        if self.differentiate is None:
+            raise RuntimeError(f"{self.name} has no calibration hidden states to differentiate at")
+        return self.differentiate()
+
+    @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """Of each producer, [num_units, features]: a unit's weight rows and, if any, biases."""
+        found = []
+        for producer in self.spec.producers:
+            linear = _linear(self.layer, producer.path, self.name)
+            rows = linear.weight.detach()
+            if linear.bias is not None:
+                rows = torch.cat([rows, linear.bias.detach()[:, None]], dim=1)
+            found.append(rows.reshape(self.num_units, -1))
+        return tuple(found)
+
     @property
     def projections(self) -> Iterator[nn.Linear]:
         """Every projection of the block: producers, those that stay whole, and the consumer."""
@@ -74,14 +99,17 @@ class Group:
 
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
-        """Slice the producers to the kept units; the consumer is left for `repair_`."""
+        """Slice the producers to the kept units, or average them over each cluster.
+
+        The consumer is left for `repair_`.
+        """
         for producer in self.spec.producers:
             linear = _linear(self.layer, producer.path, self.name)
-            rows = reduction.kept_channels(producer.rows).to(linear.weight.device)
-            linear.weight = _like(linear.weight, linear.weight[rows])
+            rows = producer.rows
+            linear.weight = _like(linear.weight, reduction.of_producer(linear.weight, rows))
             if linear.bias is not None:
-                linear.bias = _like(linear.bias, linear.bias[rows])
-            linear.out_features = rows.numel()
+                linear.bias = _like(linear.bias, reduction.of_producer(linear.bias, rows))
+            linear.out_features = reduction.kept.numel() * rows
         for path, divisor in self.spec.attributes.items():
             owner, _, name = path.rpartition(".")
             setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
@@ -102,6 +130,23 @@ class Group:
             )
         consumer.weight = _like(consumer.weight, fitting)
         consumer.in_features = fitting.shape[1]
+
+    @contextmanager
+    def reduced(self, reduction: Reduction) -> Iterator[None]:
+        """Inside the context, the group is reduced and not repaired; after it, as it was."""
+        paths = [*(producer.path for producer in self.spec.producers), self.spec.consumer]
+        names = ("weight", "bias", "in_features", "out_features")
+        attributes = [f"{path}.{name}" for path in paths for name in names]
+        owners = [path.rpartition(".") for path in (*attributes, *self.spec.attributes)]
+        places = [(self.layer.get_submodule(owner), name) for owner, _, name in owners]
+        before = [getattr(module, name) for module, name in places]
+        try:
+            self.repair_(reduction.of_consumer(self.weight, self.columns))
+            self.shrink_(reduction)
+            yield
+        finally:
+            for (module, name), value in zip(places, before, strict=True):
+                setattr(module, name, value)
 
 
 def _linear(layer: nn.Module, path: str, name: str) -> nn.Linear:

@@ -25,7 +25,7 @@ from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
-from grail_hf.selectors import check_scores
+from grail_hf.selectors import Folding, check_scores, gram
 from grail_hf.stream import Block, forwards_replaced, stream
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def profile(
     """
     wanted = find_allocation(config.allocation).divergences
     fit, held = held_out(batches) if wanted else (list(batches), [])
+    # Folding has no scores: what it can spare is taken to be what greedy elimination can.
+    score = gram if isinstance(plan.select, Folding) else plan.select
     profiles: dict[tuple[str, int], Profile] = {}
     variants: list[_Variant] = []
     finals: list[Tensor] = []
@@ -101,7 +103,7 @@ def profile(
             if block.index in budget.ignored:
                 continue
             stats = fitted.collect(group).to(config.torch_dtype)
-            scores = check_scores(plan.select(group, stats), group, config.selector_name)
+            scores = check_scores(score(group, stats), group, config.selector_name)
             weight = group.weight.to(stats.gram.dtype)
             order = expand_units(best_first(scores, group.partitions), group.columns)
             errors = error_curve(weight, stats, order, _DAMPING, group.name)

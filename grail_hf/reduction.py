@@ -1,4 +1,4 @@
-"""`Reduction`: which units of a group are kept."""
+"""`Reduction`: which units of a group are kept, or which are folded together."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reduction:
-    """The kept units of a group.
+    """The kept units of a group, or its clusters of units that become one.
 
     Attributes:
-        kept: [width] int64, ascending unit indices.
+        kept: [width] int64, ascending unit indices; of a cluster the first unit.
         num_units: units before the reduction.
+        labels: [num_units] int64, the cluster of each unit: cluster c has kept[c] as its first
+            unit. None where units are removed and not folded.
+        shares: [num_units], of each unit in the mean of its cluster; they sum to 1 in a cluster.
     """
 
     kept: Tensor
     num_units: int
+    labels: Tensor | None = None
+    shares: Tensor | None = None
 
     @classmethod
     def keep_top(cls, scores: Tensor, width: int, partitions: int = 1) -> Reduction:
@@ -33,6 +38,55 @@ class Reduction:
             FloatingPointError: a score is NaN.
         """
         return cls(best_first(scores, partitions)[:width].sort().values, scores.numel())
+
+    @classmethod
+    def fold(cls, labels: Tensor, weights: Tensor | None = None) -> Reduction:
+        """Make one unit of all those that have the same label.
+
+        Args:
+            labels: [units], any integers; the clusters are numbered anew, by their first units.
+            weights: [units], positive, of the units in the mean of their cluster; by default alike.
+        """
+        names, labels = torch.unique(labels, return_inverse=True)
+        units = torch.arange(labels.numel(), device=labels.device)
+        first = units.new_full((names.numel(),), labels.numel())
+        kept, order = first.scatter_reduce(0, labels, units, "amin").sort()
+        labels = order.argsort()[labels]
+        if weights is None:
+            weights = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
+        shares = weights / sum_clusters(weights, labels)[labels]
+        return cls(kept, labels.numel(), labels, shares)
+
+    @property
+    def folds(self) -> bool:
+        """Whether units become one, and none is removed."""
+        return self.labels is not None
+
+    def of_producer(self, rows: Tensor, per_unit: int) -> Tensor:
+        """[num_units * per_unit, ..] to [width * per_unit, ..]: a producer's weight or bias.
+
+        Kept units' rows; of a cluster the mean, position by position inside the units, so that
+        what belongs to a position (a frequency of rotary embeddings) stays there.
+        """
+        return self._reduce(rows, per_unit, self.shares)
+
+    def of_consumer(self, weight: Tensor, per_unit: int) -> Tensor:
+        """[O, num_units * per_unit] to [O, width * per_unit]: the consumer without repair.
+
+        Kept units' columns; of a cluster the sum, since each of its units now puts out the same.
+        """
+        return self._reduce(weight.mT, per_unit).mT
+
+    def _reduce(self, rows: Tensor, per_unit: int, shares: Tensor | None = None) -> Tensor:
+        if self.labels is None:
+            return rows[self.kept_channels(per_unit).to(rows.device)]
+        units = rows.reshape(-1, per_unit, *rows.shape[1:])
+        if shares is not None:
+            # In fp32 at least: products in half precision would be rounded.
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            units = units * shares.to(rows.device, wide).reshape(-1, *[1] * rows.ndim)
+        sums = sum_clusters(units, self.labels.to(rows.device))
+        return sums.flatten(0, 1).to(rows.dtype)
 
     @property
     def removed(self) -> Tensor:
@@ -72,3 +126,15 @@ def best_first(scores: Tensor, partitions: int = 1) -> Tensor:
     order = runs.argsort(dim=1, descending=True, stable=True)
     offsets = torch.arange(partitions, device=scores.device)[:, None] * runs.shape[1]
     return (order + offsets).T.flatten()
+
+
+def sum_clusters(x: Tensor, labels: Tensor) -> Tensor:
+    """[n, ..] to [clusters, ..]: the sum of each cluster, in fp32 at least.
+
+    Args:
+        x: [n, ..].
+        labels: [n] int64 in [0, clusters), none of them empty.
+    """
+    rows = x[labels.argsort(stable=True)].to(torch.promote_types(x.dtype, torch.float32))
+    # Unlike `index_add_`, this adds in the same order on every run on an accelerator.
+    return torch.segment_reduce(rows, "sum", lengths=labels.bincount(), axis=0)

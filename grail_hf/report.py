@@ -35,8 +35,10 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 class GroupReport:
     """One group: its width and its relative squared reconstruction error on calibration tokens.
 
-    `error_pruned` is of plain pruning, `error` of what the model now holds; `damping` is the
-    ridge that the solve took, relative to the Gram's mean diagonal (None without compensation).
+    `error_pruned` is of plain pruning (or folding), `error` of what the model now holds; `damping`
+    is the ridge that the solve took, relative to the Gram's mean diagonal (None without
+    compensation). Of folded units that are repaired, `error_measured` and `error_linear` are what
+    the two ways of `GrailConfig.fold` leave, before any refit.
     """
 
     name: str
@@ -47,6 +49,8 @@ class GroupReport:
     error_pruned: float
     error: float
     damping: float | None
+    error_measured: float | None = None
+    error_linear: float | None = None
 
 
 @dataclass
@@ -104,10 +108,15 @@ class CompressionReport:
         )
 
     def add(
-        self, layer: int, group: Group, stats: GramStats, kept: Tensor, repair: Repair | None
+        self,
+        layer: int,
+        group: Group,
+        weight: Tensor,
+        stats: GramStats,
+        kept: Tensor,
+        repair: Repair | None,
     ) -> None:
-        """Record what keeping the columns `kept` and a repair do to a group that is still dense."""
-        weight = group.weight.to(stats.gram.dtype)
+        """Record what keeping the columns `kept` of a consumer's weight, and a repair, do."""
         pruned = reconstruction_error(weight, weight[:, kept], stats, kept)
         self.groups.append(
             GroupReport(
@@ -121,6 +130,20 @@ class CompressionReport:
                 repair.damping if repair else None,
             )
         )
+
+    def fold(self, weight: Tensor, stats: GramStats, linear: Repair, used: bool) -> None:
+        """Add what the linear form of a fold leaves to the last group, which was `used` or not.
+
+        Args:
+            weight: [O, K], the folded consumer without repair.
+            stats: measured behind the folded producers.
+            linear: the repair that the linear form gives.
+            used: the model holds it.
+        """
+        kept = torch.arange(weight.shape[1], device=weight.device)
+        error = reconstruction_error(weight, linear.weight, stats, kept)
+        last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
+        self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
 
     def refit(self, stats: GramStats, repair: Repair) -> None:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""

@@ -1,25 +1,40 @@
-"""Which units to keep: one pure function a method, and the table `SELECTORS`.
+"""Which units to keep or to fold: one pure function a method, and the table `SELECTORS`.
 
 A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
-[units]; units of high score are kept. Only the consumer's weight and the sums over its inputs are
-read. With W [O, H] the weight, X [N, H] the inputs over N tokens and W_j, X_j a channel's columns,
-a score of channels is summed over the channels that a unit owns.
+[units]; units of high score are kept. A `Folding` maps them and the width to a `Reduction` that
+makes clusters of units one. `choose` does with either. With W [O, H] the consumer's weight,
+X [N, H] its inputs over N tokens and W_j, X_j a channel's columns, a score of channels is summed
+over the channels that a unit owns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from grail_hf.config import unknown_name
 from grail_hf.gram import GramStats, damped_cholesky
-from grail_hf.reduction import expand_units
+from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
 _PANEL = 128
+
+
+class RegionalGradient(NamedTuple):
+    """Root mean square over calibration samples of the gradient by a consumer's weight.
+
+    Attributes:
+        rms: [O, H] fp32, sqrt(mean over n of (d ||f(X_n)|| / d W_ij)^2), with f the decoder layer
+            that the consumer is in, alone, and X_n a sample's hidden states in front of it.
+        samples: how many.
+    """
+
+    rms: Tensor
+    samples: int
 
 
 class Units(Protocol):
@@ -34,6 +49,10 @@ class Units(Protocol):
         """[O, H], the consumer's weight."""
 
     @property
+    def producers(self) -> tuple[Tensor, ...]:
+        """Of each producer, [units, features]: a unit's weight rows and biases."""
+
+    @property
     def columns(self) -> int:
         """Consumer columns that a unit owns; H = num_units * columns."""
 
@@ -45,8 +64,27 @@ class Units(Protocol):
     def seed(self) -> int:
         """For selectors that draw: differs between groups."""
 
+    def regional_gradient(self) -> RegionalGradient:
+        """By the consumer's weight, computed when asked for: a pass forward and one back."""
 
-Selector = Callable[[Units, GramStats], Tensor]
+
+@dataclass(frozen=True)
+class Folding:
+    """A selector that folds units together instead of removing some.
+
+    Attributes:
+        clusters: (group, stats, width) -> `Reduction.fold` of labels [units]. There are `width`
+            labels, as many in each partition, and none in two of them.
+    """
+
+    clusters: Callable[[Units, GramStats, int], Reduction]
+
+    def __call__(self, group: Units, stats: GramStats, width: int) -> Reduction:
+        return self.clusters(group, stats, width)
+
+
+Scoring = Callable[[Units, GramStats], Tensor]
+Selector = Scoring | Folding
 
 
 def random(group: Units, stats: GramStats) -> Tensor:
@@ -66,6 +104,24 @@ def wanda(group: Units, stats: GramStats) -> Tensor:
     Wanda (arXiv 2306.11695, equation 1) summed to channels as GRAIL does (arXiv 2602.23795).
     """
     salience = group.weight.to(stats.gram.dtype).abs().mean(dim=0) * stats.energy.sqrt()
+    return _by_unit(salience, group)
+
+
+def wanda_plus_plus(group: Units, stats: GramStats, alpha: float = 100.0) -> Tensor:
+    """sum_j mean_i (alpha G_ij + ||X_j|| / sqrt(n)) |W_ij| over the unit's columns j, n samples.
+
+    Wanda++'s regional gradient score (arXiv 2503.04992), summed to channels as `wanda` is: G is the
+    root mean square over samples of the gradient of the norm of one decoder layer's output, taken
+    inside that layer alone. This is the one selector that uses automatic differentiation. G is
+    of a sample, so ||X_j|| is too: sums over all tokens are divided by n, as in Wanda's code, and
+    what alpha = 100 means does not depend on how many samples there are. Of Wanda++ this is the
+    score; its other half, steps of an optimiser that trains each layer's weights towards the dense
+    output, is not done here.
+    """
+    gradient = group.regional_gradient()
+    weight = group.weight.to(stats.gram.dtype)
+    norms = (stats.energy / gradient.samples).sqrt()
+    salience = ((alpha * gradient.rms.to(weight) + norms) * weight.abs()).mean(dim=0)
     return _by_unit(salience, group)
 
 
@@ -134,6 +190,108 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     scores = torch.empty_like(order)
     scores[order] = torch.arange(order.numel(), device=order.device)
     return scores
+
+
+@Folding
+def fold(group: Units, stats: GramStats, width: int) -> Reduction:
+    """Weighted k-means on the units' producer rows.
+
+    Model folding (arXiv 2502.10216): units whose producers are alike become one, whose producers
+    are their mean. Unlike there, a unit weighs what it puts out, sum_j ||W_j||^2 ||X_j||^2 over its
+    columns, in the clustering and in the mean: to move its producers costs as much, and one that
+    nothing reads moves none.
+
+    A unit is the point of all its producers' rows and biases together (a channel's gate and up; a
+    KV group's q, k and v), since it is like another only if it is in all of them. Each producer is
+    divided by the root of its total variance over the units, so that none decides by its scale or
+    by how many rows it has. Clusters stay within partitions.
+    """
+    parts = []
+    for rows in group.producers:
+        centred = rows.double() - rows.double().mean(dim=0)
+        parts.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    points = torch.cat(parts, dim=1)
+    inner = points @ points.mT
+    norms = group.weight.to(stats.gram.dtype).square().sum(dim=0)
+    weights = _by_unit(norms * stats.energy, group).to(inner)
+    weights = (weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)).clamp_min(1e-6)
+    generator = torch.Generator().manual_seed(group.seed)
+    per_run = width // group.partitions
+    runs = _diagonal_blocks(inner, inner.shape[0] // group.partitions)
+    labels = [
+        k_means(run, own, per_run, generator) + n * per_run
+        for n, (run, own) in enumerate(
+            zip(runs, weights.reshape(group.partitions, -1), strict=True)
+        )
+    ]
+    return Reduction.fold(torch.cat(labels), weights)
+
+
+def k_means(
+    inner: Tensor,
+    weights: Tensor,
+    clusters: int,
+    generator: torch.Generator,
+    max_steps: int = 100,
+) -> Tensor:
+    """Lloyd's weighted k-means from the points' inner products: the cluster of each, [n] int64.
+
+    With n points p, a centre is the weighted mean of its points, so |p_i - centre|^2 is made of
+    means of inner products and a step takes n^2 operations whatever the dimension. The start is
+    k-means++ (Arthur & Vassilvitskii 2007). Of equal distances the first counts. An empty cluster
+    takes the point that costs most where it is, so that there are always as many as asked.
+
+    Args:
+        inner: [n, n], fp64.
+        weights: [n], fp64, positive.
+        clusters: from 1 to n.
+        generator: on the CPU, for the start.
+        max_steps: stop here where the clusters still change.
+    """
+    norms = inner.diagonal()
+    centres = _spread_points(inner, weights, clusters, generator)
+    labels = _nearest(norms[:, None] + norms[centres] - 2 * inner[:, centres], weights)
+    for _ in range(max_steps):
+        shares = weights / sum_clusters(weights, labels)[labels]
+        to_centres = sum_clusters(shares[:, None] * inner, labels)  # [clusters, n]
+        of_centres = sum_clusters(shares * to_centres.gather(0, labels[None])[0], labels)
+        before = labels
+        labels = _nearest(norms[:, None] + of_centres - 2 * to_centres.mT, weights)
+        if torch.equal(labels, before):
+            break
+    return labels
+
+
+def _spread_points(
+    inner: Tensor, weights: Tensor, count: int, generator: torch.Generator
+) -> Tensor:
+    """[count] int64, distinct points, drawn in proportion to weight and squared distance so far."""
+    norms = inner.diagonal()
+    nearest = torch.full_like(norms, torch.inf)
+    left = torch.ones(norms.numel(), dtype=torch.float64)
+    chosen: list[Tensor] = []
+    while len(chosen) < count:
+        chances = ((weights * nearest) if chosen else weights).cpu() * left
+        # Where all that is left are copies of what is chosen, any of them will do.
+        point = torch.multinomial(chances if chances.any() else left, 1, generator=generator)
+        left[point] = 0
+        chosen.append(point)
+        at = point.to(inner.device)
+        distance = norms + norms[at] - 2 * inner[at].flatten()
+        nearest = torch.minimum(nearest, distance.clamp_min(0))
+    return torch.cat(chosen).to(inner.device)
+
+
+def _nearest(distance: Tensor, weights: Tensor) -> Tensor:
+    """[n, clusters] squared distances to [n] int64, the nearest cluster; none is left empty."""
+    own, labels = weights * distance.min(dim=1).values, distance.argmin(dim=1)
+    counts = labels.bincount(minlength=distance.shape[1])
+    for empty in (counts == 0).nonzero().flatten():
+        point = own.masked_fill(counts[labels] == 1, -torch.inf).argmax()
+        counts[labels[point]] -= 1
+        counts[empty] += 1
+        labels[point] = empty
+    return labels
 
 
 def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions: int = 1) -> Tensor:
@@ -233,20 +391,22 @@ SELECTORS: dict[str, Selector] = {
     "random": random,
     "magnitude": magnitude,
     "wanda": wanda,
+    "wanda++": wanda_plus_plus,
     "flap": flap,
     "flap-wifn": flap_wifn,
     "flap-ifv": flap_ifv,
     "slimgpt": slimgpt,
     "gram": gram,
+    "fold": fold,
 }
 
 
 def find_selector(selector: str | Selector) -> Selector:
-    """The function of a selector's name; a function is returned as it is.
+    """The selector of a name; a function or a `Folding` is returned as it is.
 
     Raises ValueError with the nearest known name.
     """
-    if callable(selector):
+    if not isinstance(selector, str):
         return selector
     if selector not in SELECTORS:
         where = "SELECTORS in grail_hf/selectors.py, or passed as a function"
@@ -273,4 +433,38 @@ def check_scores(scores: object, group: Units, name: str) -> Tensor:
     raise ValueError(
         f"selector {name!r} returned {got} for {group.name}: it must return a real tensor of "
         f"shape [{units}], a score for each unit, of which the highest are kept"
+    )
+
+
+def choose(select: Selector, group: Units, stats: GramStats, width: int, name: str) -> Reduction:
+    """The units of `group` to keep or to fold so that `width` are left.
+
+    Raises ValueError, by the selector's `name`, where it does not give what it must.
+    """
+    if isinstance(select, Folding):
+        return check_clusters(select(group, stats, width), group, width, name)
+    scores = check_scores(select(group, stats), group, name)
+    return Reduction.keep_top(scores, width, group.partitions)
+
+
+def check_clusters(reduction: object, group: Units, width: int, name: str) -> Reduction:
+    """Return what the folding selector `name` gave if it makes `width` clusters of the units.
+
+    Raises ValueError for anything but a `Reduction` that folds, with as many clusters in each
+    partition, and none in two of them.
+    """
+    units = group.weight.shape[1] // group.columns
+    if not isinstance(reduction, Reduction) or reduction.labels is None:
+        got = f"a {type(reduction).__name__} that folds nothing"
+    elif reduction.num_units != units:
+        got = f"{reduction.num_units} labels"
+    else:
+        runs = [len(torch.unique(run)) for run in reduction.labels.reshape(group.partitions, -1)]
+        if set(runs) == {width // group.partitions} and reduction.kept.numel() == width:
+            return reduction
+        got = f"{reduction.kept.numel()} clusters ({runs} in the partitions)"
+    raise ValueError(
+        f"selector {name!r} returned {got} for {group.name}: it must return Reduction.fold of "
+        f"{units} labels with {width} clusters, as many in each of {group.partitions} partitions "
+        "and none in two of them"
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ from tqdm.auto import tqdm
 from grail_hf.architectures import GroupSpec
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.reduction import Reduction
+from grail_hf.selectors import RegionalGradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +59,12 @@ class _MicroBatch:
         x = x.reshape(-1, x.shape[-1])
         return x if self.tokens is None else x[self.tokens.to(x.device)]
 
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[b, T, O] with the rows of padding zero."""
+        if self.tokens is None:
+            return x
+        return x * self.tokens.to(x.device).reshape(*x.shape[:-1], 1)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -84,8 +93,7 @@ class Run:
 
     def without_padding(self, x: Tensor) -> Tensor:
         """[b, T, O] with the rows of padding zero."""
-        tokens = self.batch.tokens
-        return x if tokens is None else x * tokens.to(x.device).reshape(*x.shape[:-1], 1)
+        return self.batch.without_padding(x)
 
 
 @dataclass(frozen=True)
@@ -102,32 +110,83 @@ class Block:
     progress: tqdm[Any]
 
     @torch.no_grad()
-    def collect(self, group: Group) -> GramStats:
+    def collect(self, group: Group, targets: Sequence[Tensor] | None = None) -> GramStats:
         """Second moments of the inputs and targets of the group's consumer, as the layer is now.
 
         The layer runs up to the consumer and no further. Padding does not count.
+
+        Args:
+            group: of this layer.
+            targets: other targets than the block's, as `outputs` gives them.
 
         Raises:
             FloatingPointError: an input is NaN or Inf.
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
         consumer = group.consumer
-        outputs = None if self.target == "self" else consumer.out_features
+        outputs = None if self.target == "self" and targets is None else consumer.out_features
         stats = GramStats.zeros(consumer.in_features, self.device, outputs)
         position = self.groups.index(group)
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
             with (
                 captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
                 captured_input(consumer) as inputs,
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
-            target = self._target(batch, position, seen)
+            if targets is None:
+                target = self._target(batch, position, seen)
+            else:
+                target = targets[number].to(self.device, torch.float32)
             if target is not None and consumer.bias is not None:
                 target = target - consumer.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             self.progress.update()
         stats.check_finite(group.name)
         return stats
+
+    def collect_folded(self, group: Group, reduction: Reduction) -> GramStats:
+        """The moments [K] that `collect` will find behind the folded producers; nothing is changed.
+
+        Behind a gate or an attention, the mean of producers does not put out the mean of what they
+        put out, so this takes another pass. The targets are those before the fold; where that is
+        the block's own output, one pass more.
+        """
+        targets = self.outputs(group) if self.target == "self" else None
+        with group.reduced(reduction):
+            return self.collect(group, targets)
+
+    @torch.no_grad()
+    def outputs(self, group: Group) -> list[Tensor]:
+        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept on its device."""
+        self.progress.set_postfix_str(f"{group.name} output")
+        outputs = []
+        for batch in self.batches:
+            with captured_input(group.consumer) as inputs:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            outputs.append(group.consumer(inputs[0]).to(batch.hidden.device))
+            self.progress.update()
+        return outputs
+
+    def regional_gradient(self, group: Group) -> RegionalGradient:
+        """The gradient of the norm of the layer's output by the group's consumer, as it is now.
+
+        The norm is over the tokens of a sample, padding not among them. Samples do not see each
+        other, so that one pass back to the consumer's output has the gradients of all samples of a
+        micro-batch, each in its own rows. No parameter gets a `grad`.
+        """
+        self.progress.set_postfix_str(f"{group.name} gradient")
+        squares = torch.zeros_like(group.weight, dtype=torch.float32)
+        for batch in self.batches:
+            with torch.enable_grad(), detached_output(group.consumer) as seen:
+                behind = batch.through(self.layer, self.index, batch.hidden, self.device)
+                behind = batch.without_padding(behind.float())
+                inputs, output = seen
+                norms = torch.linalg.vector_norm(behind, dim=(1, 2))
+                gradients = torch.autograd.grad(norms.sum(), output)[0]
+            for x, g in zip(inputs.detach(), gradients, strict=True):
+                squares += (g.float().mT @ x.float()).square()
+        samples = sum(len(batch.hidden) for batch in self.batches)
+        return RegionalGradient((squares / samples).sqrt(), samples)
 
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
@@ -247,6 +306,8 @@ def stream(
             layer.to(device)
             try:
                 block = Block(index, name, layer, groups, device, target, micro_batches, bar)
+                for group in groups:
+                    group.differentiate = partial(block.regional_gradient, group)
                 following = _dense_pass(block) if target != "self" else []
                 yield block
                 if index + 1 < len(layers):
@@ -254,6 +315,8 @@ def stream(
                 for batch, hidden in zip(micro_batches, following, strict=False):
                     batch.dense = hidden
             finally:
+                for group in groups:
+                    group.differentiate = None  # it holds the hidden states
                 layer.to(home)
 
 
@@ -409,6 +472,25 @@ def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input and the output of `module` in the pass inside the context.
+
+    The output is a leaf: derivatives are taken from what follows it back to it, and no further.
+    """
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.extend((inputs[0], output.detach().requires_grad_()))
+        return seen[1]
+
+    handle = module.register_forward_hook(take)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf.config import ATTENTION_UNITS, SOLVE_DTYPES, GrailConfig
+from grail_hf.config import ATTENTION_UNITS, FOLDS, SOLVE_DTYPES, GrailConfig
 
 FRACTIONS = ("sparsity", "mlp_sparsity", "attention_sparsity")
 NAN = float("nan")
@@ -29,6 +29,7 @@ OUT_OF_RANGE = [
     *(("seed", value) for value in (1.5, "0", False)),
     *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", True)),
     *(("attention_unit", value) for value in ("head", None)),
+    *(("fold", value) for value in ("exact", True)),
     *(("dtype", value) for value in ("bfloat16", torch.float64)),
     *(("selector", value) for value in (3, None, ["gram"])),
     *(("device", value) for value in ("warp", 1.5)),
@@ -52,6 +53,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
         *(("seed", value) for value in (-1, 0)),
         *(("ridge", value) for value in (0, 10.0)),
         *(("attention_unit", value) for value in ATTENTION_UNITS),
+        *(("fold", value) for value in FOLDS),
         *(("dtype", value) for value in SOLVE_DTYPES),
         *(("device", value) for value in (None, "cpu")),
     ],
@@ -61,11 +63,12 @@ def test_the_ends_of_a_range_belong_to_it(name, value):
     assert getattr(GrailConfig(**total, **{name: value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["attention_unit", "dtype"])
+@pytest.mark.parametrize("name", ["attention_unit", "fold", "dtype"])
 def test_a_refused_choice_lists_the_choices(name):
     with pytest.raises(ValueError) as error:
         GrailConfig(sparsity=0.3, **{name: "other"})
-    for choice in {"attention_unit": ATTENTION_UNITS, "dtype": SOLVE_DTYPES}[name]:
+    choices = {"attention_unit": ATTENTION_UNITS, "fold": FOLDS, "dtype": SOLVE_DTYPES}
+    for choice in choices[name]:
         assert repr(choice) in str(error.value)
 
 
@@ -149,6 +152,7 @@ def configs(draw) -> GrailConfig:
         selector=draw(names),
         compensate=draw(st.booleans()),
         ridge=draw(st.floats(0, allow_infinity=False, allow_nan=False)),
+        fold=draw(st.sampled_from(FOLDS)),
         num_samples=draw(count),
         seq_length=draw(st.integers(2, 10**6)),
         batch_size=draw(count),

@@ -124,7 +124,15 @@ def test_bf16_gains_as_well():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"refit": 3}, {"ignore": ("layers.1",)}, {"target": "self"}]
+    "settings",
+    [
+        {},
+        {"refit": 3},
+        {"ignore": ("layers.1",)},
+        {"target": "self"},
+        {"selector": "fold"},
+        {"selector": "fold", "target": "self"},
+    ],
 )
 def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
     """As many passes are announced as are made."""

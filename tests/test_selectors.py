@@ -1,7 +1,7 @@
 """Selectors against loops, and greedy elimination against refitting every candidate."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import pytest
@@ -10,7 +10,15 @@ from torch import Tensor
 
 from grail_hf import selectors
 from grail_hf.gram import GramStats
-from grail_hf.selectors import SELECTORS, check_scores, elimination_order, find_selector
+from grail_hf.selectors import (
+    SELECTORS,
+    Folding,
+    RegionalGradient,
+    check_scores,
+    choose,
+    elimination_order,
+    find_selector,
+)
 
 DAMPING = 1e-4  # The `gram` selector's default.
 
@@ -25,6 +33,14 @@ class Units:
     partitions: int = 1
     seed: int = 0
     name: str = "layers.3.mlp"
+    producers: tuple[Tensor, ...] = field(init=False)
+
+    def __post_init__(self):
+        self.producers = (self.weight.T.reshape(-1, self.columns * self.weight.shape[0]),)
+
+    def regional_gradient(self) -> RegionalGradient:
+        generator = torch.Generator().manual_seed(9)
+        return RegionalGradient(torch.rand(self.weight.shape, generator=generator), 3)
 
     def stats(self, dtype: torch.dtype = torch.float64) -> GramStats:
         x = self.x.to(dtype)
@@ -91,6 +107,21 @@ def test_wanda_is_the_mean_weight_times_the_input_norm(columns):
             for i in range(5)
         )
         assert score.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_wanda_plus_plus_adds_the_gradient_to_the_input_norm_of_a_sample(columns):
+    group = problem(6, columns)
+    gradient, samples = group.regional_gradient()
+    for unit, score in enumerate(SELECTORS["wanda++"](group, group.stats())):
+        own = range(unit * columns, (unit + 1) * columns)
+        expected = sum(
+            abs(group.weight[i, j].item())
+            * (100 * gradient[i, j].item() + group.x[:, j].norm().item() / samples**0.5)
+            for j in own
+            for i in range(5)
+        )
+        assert score.item() == pytest.approx(expected / 5)
 
 
 either_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -176,7 +207,7 @@ def test_random_depends_on_the_seed_alone():
 @pytest.mark.parametrize("name", SELECTORS)
 @either_dtype
 @pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (4, 1), (4, 3)])
-def test_every_selector_scores_every_unit(name, dtype, columns, partitions):
+def test_every_selector_chooses_for_every_unit(name, dtype, columns, partitions):
     """With a half-precision weight, more channels than tokens and dead channels too."""
     group = problem(6, columns, partitions)
     group.weight = group.weight.bfloat16()
@@ -185,10 +216,14 @@ def test_every_selector_scores_every_unit(name, dtype, columns, partitions):
     group.x[:, :columns] = 0
     stats = group.stats(dtype)
     gram = stats.gram.clone()
-    scores = find_selector(name)(group, stats)
-    assert scores.shape == (6,)
-    assert torch.isfinite(scores).all()
-    assert len(set(scores.tolist())) > 1
+    select = find_selector(name)
+    reduction = choose(select, group, stats, 3, name)
+    assert len(set(reduction.kept.tolist())) == 3
+    if not isinstance(select, Folding):
+        scores = select(group, stats)
+        assert scores.shape == (6,)
+        assert torch.isfinite(scores).all()
+        assert len(set(scores.tolist())) > 1
     assert torch.equal(stats.gram, gram)
     assert torch.equal(group.weight, before)
 
@@ -197,9 +232,7 @@ def test_every_selector_scores_every_unit(name, dtype, columns, partitions):
 def test_every_selector_takes_channels_that_are_all_dead(name):
     group = problem(6, 2)
     group.x.zero_()
-    scores = find_selector(name)(group, group.stats())
-    assert scores.shape == (6,)
-    assert torch.isfinite(scores).all()
+    assert choose(find_selector(name), group, group.stats(), 3, name).kept.shape == (3,)
 
 
 @pytest.mark.parametrize("panel", [1, 4, 5, 128])

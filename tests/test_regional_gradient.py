@@ -1,0 +1,137 @@
+"""The gradient inside one layer against differentiating the layer on one sample at a time."""
+
+import pytest
+import torch
+from tiny_models import batches, layers_of, relative_error, specs_of, tiny_model
+
+import grail_hf
+from grail_hf import ARCHITECTURES
+from grail_hf.groups import Group
+from grail_hf.stream import Block, stream
+
+
+def blocks_of(model, inputs, unit="kv_group"):
+    path = ARCHITECTURES[model.config.model_type].layers
+    return stream(model, path, specs_of(model, unit), inputs, torch.device("cpu"), progress=False)
+
+
+def one_by_one(inputs):
+    """Every sample alone and without its padding."""
+    for batch in inputs:
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        for row, tokens in zip(batch["input_ids"], mask, strict=True):
+            yield {"input_ids": row[tokens][None]}
+
+
+@torch.no_grad()
+def calls_of(model, layer, samples):
+    """The arguments of `layer` in the model's pass over each sample."""
+    calls = []
+    handle = layer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    for sample in samples:
+        model(**sample, use_cache=False)
+    handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left-padded"])
+@pytest.mark.parametrize("case", ["llama-biases", "mistral-sliding", "qwen2-mixed", "qwen3"])
+def test_it_is_the_root_mean_square_of_every_sample_s_own_gradient(case, padded):
+    """Of the weight's, which the streamed gradient never forms from a micro-batch at once."""
+    model, inputs = tiny_model(case), batches(padded)
+    for block in blocks_of(model, inputs):
+        calls = calls_of(model, block.layer, one_by_one(inputs))
+        for group in block.groups:
+            expected = torch.zeros_like(group.weight)
+            for args, kwargs in calls:
+                with torch.enable_grad():
+                    norm = block.layer(*args, **kwargs).norm()
+                    (gradient,) = torch.autograd.grad(norm, group.consumer.weight)
+                expected += gradient.square() / len(calls)
+            found = group.regional_gradient()
+            assert found.samples == len(calls) == 15
+            assert relative_error(found.rms, expected.sqrt()) < 1e-4
+
+
+@torch.no_grad()
+def test_it_is_the_quotient_of_small_differences():
+    """Not too small, since norms are taken in fp32 whatever the model's dtype."""
+    model = tiny_model("qwen3", dtype=torch.float64)
+    sample = batches(padded=False)[1]["input_ids"][:1]
+    for block in blocks_of(model, [{"input_ids": sample}]):
+        ((args, kwargs),) = calls_of(model, block.layer, [{"input_ids": sample}])
+        for group in block.groups:
+            gradient, weight = group.regional_gradient().rms, group.consumer.weight
+            for place in gradient.flatten().topk(3).indices.tolist():
+                i, j = divmod(place, gradient.shape[1])
+                norms = []
+                for step in (1e-3, -1e-3):
+                    weight[i, j] += step
+                    norms.append(block.layer(*args, **kwargs).norm())
+                    weight[i, j] -= step
+                quotient = (norms[0] - norms[1]).abs().item() / 2e-3
+                assert gradient[i, j].item() == pytest.approx(quotient, rel=1e-3)
+
+
+def test_how_samples_are_batched_does_not_matter():
+    model, inputs = tiny_model("llama"), batches()
+    rows = [
+        {k: v[n : n + 1] for k, v in b.items()} for b in inputs for n in range(len(b["input_ids"]))
+    ]
+    for whole, single in zip(blocks_of(model, inputs), blocks_of(model, rows), strict=True):
+        for one, other in zip(whole.groups, single.groups, strict=True):
+            found, expected = one.regional_gradient(), other.regional_gradient()
+            assert found.samples == expected.samples
+            assert relative_error(found.rms, expected.rms) < 1e-4
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+def test_no_parameter_keeps_a_gradient(unit):
+    model = tiny_model("llama-biases")
+    model.model.layers[1].requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    report = grail_hf.compress(
+        model,
+        calibration=batches(),
+        sparsity=0.3,
+        multiple_of=1,
+        attention_unit=unit,
+        selector="wanda++",
+        progress=False,
+    )
+    assert len(report.groups) == 6
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+def test_it_is_computed_for_those_who_ask_alone(monkeypatch):
+    asked = []
+    ask = Block.regional_gradient
+    monkeypatch.setattr(
+        Block,
+        "regional_gradient",
+        lambda block, group: asked.append(group.name) or ask(block, group),
+    )
+    for selector, times in (("wanda", 0), ("wanda++", 1)):
+        report = grail_hf.compress(
+            tiny_model("qwen2"),
+            calibration=batches(),
+            sparsity=0.3,
+            multiple_of=1,
+            selector=selector,
+            progress=False,
+        )
+        assert asked == times * [group.name for group in report.groups]
+
+
+def test_without_hidden_states_there_is_none():
+    """A group of no stream, and one whose layer the stream has left."""
+    model = tiny_model("llama")
+    groups = [Group(layers_of(model)[0], specs_of(model)[0], "layers.0")]
+    for block in blocks_of(model, batches()):
+        groups += block.groups
+    for group in groups:
+        with pytest.raises(RuntimeError, match=f"{group.name} has no calibration hidden states"):
+            group.regional_gradient()
