@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +93,9 @@ def compress_command(
     refit: Annotated[
         int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
     ] = _DEFAULTS.refit,
-    ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
+    ridge: Annotated[
+        str, typer.Option(help='Damping of the repair; "auto" chooses it on held-out windows.')
+    ] = str(_DEFAULTS.ridge),
     calibration: Annotated[
         list[str] | None,
         typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
@@ -364,6 +366,8 @@ def _config(context: typer.Context) -> GrailConfig:
     settings["ignore"] = tuple(
         int(entry) if entry.lstrip("-").isdigit() else entry for entry in settings["ignore"] or ()
     )
+    with suppress(KeyError, ValueError):  # "auto" stays, and what is no number is refused below
+        settings["ridge"] = float(settings["ridge"])
     return GrailConfig(**settings)
 
 

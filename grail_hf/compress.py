@@ -23,7 +23,7 @@ from grail_hf.calibration import (
     token_batches,
 )
 from grail_hf.compensation import ridge
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.evaluation import evaluation_mode
 from grail_hf.planning import (
     Plan,
@@ -103,6 +103,7 @@ def compress(
     with evaluation_mode(model), says_what_is_left(report):
         layers = plan.architecture.layers
         target = config.target if config.compensate else "self"
+        hold_out = config.compensate and config.ridge == AUTO
         passes = 1 + (refit_passes(config.refit) + 1 if config.refit else 0)
         for block in stream(
             model,
@@ -119,7 +120,7 @@ def compress(
                 width = plan.widths[group.kind][block.index]
                 if width == group.num_units:
                     continue
-                stats = block.collect(group).to(config.torch_dtype)
+                stats = block.collect(group, hold_out).to(config.torch_dtype)
                 scores = check_scores(plan.select(group, stats), group, config.selector_name)
                 reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept = reduction.kept_channels(group.columns)
@@ -133,13 +134,16 @@ def compress(
                 group.shrink_(reduction)
                 group.repair_(repair.weight if repair else group.weight[:, kept])
                 if repair and config.refit:
-                    refit_(block, group, config.refit)
-                    stats = block.collect(group).to(config.torch_dtype)
+                    take_back = refit_(block, group, config.refit, hold_out)
+                    stats = block.collect(group, hold_out).to(config.torch_dtype)
                     kept = torch.arange(kept.numel(), device=kept.device)
                     weight = group.weight.to(config.torch_dtype)
-                    repair = ridge(weight, stats, kept, config.ridge, group.name)
-                    report.refit(stats, repair)
-                    group.repair_(repair.weight)
+                    refitted = ridge(weight, stats, kept, config.ridge, group.name)
+                    if refitted.is_worse_than(repair):
+                        take_back()
+                        continue
+                    report.refit(stats, refitted)
+                    group.repair_(refitted.weight)
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))
@@ -150,10 +154,11 @@ def compress(
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:
     """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
     channels = max(max(plan.widths[spec.kind]) * spec.columns for spec in plan.reduced)
-    if tokens.num_tokens < TOKENS_PER_CHANNEL * channels and config.ridge < 0.1:
+    few = tokens.num_tokens < TOKENS_PER_CHANNEL * channels
+    if few and not isinstance(config.ridge, str) and config.ridge < 0.1:
         logger.warning(
             "%d calibration tokens for %d channels are fewer than %d a channel: the repair may do "
-            "harm on other text; use more num_samples, or ridge=0.1",
+            "harm on other text; use more num_samples, or ridge='auto'",
             *(tokens.num_tokens, channels, TOKENS_PER_CHANNEL),
         )
 

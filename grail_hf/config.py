@@ -8,13 +8,14 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 ATTENTION_UNITS = ("kv_group", "query_head")
 TARGETS = ("self", "dense", "residual")
 SOLVE_DTYPES = ("float32", "float64")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class GrailConfig:
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
             up-projections) are refitted to the target after the consumer; 0 leaves them as they
             were cut. A step takes about three forward passes of the block.
-        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
+        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
+            chooses it for each block by the error on every fourth window, fits to all windows, and
+            takes a refit back that makes that error larger.
         num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
@@ -67,7 +70,7 @@ class GrailConfig:
     compensate: bool = True
     target: str = "residual"
     refit: int = 0
-    ridge: float = 1e-4
+    ridge: float | str = 1e-4
     num_samples: int = 128
     seq_length: int = 2048
     batch_size: int = 4
@@ -124,8 +127,10 @@ class GrailConfig:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
         if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits")
-        if not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
-            raise ValueError(f"ridge={self.ridge!r} must be a finite number of at least 0")
+        if self.ridge != AUTO and not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
+            raise ValueError(
+                f"ridge={self.ridge!r} must be a finite number of at least 0, or {AUTO!r}"
+            )
         if self.attention_unit not in ATTENTION_UNITS:
             raise ValueError(
                 f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"
@@ -196,7 +201,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

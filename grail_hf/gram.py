@@ -26,6 +26,7 @@ class GramStats:
         cross: [O, H], Y^T X = sum y x^T; None where y is the consumer's own output W x, whose
             sums follow from the Gram.
         target_energy: sum ||y||^2, where there is a cross moment.
+        held_out: the same sums over those of the N tokens on which a damping is judged.
     """
 
     gram: Tensor
@@ -33,6 +34,7 @@ class GramStats:
     count: int = 0
     cross: Tensor | None = None
     target_energy: float = 0.0
+    held_out: GramStats | None = None
 
     @classmethod
     def zeros(
@@ -71,12 +73,18 @@ class GramStats:
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
             self.target_energy += other.target_energy
+        if self.held_out is not None and other.held_out is not None:
+            self.held_out.merge_(other.held_out)
 
     def to(self, dtype: torch.dtype) -> GramStats:
         """The same sums in another dtype."""
-        cross = None if self.cross is None else self.cross.to(dtype)
         return GramStats(
-            self.gram.to(dtype), self.total.to(dtype), self.count, cross, self.target_energy
+            self.gram.to(dtype),
+            self.total.to(dtype),
+            self.count,
+            None if self.cross is None else self.cross.to(dtype),
+            self.target_energy,
+            None if self.held_out is None else self.held_out.to(dtype),
         )
 
     def cross_of(self, weight: Tensor) -> Tensor:
@@ -127,15 +135,7 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
     scale = gram.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     used = damping if gram.any() else 1.0
-    while True:
-        system = gram.clone()
-        system.diagonal().add_(used * scale)
-        factor, info = torch.linalg.cholesky_ex(system)
-        # A pivot at the level of rounding, against its own channel, passes the factorisation but
-        # not the solve.
-        pivots = factor.diagonal().square() / system.diagonal()
-        if not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5:
-            break
+    while (factor := sound_cholesky(gram, used * scale)) is None:
         if used >= _LARGEST_DAMPING:
             raise FloatingPointError(
                 f"the Gram of {name} cannot be factorised even with damping {used:g}"
@@ -146,3 +146,20 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
             "%s: the Gram is singular with damping %g; solved with damping %g", name, damping, used
         )
     return factor, used
+
+
+def sound_cholesky(gram: Tensor, shift: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of G + shift I, or None where rounding would spoil its solves.
+
+    Args:
+        gram: [H, H], fp32 or fp64.
+        shift: [], in the Gram's dtype.
+    """
+    system = gram.clone()
+    system.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(system)
+    # A pivot at the level of rounding, against its own channel, passes the factorisation but not
+    # the solve.
+    pivots = factor.diagonal().square() / system.diagonal()
+    sound = not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
+    return factor if sound else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grail_hf.compensation import Repair, reconstruction_error
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
@@ -36,7 +37,8 @@ class GroupReport:
     """One group: its width and its relative squared reconstruction error on calibration tokens.
 
     `error_pruned` is of plain pruning, `error` of what the model now holds; `damping` is the
-    ridge that the solve took, relative to the Gram's mean diagonal (None without compensation).
+    ridge that the solve took, relative to the Gram's mean diagonal (None without compensation;
+    infinite, "inf" in JSON, where `ridge="auto"` found plain pruning to be best).
     """
 
     name: str
@@ -137,8 +139,13 @@ class CompressionReport:
         """Everything as plain JSON types."""
         # `asdict` copies deeply, and must not copy what a selector that is a function holds.
         plain = replace(self, config=GrailConfig.from_dict(self.config.to_dict()))
+        groups = [asdict(group) for group in self.groups]
+        for group in groups:
+            if group["damping"] == math.inf:
+                group["damping"] = "inf"  # JSON knows no infinity
         return {
             **asdict(plain),
+            "groups": groups,
             "config": self.config.to_dict(),
             "projection_parameters": list(self.projection_parameters),
             "total_parameters": list(self.total_parameters),
@@ -155,7 +162,11 @@ class CompressionReport:
                 "projection_parameters": tuple(data["projection_parameters"]),
                 "total_parameters": tuple(data["total_parameters"]),
                 "widths": {kind: tuple(widths) for kind, widths in data["widths"].items()},
-                "groups": [GroupReport(**group) for group in data["groups"]],
+                "groups": [
+                    GroupReport(**group | {"damping": damping and float(damping)})
+                    for group in data["groups"]
+                    for damping in [group["damping"]]
+                ],
             }
         )
 
@@ -210,8 +221,10 @@ class CompressionReport:
         return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
 
     def _card_body(self) -> str:
+        ridge = self.config.ridge
+        damping = "damping chosen on held-out windows" if ridge == AUTO else f"damping {ridge:g}"
         repair = (
-            f"repaired by ridge regression (damping {self.config.ridge:g}) as in "
+            f"repaired by ridge regression ({damping}) as in "
             "[GRAIL](https://arxiv.org/abs/2602.23795)"
             if self.config.compensate
             else "without repair"

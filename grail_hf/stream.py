@@ -33,6 +33,7 @@ class _MicroBatch:
     Attributes:
         hidden: [b, T, D] in front of the layer, on the compressed path.
         tokens: [b * T] bool, those that are not padding; None where all count.
+        held_out: [b * T] bool, those on which a damping is judged; no padding.
         calls: every layer's other arguments.
         dense: [b, T, D] in front of the layer in the dense model, where the target needs it.
         outputs: of each of the layer's consumers in the dense model, [b, T, O], likewise.
@@ -40,6 +41,7 @@ class _MicroBatch:
 
     hidden: Tensor
     tokens: Tensor | None
+    held_out: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     dense: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
@@ -55,6 +57,10 @@ class _MicroBatch:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
         x = x.reshape(-1, x.shape[-1])
         return x if self.tokens is None else x[self.tokens.to(x.device)]
+
+    def held_out_rows(self, x: Tensor) -> Tensor:
+        """[b, T, H] to [n, H]: the held-out tokens."""
+        return x.reshape(-1, x.shape[-1])[self.held_out.to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,11 @@ class Run:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
         return self.batch.rows(x)
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        """[b, T, O] with the rows of padding zero."""
+    def fitted(self, x: Tensor, hold_out: bool) -> Tensor:
+        """[b, T, O] with the rows of padding zero, and those of held-out tokens if `hold_out`."""
         tokens = self.batch.tokens
+        if hold_out:
+            tokens = ~self.batch.held_out if tokens is None else tokens & ~self.batch.held_out
         return x if tokens is None else x * tokens.to(x.device).reshape(*x.shape[:-1], 1)
 
 
@@ -102,10 +110,11 @@ class Block:
     progress: tqdm[Any]
 
     @torch.no_grad()
-    def collect(self, group: Group) -> GramStats:
+    def collect(self, group: Group, hold_out: bool = False) -> GramStats:
         """Second moments of the inputs and targets of the group's consumer, as the layer is now.
 
-        The layer runs up to the consumer and no further. Padding does not count.
+        The layer runs up to the consumer and no further. Padding does not count. If `hold_out`, the
+        moments of the held-out tokens are also summed by themselves (see `held_out_tokens`).
 
         Raises:
             FloatingPointError: an input is NaN or Inf.
@@ -114,6 +123,8 @@ class Block:
         consumer = group.consumer
         outputs = None if self.target == "self" else consumer.out_features
         stats = GramStats.zeros(consumer.in_features, self.device, outputs)
+        if hold_out:
+            stats.held_out = GramStats.zeros(consumer.in_features, self.device, outputs)
         position = self.groups.index(group)
         for batch in self.batches:
             with (
@@ -125,6 +136,11 @@ class Block:
             if target is not None and consumer.bias is not None:
                 target = target - consumer.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
+            if stats.held_out is not None:
+                stats.held_out.update_(
+                    batch.held_out_rows(inputs[0]),
+                    None if target is None else batch.held_out_rows(target),
+                )
             self.progress.update()
         stats.check_finite(group.name)
         return stats
@@ -264,11 +280,13 @@ def record_calls(
     """
     shared = _Shared()
     micro_batches = []
-    for inputs in batches:
+    for inputs, held_out in zip(batches, held_out_tokens(batches), strict=True):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
-            torch.empty(0), mask.flatten().bool() if mask is not None and not mask.all() else None
+            torch.empty(0),
+            mask.flatten().bool() if mask is not None and not mask.all() else None,
+            held_out,
         )
 
         def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Tensor:
@@ -286,6 +304,27 @@ def record_calls(
             model.base_model(**inputs, use_cache=False)
         micro_batches.append(batch)
     return micro_batches
+
+
+def held_out_tokens(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """[b * T] bool a batch: the tokens that a fit leaves out, to be judged on them.
+
+    Whole samples, since neighbouring tokens are alike: a quarter of them (rounded down, at least
+    one), evenly spread, whatever the batch size. Of a single sample it is the last quarter of its
+    tokens, rounded down. Padding is never held out.
+    """
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+    samples = sum(len(mask) for mask in masks)
+    if samples == 1:
+        (mask,) = masks
+        count = int(mask.sum())
+        return [(mask.bool() & (mask.cumsum(dim=1) > count - count // 4)).flatten()]
+    number = torch.arange(samples + 1) * max(1, samples // 4) // samples
+    chosen = torch.split(number.diff() > 0, [len(mask) for mask in masks])
+    return [
+        (mask.bool() & rows[:, None].to(mask.device)).flatten()
+        for mask, rows in zip(masks, chosen, strict=True)
+    ]
 
 
 @contextmanager

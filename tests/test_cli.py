@@ -127,3 +127,13 @@ def test_module_runs_as_the_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--sparsity" in done.stdout
+
+
+def test_ridge_is_a_number_or_auto(compress_arguments, tmp_path):
+    code, out, err = run(*compress_arguments, "--ridge", "much")
+    assert code == 1 and "ridge='much'" in err
+    code, out, err = run(*compress_arguments, "--ridge", "auto", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["config"]["ridge"] == "auto"
+    assert len({group["damping"] for group in report["groups"]}) > 1

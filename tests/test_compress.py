@@ -1,6 +1,7 @@
 """What `compress` does to a model, for every architecture and attention unit."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -445,3 +446,53 @@ def test_too_few_tokens_are_warned_of(caplog, ridge, rows, warned):
     settings = {"multiple_of": 1, "sparsity": SPARSITY, "ridge": ridge, "progress": False}
     grail_hf.compress(model, calibration=ids, **settings)
     assert ("calibration tokens for" in caplog.text) == warned
+
+
+@every_case_and_unit
+def test_auto_ridge_repairs_every_block_or_prunes_it(case, unit):
+    report = compress(tiny_model(case), unit, ridge="auto")
+    for group in report.groups:
+        assert group.error <= group.error_pruned
+        assert (group.error == group.error_pruned) == (group.damping == float("inf"))
+    assert any(group.damping < float("inf") for group in report.groups)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "self"}, {"refit": 2}], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_auto_ridge_of_random_tokens_does_no_harm(caplog, tmp_path, settings, rows):
+    """So few that a fixed ridge would fit their noise; what is infinite is still valid JSON."""
+    dense = tiny_model("qwen2")
+    pruned, auto = copy.deepcopy(dense), copy.deepcopy(dense)
+    ids = torch.randint(97, (rows, 8), generator=torch.Generator().manual_seed(3))
+    common = {"sparsity": SPARSITY, "multiple_of": 1, "selector": "magnitude", "progress": False}
+    grail_hf.compress(pruned, calibration=ids, compensate=False, **common)
+    report = grail_hf.compress(auto, calibration=ids, ridge="auto", **common | settings)
+    assert not caplog.records
+    assert float("inf") in [group.damping for group in report.groups]
+    expected = logits(dense, batches())
+    errors = [relative_error(logits(model, batches()), expected) for model in (auto, pruned)]
+    assert errors[0] < 1.1 * errors[1]
+
+    report.save(tmp_path)
+    text = (tmp_path / "grail.json").read_text()
+    read = json.loads(text, parse_constant=pytest.fail)  # Infinity and NaN are not JSON
+    assert read["config"]["ridge"] == "auto"
+    assert grail_hf.CompressionReport.load(tmp_path).groups == report.groups
+    assert "chosen on held-out windows" in (tmp_path / "README.md").read_text()
+
+
+def test_auto_ridge_does_not_depend_on_the_batches():
+    ids = torch.cat([batch["input_ids"][:, :21] for batch in batches()])
+    found = []
+    for batch_size in (1, 4, 15):
+        report = grail_hf.compress(
+            tiny_model("qwen3"),
+            calibration=ids,
+            batch_size=batch_size,
+            ridge="auto",
+            sparsity=SPARSITY,
+            multiple_of=1,
+            progress=False,
+        )
+        found.append([group.damping for group in report.groups])
+    assert found[0] == found[1] == found[2]
