@@ -96,6 +96,9 @@ def compress_command(
     ridge: Annotated[
         str, typer.Option(help='Damping of the repair; "auto" chooses it on held-out windows.')
     ] = str(_DEFAULTS.ridge),
+    bias: Annotated[
+        str | None, typer.Option(help='"auto" fits biases too, where the stock config has them.')
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
@@ -368,6 +371,7 @@ def _config(context: typer.Context) -> GrailConfig:
     )
     with suppress(KeyError, ValueError):  # "auto" stays, and what is no number is refused below
         settings["ridge"] = float(settings["ridge"])
+    settings["bias"] = settings.get("bias") or False
     return GrailConfig(**settings)
 
 

@@ -14,7 +14,7 @@ DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Repair(NamedTuple):
-    """A consumer's new weight [O, K], and the damping that it took.
+    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains.
 
     With damping "auto", `held_out_error` is what the choice leaves of the held-out tokens'
     ||Y||^2 when it is fitted without them.
@@ -23,6 +23,7 @@ class Repair(NamedTuple):
     weight: Tensor
     damping: float
     held_out_error: float | None = None
+    bias: Tensor | None = None
 
     def is_worse_than(self, other: Repair) -> bool:
         """Whether held-out tokens say so; where none were held out, False."""
@@ -31,7 +32,12 @@ class Repair(NamedTuple):
 
 
 def ridge(
-    weight: Tensor, stats: GramStats, kept: Tensor, damping: float | str, name: str = "the group"
+    weight: Tensor,
+    stats: GramStats,
+    kept: Tensor,
+    damping: float | str,
+    name: str = "the group",
+    intercept: bool = False,
 ) -> Repair:
     """The weight on the kept channels that calibration supports best.
 
@@ -50,14 +56,21 @@ def ridge(
         damping: relative to the mean diagonal, >= 0; infinite damping is plain pruning. "auto"
             chooses by the held-out tokens (`choose_damping`) and fits to all.
         name: of the group, for messages.
+        intercept: fit Y - X_S V^T - 1 b^T: V from moments about the means, with the damping
+            relative to those too, and the bias b = mean y - V mean x_S, undamped.
 
     Returns:
-        V. More damping than asked is used, with a warning, where the Gram is singular
+        V, and b. More damping than asked is used, with a warning, where the Gram is singular
         (`damped_cholesky`).
     """
     error = None
     if isinstance(damping, str):
-        damping, error = choose_damping(weight, stats, kept)
+        damping, error = choose_damping(weight, stats, kept, intercept)
+    if intercept:
+        x, y = stats.mean, stats.target_total_of(weight) / stats.count
+        repair = ridge(weight, stats.about(x, y), kept, damping, name)
+        bias = y - repair.weight @ x[kept]
+        return repair._replace(held_out_error=error, bias=bias)
     if math.isinf(damping):
         return Repair(weight[:, kept], damping, error)
     gram = stats.gram[kept[:, None], kept]
@@ -66,7 +79,9 @@ def ridge(
     return Repair(weight[:, kept] + torch.cholesky_solve(missing.mT, factor).mT, used, error)
 
 
-def choose_damping(weight: Tensor, stats: GramStats, kept: Tensor) -> tuple[float, float]:
+def choose_damping(
+    weight: Tensor, stats: GramStats, kept: Tensor, intercept: bool = False
+) -> tuple[float, float]:
     """The damping of `DAMPINGS`, or infinity, that does best on the held-out tokens, and its error.
 
     With the moments G, C of the tokens that are not held out, and G', C', E' of those that are,
@@ -84,6 +99,7 @@ def choose_damping(weight: Tensor, stats: GramStats, kept: Tensor) -> tuple[floa
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, with its held-out part.
         kept: [K] int64, S.
+        intercept: all moments are about the means of the tokens that are not held out.
 
     Raises:
         ValueError: nothing was held out.
@@ -91,6 +107,11 @@ def choose_damping(weight: Tensor, stats: GramStats, kept: Tensor) -> tuple[floa
     held_out = stats.held_out
     if held_out is None:
         raise ValueError("ridge='auto' needs held-out tokens: collect with hold_out=True")
+    if intercept:
+        count = max(stats.count - held_out.count, 1)
+        x = (stats.total - held_out.total) / count
+        y = (stats.target_total_of(weight) - held_out.target_total_of(weight)) / count
+        stats, held_out = stats.about(x, y), held_out.about(x, y)
     pruned = weight[:, kept]
     gram = (stats.gram - held_out.gram)[kept[:, None], kept]
     cross = (stats.cross_of(weight) - held_out.cross_of(weight))[:, kept]
@@ -105,14 +126,17 @@ def choose_damping(weight: Tensor, stats: GramStats, kept: Tensor) -> tuple[floa
     return best, errors[best]
 
 
-def reconstruction_error(weight: Tensor, new: Tensor, stats: GramStats, kept: Tensor) -> float:
-    """||Y - X_S V^T||^2 / ||Y||^2 on the calibration tokens.
+def reconstruction_error(
+    weight: Tensor, new: Tensor, stats: GramStats, kept: Tensor, bias: Tensor | None = None
+) -> float:
+    """||Y - X_S V^T - 1 b^T||^2 / ||Y||^2 on the calibration tokens.
 
     Args:
         weight: [O, H], W, the dense consumer, in the dtype of the statistics.
         new: [O, K], V.
         stats: of the consumer's inputs and targets.
         kept: [K] int64, S.
+        bias: [O], b.
     """
     cross = stats.cross_of(weight)
     energy = (
@@ -120,5 +144,8 @@ def reconstruction_error(weight: Tensor, new: Tensor, stats: GramStats, kept: Te
     )
     fitted = new @ stats.gram[kept[:, None], kept] - 2 * cross[:, kept]
     error = energy + (fitted * new).sum()
+    if bias is not None:
+        shortfall = stats.target_total_of(weight) - new @ stats.total[kept]
+        error += bias @ (stats.count * bias - 2 * shortfall)
     # Rounding may take an exact zero below it.
     return (error.clamp_min(0) / energy).item() if energy > 0 else 0.0

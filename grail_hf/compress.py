@@ -25,11 +25,13 @@ from grail_hf.calibration import (
 from grail_hf.compensation import ridge
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.evaluation import evaluation_mode
+from grail_hf.groups import Group
 from grail_hf.planning import (
     Plan,
     check_weights,
     choose_device,
     context_length,
+    decoder_layers,
     plan_compression,
     vocabulary_size,
 )
@@ -120,35 +122,48 @@ def compress(
                 width = plan.widths[group.kind][block.index]
                 if width == group.num_units:
                     continue
+                biased = group.kind in plan.biased
                 stats = block.collect(group, hold_out).to(config.torch_dtype)
                 scores = check_scores(plan.select(group, stats), group, config.selector_name)
                 reduction = Reduction.keep_top(scores, width, group.partitions)
                 kept = reduction.kept_channels(group.columns)
                 weight = group.weight.to(config.torch_dtype)
                 repair = (
-                    ridge(weight, stats, kept, config.ridge, group.name)
+                    ridge(weight, stats, kept, config.ridge, group.name, biased)
                     if config.compensate
                     else None
                 )
                 report.add(block.index, group, stats, kept, repair)
                 group.shrink_(reduction)
-                group.repair_(repair.weight if repair else group.weight[:, kept])
+                if repair:
+                    group.repair_(repair.weight, repair.bias)
+                else:
+                    group.repair_(group.weight[:, kept])
                 if repair and config.refit:
                     take_back = refit_(block, group, config.refit, hold_out)
                     stats = block.collect(group, hold_out).to(config.torch_dtype)
                     kept = torch.arange(kept.numel(), device=kept.device)
                     weight = group.weight.to(config.torch_dtype)
-                    refitted = ridge(weight, stats, kept, config.ridge, group.name)
+                    refitted = ridge(weight, stats, kept, config.ridge, group.name, biased)
                     if refitted.is_worse_than(repair):
                         take_back()
                         continue
                     report.refit(stats, refitted)
-                    group.repair_(refitted.weight)
+                    group.repair_(refitted.weight, refitted.bias)
+        complete_biases_(model, plan)
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
     return report
+
+
+def complete_biases_(model: PreTrainedModel, plan: Plan) -> None:
+    """Give zero biases to projections that the new config says have some, and that have none."""
+    for layer in decoder_layers(model, plan.architecture):
+        for spec in plan.specs:
+            if spec.kind in plan.newly_biased:
+                Group(layer, spec, plan.architecture.layers).add_biases_()
 
 
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:

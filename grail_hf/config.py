@@ -43,6 +43,9 @@ class GrailConfig:
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
             chooses it for each block by the error on every fourth window, fits to all windows, and
             takes a refit back that makes that error larger.
+        bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
+            give one (llama, and qwen3's attention; not where a llama is saved as another type for
+            its number of heads). The block's other projections get biases of zero with it.
         num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
@@ -71,6 +74,7 @@ class GrailConfig:
     target: str = "residual"
     refit: int = 0
     ridge: float | str = 1e-4
+    bias: bool | str = False
     num_samples: int = 128
     seq_length: int = 2048
     batch_size: int = 4
@@ -131,6 +135,10 @@ class GrailConfig:
             raise ValueError(
                 f"ridge={self.ridge!r} must be a finite number of at least 0, or {AUTO!r}"
             )
+        if self.bias is not False and self.bias != AUTO:
+            raise ValueError(f"bias={self.bias!r} must be False or {AUTO!r}")
+        if self.bias and not self.compensate:
+            raise ValueError(f"bias={self.bias!r} is part of the repair: leave compensate=True")
         if self.attention_unit not in ATTENTION_UNITS:
             raise ValueError(
                 f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"

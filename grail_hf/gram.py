@@ -25,7 +25,8 @@ class GramStats:
         count: N.
         cross: [O, H], Y^T X = sum y x^T; None where y is the consumer's own output W x, whose
             sums follow from the Gram.
-        target_energy: sum ||y||^2, where there is a cross moment.
+        target_total: [O], sum y, where there is a cross moment.
+        target_energy: sum ||y||^2, likewise.
         held_out: the same sums over those of the N tokens on which a damping is judged.
     """
 
@@ -34,6 +35,7 @@ class GramStats:
     count: int = 0
     cross: Tensor | None = None
     target_energy: float = 0.0
+    target_total: Tensor | None = None
     held_out: GramStats | None = None
 
     @classmethod
@@ -45,8 +47,10 @@ class GramStats:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float32, device=device)
 
-        cross = None if outputs is None else empty(outputs, channels)
-        return cls(empty(channels, channels), empty(channels), cross=cross)
+        stats = cls(empty(channels, channels), empty(channels))
+        if outputs is not None:
+            stats.cross, stats.target_total = empty(outputs, channels), empty(outputs)
+        return stats
 
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
@@ -64,6 +68,8 @@ class GramStats:
         if self.cross is not None and y is not None:
             self.cross.addmm_(y.float().T, x.float())
             self.target_energy += y.float().square().sum().item()
+        if self.target_total is not None and y is not None:
+            self.target_total += y.sum(dim=0, dtype=torch.float32)
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""
@@ -73,6 +79,8 @@ class GramStats:
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
             self.target_energy += other.target_energy
+        if self.target_total is not None and other.target_total is not None:
+            self.target_total += other.target_total
         if self.held_out is not None and other.held_out is not None:
             self.held_out.merge_(other.held_out)
 
@@ -84,12 +92,28 @@ class GramStats:
             self.count,
             None if self.cross is None else self.cross.to(dtype),
             self.target_energy,
+            None if self.target_total is None else self.target_total.to(dtype),
             None if self.held_out is None else self.held_out.to(dtype),
         )
 
     def cross_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X; for the weight's own output it is W G."""
         return weight @ self.gram if self.cross is None else self.cross
+
+    def target_total_of(self, weight: Tensor) -> Tensor:
+        """[O], sum y; for the weight's own output it is W sum x."""
+        return weight @ self.total if self.target_total is None else self.target_total
+
+    def about(self, x: Tensor, y: Tensor) -> GramStats:
+        """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""
+        total = self.total - self.count * x
+        gram = self.gram - torch.outer(self.total, x) - torch.outer(x, total)
+        if self.cross is None or self.target_total is None:
+            return GramStats(gram, total, self.count)
+        target_total = self.target_total - self.count * y
+        cross = self.cross - torch.outer(y, self.total) - torch.outer(target_total, x)
+        energy = self.target_energy - (y @ (self.target_total + target_total)).item()
+        return GramStats(gram, total, self.count, cross, energy, target_total)
 
     @property
     def mean(self) -> Tensor:

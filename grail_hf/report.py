@@ -119,7 +119,9 @@ class CompressionReport:
                 group.num_units,
                 kept.numel() // group.columns,
                 pruned,
-                reconstruction_error(weight, repair.weight, stats, kept) if repair else pruned,
+                reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
+                if repair
+                else pruned,
                 repair.damping if repair else None,
             )
         )
@@ -127,7 +129,7 @@ class CompressionReport:
     def refit(self, stats: GramStats, repair: Repair) -> None:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
         kept = torch.arange(repair.weight.shape[1], device=repair.weight.device)
-        error = reconstruction_error(repair.weight, repair.weight, stats, kept)
+        error = reconstruction_error(repair.weight, repair.weight, stats, kept, repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     @property

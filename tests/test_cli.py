@@ -137,3 +137,11 @@ def test_ridge_is_a_number_or_auto(compress_arguments, tmp_path):
     report = json.loads(out)
     assert report["config"]["ridge"] == "auto"
     assert len({group["damping"] for group in report["groups"]}) > 1
+
+
+def test_bias_is_left_out_or_auto(compress_arguments):
+    code, out, err = run(*compress_arguments, "--bias", "some")
+    assert code == 1 and "bias='some'" in err
+    code, out, err = run(*compress_arguments, "--bias", "auto", "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["bias"] == "auto"

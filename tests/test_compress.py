@@ -496,3 +496,50 @@ def test_auto_ridge_does_not_depend_on_the_batches():
         )
         found.append([group.damping for group in report.groups])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("case", "newly"),
+    [("llama", {ATTENTION, MLP}), ("qwen3", {ATTENTION}), ("mistral", set()), ("qwen2", set())],
+)
+def test_biases_are_fitted_where_the_config_can_say_them(case, newly):
+    """In layers that are left whole they are zero, and so the function is the same."""
+    biased, plain = tiny_model(case), tiny_model(case)
+    shares = {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.5}
+    errors = [
+        [group.error for group in compress(model, ignore=(1,), **shares, **bias).groups]
+        for model, bias in ((biased, {"bias": "auto"}), (plain, {}))
+    ]
+    for spec in specs_of(biased):
+        for index, layer in enumerate(layers_of(biased)):
+            bias = layer.get_submodule(spec.consumer).bias
+            assert (bias is not None) == (spec.kind in newly)
+            if bias is not None:
+                assert bool(bias.any()) == (index != 1)
+    kinds = [group.kind for group in compress(tiny_model(case), ignore=(1,), **shares).groups]
+    for kind, with_bias, without in zip(kinds, *errors, strict=True):
+        if kind in newly:
+            assert with_bias < without
+            break
+
+
+def test_a_bias_that_there_is_is_fitted_and_lowers_the_error():
+    biased, plain = (tiny_model("llama-biases") for _ in range(2))
+    settings = {"attention_sparsity": 0.5, "sparsity": 0.3}
+    errors = [
+        compress(model, **settings, **bias).groups[0].error
+        for model, bias in ((biased, {"bias": "auto"}), (plain, {}))
+    ]
+    assert errors[0] < errors[1]
+    old, new = (layers_of(model)[0].self_attn.o_proj.bias for model in (plain, biased))
+    assert not torch.equal(old, new)
+    assert biased.num_parameters() == plain.num_parameters()
+
+
+def test_a_llama_that_moves_to_another_type_gets_no_biases():
+    """Mistral's config could not say them."""
+    biased, plain = tiny_model("llama"), tiny_model("llama")
+    compress(biased, bias="auto")
+    compress(plain)
+    assert biased.config.model_type == "mistral"
+    assert_state(biased, state_of(plain))

@@ -30,6 +30,7 @@ OUT_OF_RANGE = [
     *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", "Auto", None, True)),
     *(("attention_unit", value) for value in ("head", None)),
     *(("dtype", value) for value in ("bfloat16", torch.float64)),
+    *(("bias", value) for value in (True, "all", None)),
     *(("selector", value) for value in (3, None, ["gram"])),
     *(("device", value) for value in ("warp", 1.5)),
     *((name, value) for name in ("compensate", "rehome") for value in ("no", None)),
