@@ -448,9 +448,9 @@ def test_too_few_tokens_are_warned_of(caplog, ridge, rows, warned):
     assert ("calibration tokens for" in caplog.text) == warned
 
 
-@every_case_and_unit
-def test_auto_ridge_repairs_every_block_or_prunes_it(case, unit):
-    report = compress(tiny_model(case), unit, ridge="auto")
+@every_case
+def test_auto_ridge_repairs_every_block_or_prunes_it(case):
+    report = compress(tiny_model(case), ridge="auto")
     for group in report.groups:
         assert group.error <= group.error_pruned
         assert (group.error == group.error_pruned) == (group.damping == float("inf"))
@@ -484,7 +484,7 @@ def test_auto_ridge_of_random_tokens_does_no_harm(caplog, tmp_path, settings, ro
 def test_auto_ridge_does_not_depend_on_the_batches():
     ids = torch.cat([batch["input_ids"][:, :21] for batch in batches()])
     found = []
-    for batch_size in (1, 4, 15):
+    for batch_size in (4, 15):
         report = grail_hf.compress(
             tiny_model("qwen3"),
             calibration=ids,
@@ -495,7 +495,7 @@ def test_auto_ridge_does_not_depend_on_the_batches():
             progress=False,
         )
         found.append([group.damping for group in report.groups])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -516,11 +516,8 @@ def test_biases_are_fitted_where_the_config_can_say_them(case, newly):
             assert (bias is not None) == (spec.kind in newly)
             if bias is not None:
                 assert bool(bias.any()) == (index != 1)
-    kinds = [group.kind for group in compress(tiny_model(case), ignore=(1,), **shares).groups]
-    for kind, with_bias, without in zip(kinds, *errors, strict=True):
-        if kind in newly:
-            assert with_bias < without
-            break
+    if newly:  # attention first, which nothing that differs is in front of
+        assert errors[0][0] < errors[1][0]
 
 
 def test_a_bias_that_there_is_is_fitted_and_lowers_the_error():
