@@ -41,6 +41,7 @@ class GroupSpec:
         config_per_unit: config key -> what one kept unit adds to its value.
         config_pinned: config keys that a stock config would otherwise derive from the widths.
         attributes: attribute path in the layer -> divisor: its value is width // divisor.
+        bias_key: config key that, where true, gives each of the block's projections a bias.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class GroupSpec:
     config_per_unit: dict[str, int] = field(default_factory=dict)
     config_pinned: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
+    bias_key: str | None = None
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ class Attention:
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
     group_size_attribute: str = "self_attn.num_key_value_groups"
+    bias_key: str | None = None
 
     def group(self, config: Any, unit: str) -> GroupSpec:
         """The attention group; `unit` is "kv_group" or "query_head" (see `GrailConfig`).
@@ -98,6 +101,7 @@ class Attention:
                 config_per_unit={self.heads_key: 1},
                 config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
                 attributes={self.group_size_attribute: kv_heads},
+                bias_key=self.bias_key,
             )
         return GroupSpec(
             ATTENTION,
@@ -112,6 +116,7 @@ class Attention:
             linear=self.value,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
             config_pinned={"head_dim": head_dim},
+            bias_key=self.bias_key,
         )
 
 
@@ -124,6 +129,7 @@ class Mlp:
     output: str = "mlp.down_proj"
     width_key: str = "intermediate_size"
     width_attribute: str = "mlp.intermediate_size"
+    bias_key: str | None = None
 
     def group(self, config: Any) -> GroupSpec:
         return GroupSpec(
@@ -135,6 +141,7 @@ class Mlp:
             linear=self.linear,
             config_per_unit={self.width_key: 1},
             attributes={self.width_attribute: 1},
+            bias_key=self.bias_key,
         )
 
 
@@ -189,6 +196,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     # a sliding window is the same function and takes any, but has no biases.
     "llama": Architecture(
         "llama",
+        attention=Attention(bias_key="attention_bias"),
+        mlp=Mlp(bias_key="mlp_bias"),
         rehome=Rehome(
             "mistral",
             sets={"sliding_window": None},
@@ -197,5 +206,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mistral": Architecture("mistral"),
     "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
+    "qwen3": Architecture("qwen3", attention=Attention(bias_key="attention_bias")),
 }

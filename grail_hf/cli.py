@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,10 +98,15 @@ def compress_command(
     refit: Annotated[
         int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
     ] = _DEFAULTS.refit,
-    ridge: Annotated[float, typer.Option(help="Damping of the repair.")] = _DEFAULTS.ridge,
     fold: Annotated[
         str, typer.Option(help="What the repair of folded units goes by: measured or linear.")
     ] = _DEFAULTS.fold,
+    ridge: Annotated[
+        str, typer.Option(help='Damping of the repair; "auto" chooses it on held-out windows.')
+    ] = str(_DEFAULTS.ridge),
+    bias: Annotated[
+        str | None, typer.Option(help='"auto" fits biases too, where the stock config has them.')
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
@@ -373,6 +378,9 @@ def _config(context: typer.Context) -> GrailConfig:
     settings["ignore"] = tuple(
         int(entry) if entry.lstrip("-").isdigit() else entry for entry in settings["ignore"] or ()
     )
+    with suppress(KeyError, ValueError):  # "auto" stays, and what is no number is refused below
+        settings["ridge"] = float(settings["ridge"])
+    settings["bias"] = settings.get("bias") or False
     return GrailConfig(**settings)
 
 

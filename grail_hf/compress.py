@@ -24,14 +24,16 @@ from grail_hf.calibration import (
     check_token_ids,
     token_batches,
 )
-from grail_hf.compensation import fold_linearly, ridge
-from grail_hf.config import GrailConfig
+from grail_hf.compensation import Repair, fold_linearly, ridge
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.evaluation import evaluation_mode
+from grail_hf.groups import Group
 from grail_hf.planning import (
     Plan,
     check_weights,
     choose_device,
     context_length,
+    decoder_layers,
     plan_compression,
     vocabulary_size,
 )
@@ -40,7 +42,7 @@ from grail_hf.refit import refit_, refit_passes
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import Folding, choose
-from grail_hf.stream import stream
+from grail_hf.stream import Block, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -125,38 +127,9 @@ def compress(
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
-                if width == group.num_units:
-                    continue
-                stats = block.collect(group).to(config.torch_dtype)
-                reduction = choose(plan.select, group, stats, width, config.selector_name)
-                kept = reduction.kept_channels(group.columns)
-                weight = group.weight.to(config.torch_dtype)
-                if reduction.folds:
-                    linear = fold_linearly(weight, stats, reduction, group.columns)
-                    stats = block.collect_folded(group, reduction).to(config.torch_dtype)
-                    weight = reduction.of_consumer(weight, group.columns)
-                    kept = torch.arange(kept.numel(), device=kept.device)
-                repair = (
-                    ridge(weight, stats, kept, config.ridge, group.name)
-                    if config.compensate
-                    else None
-                )
-                report.add(block.index, group, weight, stats, kept, repair)
-                if repair and reduction.folds:
-                    other = ridge(weight, linear, kept, config.ridge, group.name)
-                    report.fold(weight, stats, other, used=config.fold == "linear")
-                    repair = other if config.fold == "linear" else repair
-                unrepaired = reduction.of_consumer(group.weight, group.columns)
-                group.shrink_(reduction)
-                group.repair_(repair.weight if repair else unrepaired)
-                if repair and config.refit:
-                    refit_(block, group, config.refit)
-                    stats = block.collect(group).to(config.torch_dtype)
-                    kept = torch.arange(kept.numel(), device=kept.device)
-                    weight = group.weight.to(config.torch_dtype)
-                    repair = ridge(weight, stats, kept, config.ridge, group.name)
-                    report.refit(stats, repair)
-                    group.repair_(repair.weight)
+                if width < group.num_units:
+                    narrow_(block, group, width, plan, config, report)
+        complete_biases_(model, plan)
         apply_config_(model, plan.config)
 
     model.add_model_tags(list(TAGS))
@@ -164,13 +137,84 @@ def compress(
     return report
 
 
+def complete_biases_(model: PreTrainedModel, plan: Plan) -> None:
+    """Give zero biases to projections that the new config says have some, and that have none."""
+    for layer in decoder_layers(model, plan.architecture):
+        for spec in plan.specs:
+            if spec.kind in plan.newly_biased:
+                Group(layer, spec, plan.architecture.layers).add_biases_()
+
+
+def narrow_(
+    block: Block,
+    group: Group,
+    width: int,
+    plan: Plan,
+    config: GrailConfig,
+    report: CompressionReport,
+) -> None:
+    """Cut or fold a group to `width` units, and repair its consumer."""
+    dtype, hold_out = config.torch_dtype, holds_out(config)
+    intercept = group.kind in plan.biased
+
+    stats = block.collect(group, hold_out).to(dtype)
+    reduction = choose(plan.select, group, stats, width, config.selector_name)
+    weight, kept = group.weight.to(dtype), reduction.kept_channels(group.columns)
+    linear = None
+    if reduction.folds:
+        linear = fold_linearly(weight, stats, reduction, group.columns)
+        stats = block.collect_folded(group, reduction, hold_out).to(dtype)
+        weight = reduction.of_consumer(weight, group.columns)
+        kept = torch.arange(kept.numel(), device=kept.device)
+
+    repair = None
+    if config.compensate:
+        repair = ridge(weight, stats, kept, config.ridge, group.name, intercept)
+    report.add(block.index, group, weight, stats, kept, repair)
+    if repair and linear:
+        other = ridge(weight, linear, kept, config.ridge, group.name, intercept)
+        report.fold(weight, stats, other, used=config.fold == "linear")
+        repair = other if config.fold == "linear" else repair
+
+    group.shrink_(reduction)
+    if repair is None:
+        group.repair_(weight[:, kept])
+        return
+    group.repair_(repair.weight, repair.bias)
+    if config.refit:
+        refit_group_(block, group, repair, config, report)
+
+
+def refit_group_(
+    block: Block, group: Group, repair: Repair, config: GrailConfig, report: CompressionReport
+) -> None:
+    """Refit a repaired group's linear producer, and its consumer again to what that puts out."""
+    take_back = refit_(block, group, config.refit, holds_out(config))
+    stats = block.collect(group, holds_out(config)).to(config.torch_dtype)
+    weight = group.weight.to(config.torch_dtype)
+    kept = torch.arange(weight.shape[1], device=weight.device)
+    intercept = repair.bias is not None
+    refitted = ridge(weight, stats, kept, config.ridge, group.name, intercept)
+    if refitted.is_worse_than(repair):
+        take_back()
+        return
+    report.refit(stats, refitted)
+    group.repair_(refitted.weight, refitted.bias)
+
+
+def holds_out(config: GrailConfig) -> bool:
+    """Whether some calibration tokens are left out of the fits, to judge them."""
+    return config.compensate and config.ridge == AUTO
+
+
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:
     """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
     channels = max(max(plan.widths[spec.kind]) * spec.columns for spec in plan.reduced)
-    if tokens.num_tokens < TOKENS_PER_CHANNEL * channels and config.ridge < 0.1:
+    few = tokens.num_tokens < TOKENS_PER_CHANNEL * channels
+    if few and not isinstance(config.ridge, str) and config.ridge < 0.1:
         logger.warning(
             "%d calibration tokens for %d channels are fewer than %d a channel: the repair may do "
-            "harm on other text; use more num_samples, or ridge=0.1",
+            "harm on other text; use more num_samples, or ridge='auto'",
             *(tokens.num_tokens, channels, TOKENS_PER_CHANNEL),
         )
 

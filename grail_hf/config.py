@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -16,6 +16,7 @@ ATTENTION_UNITS = ("kv_group", "query_head")
 TARGETS = ("self", "dense", "residual")
 FOLDS = ("measured", "linear")
 SOLVE_DTYPES = ("float32", "float64")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,15 @@ class GrailConfig:
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
             up-projections) are refitted to the target after the consumer; 0 leaves them as they
             were cut. A step takes about three forward passes of the block.
-        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal.
         fold: what the repair of folded units goes by. "measured": what they put out, taken in
             another pass over the calibration tokens. "linear": the mean of what they put out
             before (the paper), which a gate or an attention makes an approximation.
+        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
+            chooses it for each block by the error on every fourth window, fits to all windows, and
+            takes a refit back that makes that error larger.
+        bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
+            give one (llama, and qwen3's attention; not where a llama is saved as another type for
+            its number of heads). The block's other projections get biases of zero with it.
         num_samples: calibration windows to draw, where the calibration is text or "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         batch_size: windows in one forward pass.
@@ -78,8 +84,9 @@ class GrailConfig:
     compensate: bool = True
     target: str = "residual"
     refit: int = 0
-    ridge: float = 1e-4
     fold: str = "measured"
+    ridge: float | str = 1e-4
+    bias: bool | str = False
     num_samples: int = 128
     seq_length: int = 2048
     batch_size: int = 4
@@ -140,8 +147,14 @@ class GrailConfig:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
         if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits")
-        if not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
-            raise ValueError(f"ridge={self.ridge!r} must be a finite number of at least 0")
+        if self.ridge != AUTO and not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
+            raise ValueError(
+                f"ridge={self.ridge!r} must be a finite number of at least 0, or {AUTO!r}"
+            )
+        if self.bias is not False and self.bias != AUTO:
+            raise ValueError(f"bias={self.bias!r} must be False or {AUTO!r}")
+        if self.bias and not self.compensate:
+            raise ValueError(f"bias={self.bias!r} is part of the repair: leave compensate=True")
         if self.attention_unit not in ATTENTION_UNITS:
             raise ValueError(
                 f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"
@@ -214,7 +227,7 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -25,7 +25,9 @@ class GramStats:
         count: N.
         cross: [O, H], Y^T X = sum y x^T; None where y is the consumer's own output W x, whose
             sums follow from the Gram.
-        target_energy: sum ||y||^2, where there is a cross moment.
+        target_total: [O], sum y, where there is a cross moment.
+        target_energy: sum ||y||^2, likewise.
+        held_out: the same sums over those of the N tokens on which a damping is judged.
     """
 
     gram: Tensor
@@ -33,6 +35,8 @@ class GramStats:
     count: int = 0
     cross: Tensor | None = None
     target_energy: float = 0.0
+    target_total: Tensor | None = None
+    held_out: GramStats | None = None
 
     @classmethod
     def zeros(
@@ -43,8 +47,10 @@ class GramStats:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float32, device=device)
 
-        cross = None if outputs is None else empty(outputs, channels)
-        return cls(empty(channels, channels), empty(channels), cross=cross)
+        stats = cls(empty(channels, channels), empty(channels))
+        if outputs is not None:
+            stats.cross, stats.target_total = empty(outputs, channels), empty(outputs)
+        return stats
 
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
@@ -62,6 +68,8 @@ class GramStats:
         if self.cross is not None and y is not None:
             self.cross.addmm_(y.float().T, x.float())
             self.target_energy += y.float().square().sum().item()
+        if self.target_total is not None and y is not None:
+            self.target_total += y.sum(dim=0, dtype=torch.float32)
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""
@@ -71,17 +79,41 @@ class GramStats:
         if self.cross is not None and other.cross is not None:
             self.cross += other.cross
             self.target_energy += other.target_energy
+        if self.target_total is not None and other.target_total is not None:
+            self.target_total += other.target_total
+        if self.held_out is not None and other.held_out is not None:
+            self.held_out.merge_(other.held_out)
 
     def to(self, dtype: torch.dtype) -> GramStats:
         """The same sums in another dtype."""
-        cross = None if self.cross is None else self.cross.to(dtype)
         return GramStats(
-            self.gram.to(dtype), self.total.to(dtype), self.count, cross, self.target_energy
+            self.gram.to(dtype),
+            self.total.to(dtype),
+            self.count,
+            None if self.cross is None else self.cross.to(dtype),
+            self.target_energy,
+            None if self.target_total is None else self.target_total.to(dtype),
+            None if self.held_out is None else self.held_out.to(dtype),
         )
 
     def cross_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X; for the weight's own output it is W G."""
         return weight @ self.gram if self.cross is None else self.cross
+
+    def target_total_of(self, weight: Tensor) -> Tensor:
+        """[O], sum y; for the weight's own output it is W sum x."""
+        return weight @ self.total if self.target_total is None else self.target_total
+
+    def about(self, x: Tensor, y: Tensor) -> GramStats:
+        """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""
+        total = self.total - self.count * x
+        gram = self.gram - torch.outer(self.total, x) - torch.outer(x, total)
+        if self.cross is None or self.target_total is None:
+            return GramStats(gram, total, self.count)
+        target_total = self.target_total - self.count * y
+        cross = self.cross - torch.outer(y, self.total) - torch.outer(target_total, x)
+        energy = self.target_energy - (y @ (self.target_total + target_total)).item()
+        return GramStats(gram, total, self.count, cross, energy, target_total)
 
     @property
     def mean(self) -> Tensor:
@@ -127,15 +159,7 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
     scale = gram.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     used = damping if gram.any() else 1.0
-    while True:
-        system = gram.clone()
-        system.diagonal().add_(used * scale)
-        factor, info = torch.linalg.cholesky_ex(system)
-        # A pivot at the level of rounding, against its own channel, passes the factorisation but
-        # not the solve.
-        pivots = factor.diagonal().square() / system.diagonal()
-        if not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5:
-            break
+    while (factor := sound_cholesky(gram, used * scale)) is None:
         if used >= _LARGEST_DAMPING:
             raise FloatingPointError(
                 f"the Gram of {name} cannot be factorised even with damping {used:g}"
@@ -146,3 +170,20 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
             "%s: the Gram is singular with damping %g; solved with damping %g", name, damping, used
         )
     return factor, used
+
+
+def sound_cholesky(gram: Tensor, shift: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of G + shift I, or None where rounding would spoil its solves.
+
+    Args:
+        gram: [H, H], fp32 or fp64.
+        shift: [], in the Gram's dtype.
+    """
+    system = gram.clone()
+    system.diagonal().add_(shift)
+    factor, info = torch.linalg.cholesky_ex(system)
+    # A pivot at the level of rounding, against its own channel, passes the factorisation but not
+    # the solve.
+    pivots = factor.diagonal().square() / system.diagonal()
+    sound = not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
+    return factor if sound else None

@@ -97,6 +97,24 @@ class Group:
             cost += producer.rows * (linear.in_features + (linear.bias is not None))
         return cost
 
+    def missing_biases(self, width: int) -> int:
+        """Parameters that `add_biases_` would add to the block with `width` units."""
+        rows = {producer.path: width * producer.rows for producer in self.spec.producers}
+        paths = (*rows, *self.spec.unshrunk, self.spec.consumer)
+        return sum(
+            rows.get(path, linear.out_features)
+            for path, linear in zip(paths, self.projections, strict=True)
+            if linear.bias is None
+        )
+
+    @torch.no_grad()
+    def add_biases_(self) -> None:
+        """Give each of the block's projections that has no bias one of zeros."""
+        for linear in self.projections:
+            if linear.bias is None:
+                weight = linear.weight
+                linear.bias = _like(weight, weight.new_zeros(linear.out_features))
+
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
         """Slice the producers to the kept units, or average them over each cluster.
@@ -115,21 +133,26 @@ class Group:
             setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
 
     @torch.no_grad()
-    def repair_(self, weight: Tensor) -> None:
-        """Give the consumer its new weight [O, K].
+    def repair_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Give the consumer its new weight [O, K], and add `bias` [O] to the one it has, if any.
 
         Raises:
-            FloatingPointError: the weight does not fit the model's dtype.
+            FloatingPointError: the weight or the bias does not fit the model's dtype.
         """
         consumer = self.consumer
-        fitting = weight.to(consumer.weight.dtype)
-        if not torch.isfinite(fitting).all():
+        if bias is not None and consumer.bias is not None:
+            bias = bias + consumer.bias
+        fitting = [new.to(consumer.weight.dtype) for new in (weight, bias) if new is not None]
+        if not all(torch.isfinite(new).all() for new in fitting):
             raise FloatingPointError(
-                f"the repaired {self.name} overflows {fitting.dtype}: use more ridge, or load the "
-                "model in bfloat16 or float32"
+                f"the repaired {self.name} overflows {consumer.weight.dtype}: use more ridge, or "
+                "load the model in bfloat16 or float32"
             )
-        consumer.weight = _like(consumer.weight, fitting)
-        consumer.in_features = fitting.shape[1]
+        consumer.weight = _like(consumer.weight, fitting[0])
+        consumer.in_features = weight.shape[1]
+        if bias is not None:
+            old = consumer.weight if consumer.bias is None else consumer.bias
+            consumer.bias = _like(old, fitting[1])
 
     @contextmanager
     def reduced(self, reduction: Reduction) -> Iterator[None]:

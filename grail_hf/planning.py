@@ -18,7 +18,7 @@ from grail_hf.allocation import Budget, Profiles, Widths, allocate
 from grail_hf.architectures import MLP, Architecture, GroupSpec, find_architecture
 from grail_hf.config import GrailConfig
 from grail_hf.groups import Group
-from grail_hf.saving import compressed_config, is_stock_causal_lm
+from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
 from grail_hf.selectors import Selector, find_selector
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Plan:
         widths: kind -> units kept, one number a layer; a forecast until the allocation's profiles
             are measured.
         config: of the compressed model.
+        biased: kinds of group whose consumer's bias is fitted.
+        newly_biased: kinds whose projections have biases in `config`, and did not have them.
         projection_parameters: of all decoder blocks' projections, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
     """
@@ -47,6 +49,8 @@ class Plan:
     budgets: dict[str, Budget]
     widths: Widths
     config: PreTrainedConfig
+    biased: frozenset[str]
+    newly_biased: frozenset[str]
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
 
@@ -108,18 +112,31 @@ def plan_compression(
     before = sum(budget.cost(budget.num_units) for budget in budgets.values())
     after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
     total = sum(parameter.numel() for parameter in model.parameters())
+    new_config = compressed_config(
+        model.config,
+        specs,
+        widths,
+        architecture.rehome if config.rehome and is_stock_causal_lm(model) else None,
+    )
+    biased, newly_biased = set(), set()
+    if config.bias:
+        newly_biased = switch_on_biases_(new_config, model.config, specs, widths)
+        biased = newly_biased | {g.kind for g in groups[0] if g.consumer.bias is not None}
+    after += sum(
+        group.missing_biases(widths[group.kind][index])
+        for index, layer_groups in enumerate(groups)
+        for group in layer_groups
+        if group.kind in newly_biased
+    )
     return Plan(
         architecture,
         specs,
         select,
         budgets,
         widths,
-        compressed_config(
-            model.config,
-            specs,
-            widths,
-            architecture.rehome if config.rehome and is_stock_causal_lm(model) else None,
-        ),
+        new_config,
+        frozenset(biased),
+        frozenset(newly_biased),
         (before, after),
         (total, total - before + after),
     )

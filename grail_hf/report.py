@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import re
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grail_hf.compensation import Repair, reconstruction_error
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
@@ -37,8 +38,9 @@ class GroupReport:
 
     `error_pruned` is of plain pruning (or folding), `error` of what the model now holds; `damping`
     is the ridge that the solve took, relative to the Gram's mean diagonal (None without
-    compensation). Of folded units that are repaired, `error_measured` and `error_linear` are what
-    the two ways of `GrailConfig.fold` leave, before any refit.
+    compensation; infinite, "inf" in JSON, where `ridge="auto"` found plain pruning to be best). Of
+    folded units that are repaired, `error_measured` and `error_linear` are what the two ways of
+    `GrailConfig.fold` leave, before any refit.
     """
 
     name: str
@@ -126,7 +128,9 @@ class CompressionReport:
                 group.num_units,
                 kept.numel() // group.columns,
                 pruned,
-                reconstruction_error(weight, repair.weight, stats, kept) if repair else pruned,
+                reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
+                if repair
+                else pruned,
                 repair.damping if repair else None,
             )
         )
@@ -148,7 +152,7 @@ class CompressionReport:
     def refit(self, stats: GramStats, repair: Repair) -> None:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
         kept = torch.arange(repair.weight.shape[1], device=repair.weight.device)
-        error = reconstruction_error(repair.weight, repair.weight, stats, kept)
+        error = reconstruction_error(repair.weight, repair.weight, stats, kept, repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     @property
@@ -160,8 +164,13 @@ class CompressionReport:
         """Everything as plain JSON types."""
         # `asdict` copies deeply, and must not copy what a selector that is a function holds.
         plain = replace(self, config=GrailConfig.from_dict(self.config.to_dict()))
+        groups = [asdict(group) for group in self.groups]
+        for group in groups:
+            if group["damping"] == math.inf:
+                group["damping"] = "inf"  # JSON knows no infinity
         return {
             **asdict(plain),
+            "groups": groups,
             "config": self.config.to_dict(),
             "projection_parameters": list(self.projection_parameters),
             "total_parameters": list(self.total_parameters),
@@ -178,7 +187,11 @@ class CompressionReport:
                 "projection_parameters": tuple(data["projection_parameters"]),
                 "total_parameters": tuple(data["total_parameters"]),
                 "widths": {kind: tuple(widths) for kind, widths in data["widths"].items()},
-                "groups": [GroupReport(**group) for group in data["groups"]],
+                "groups": [
+                    GroupReport(**group | {"damping": damping and float(damping)})
+                    for group in data["groups"]
+                    for damping in [group["damping"]]
+                ],
             }
         )
 
@@ -233,8 +246,10 @@ class CompressionReport:
         return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
 
     def _card_body(self) -> str:
+        ridge = self.config.ridge
+        damping = "damping chosen on held-out windows" if ridge == AUTO else f"damping {ridge:g}"
         repair = (
-            f"repaired by ridge regression (damping {self.config.ridge:g}) as in "
+            f"repaired by ridge regression ({damping}) as in "
             "[GRAIL](https://arxiv.org/abs/2602.23795)"
             if self.config.compensate
             else "without repair"

@@ -85,6 +85,32 @@ def compressed_config(
     return _rehomed(config, edits | rehome.sets, rehome.model_type)
 
 
+def switch_on_biases_(
+    new: PreTrainedConfig,
+    dense: PreTrainedConfig,
+    specs: Sequence[GroupSpec],
+    widths: Mapping[str, Sequence[int]],
+) -> set[str]:
+    """Have the compressed model's config say biases for the groups that it reduces.
+
+    Returns:
+        The kinds of group whose projections now have biases and had none. Where the model moves to
+        another type, that is none: the other type may not know the key.
+    """
+    if new.model_type != dense.model_type:
+        return set()
+    keys = {
+        spec.bias_key
+        for spec in specs
+        if spec.bias_key
+        and min(widths[spec.kind]) < spec.num_units
+        and not getattr(dense, spec.bias_key)
+    }
+    for key in keys:
+        setattr(new, key, True)
+    return {spec.kind for spec in specs if spec.bias_key in keys}
+
+
 def _check_own_widths(config: PreTrainedConfig) -> None:
     """Raise ValueError where no config can have layers that differ."""
     from transformers import __version__

@@ -36,6 +36,7 @@ class _MicroBatch:
     Attributes:
         hidden: [b, T, D] in front of the layer, on the compressed path.
         tokens: [b * T] bool, those that are not padding; None where all count.
+        held_out: [b * T] bool, those on which a damping is judged; no padding.
         calls: every layer's other arguments.
         dense: [b, T, D] in front of the layer in the dense model, where the target needs it.
         outputs: of each of the layer's consumers in the dense model, [b, T, O], likewise.
@@ -43,6 +44,7 @@ class _MicroBatch:
 
     hidden: Tensor
     tokens: Tensor | None
+    held_out: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     dense: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
@@ -64,6 +66,10 @@ class _MicroBatch:
         if self.tokens is None:
             return x
         return x * self.tokens.to(x.device).reshape(*x.shape[:-1], 1)
+
+    def held_out_rows(self, x: Tensor) -> Tensor:
+        """[b, T, H] to [n, H]: the held-out tokens."""
+        return x.reshape(-1, x.shape[-1])[self.held_out.to(x.device)]
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,12 @@ class Run:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
         return self.batch.rows(x)
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        """[b, T, O] with the rows of padding zero."""
-        return self.batch.without_padding(x)
+    def fitted(self, x: Tensor, hold_out: bool) -> Tensor:
+        """[b, T, O] with the rows of padding zero, and those of held-out tokens if `hold_out`."""
+        tokens = self.batch.tokens
+        if hold_out:
+            tokens = ~self.batch.held_out if tokens is None else tokens & ~self.batch.held_out
+        return x if tokens is None else x * tokens.to(x.device).reshape(*x.shape[:-1], 1)
 
 
 @dataclass(frozen=True)
@@ -110,13 +119,16 @@ class Block:
     progress: tqdm[Any]
 
     @torch.no_grad()
-    def collect(self, group: Group, targets: Sequence[Tensor] | None = None) -> GramStats:
+    def collect(
+        self, group: Group, hold_out: bool = False, targets: Sequence[Tensor] | None = None
+    ) -> GramStats:
         """Second moments of the inputs and targets of the group's consumer, as the layer is now.
 
         The layer runs up to the consumer and no further. Padding does not count.
 
         Args:
             group: of this layer.
+            hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too.
             targets: other targets than the block's, as `outputs` gives them.
 
         Raises:
@@ -126,6 +138,8 @@ class Block:
         consumer = group.consumer
         outputs = None if self.target == "self" and targets is None else consumer.out_features
         stats = GramStats.zeros(consumer.in_features, self.device, outputs)
+        if hold_out:
+            stats.held_out = GramStats.zeros(consumer.in_features, self.device, outputs)
         position = self.groups.index(group)
         for number, batch in enumerate(self.batches):
             with (
@@ -140,11 +154,18 @@ class Block:
             if target is not None and consumer.bias is not None:
                 target = target - consumer.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
+            if stats.held_out is not None:
+                stats.held_out.update_(
+                    batch.held_out_rows(inputs[0]),
+                    None if target is None else batch.held_out_rows(target),
+                )
             self.progress.update()
         stats.check_finite(group.name)
         return stats
 
-    def collect_folded(self, group: Group, reduction: Reduction) -> GramStats:
+    def collect_folded(
+        self, group: Group, reduction: Reduction, hold_out: bool = False
+    ) -> GramStats:
         """The moments [K] that `collect` will find behind the folded producers; nothing is changed.
 
         Behind a gate or an attention, the mean of producers does not put out the mean of what they
@@ -153,7 +174,7 @@ class Block:
         """
         targets = self.outputs(group) if self.target == "self" else None
         with group.reduced(reduction):
-            return self.collect(group, targets)
+            return self.collect(group, hold_out, targets)
 
     @torch.no_grad()
     def outputs(self, group: Group) -> list[Tensor]:
@@ -348,11 +369,13 @@ def record_calls(
     """
     shared = _Shared()
     micro_batches = []
-    for inputs in batches:
+    for inputs, held_out in zip(batches, held_out_tokens(batches), strict=True):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
-            torch.empty(0), mask.flatten().bool() if mask is not None and not mask.all() else None
+            torch.empty(0),
+            mask.flatten().bool() if mask is not None and not mask.all() else None,
+            held_out,
         )
 
         def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Tensor:
@@ -370,6 +393,27 @@ def record_calls(
             model.base_model(**inputs, use_cache=False)
         micro_batches.append(batch)
     return micro_batches
+
+
+def held_out_tokens(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """[b * T] bool a batch: the tokens that a fit leaves out, to be judged on them.
+
+    Whole samples, since neighbouring tokens are alike: a quarter of them (rounded down, at least
+    one), evenly spread, whatever the batch size. Of a single sample it is the last quarter of its
+    tokens, rounded down. Padding is never held out.
+    """
+    masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+    samples = sum(len(mask) for mask in masks)
+    if samples == 1:
+        (mask,) = masks
+        count = int(mask.sum())
+        return [(mask.bool() & (mask.cumsum(dim=1) > count - count // 4)).flatten()]
+    number = torch.arange(samples + 1) * max(1, samples // 4) // samples
+    chosen = torch.split(number.diff() > 0, [len(mask) for mask in masks])
+    return [
+        (mask.bool() & rows[:, None].to(mask.device)).flatten()
+        for mask, rows in zip(masks, chosen, strict=True)
+    ]
 
 
 @contextmanager

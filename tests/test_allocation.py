@@ -8,7 +8,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from grail_hf.allocation import ALLOCATIONS, TOLERANCE, Budget, uniform
+from grail_hf.allocation import (
+    ALLOCATIONS,
+    TOLERANCE,
+    Budget,
+    Profile,
+    allocate,
+    error,
+    flap,
+    search,
+)
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import GrailConfig
 

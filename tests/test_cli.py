@@ -127,3 +127,21 @@ def test_module_runs_as_the_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--sparsity" in done.stdout
+
+
+def test_ridge_is_a_number_or_auto(compress_arguments, tmp_path):
+    code, out, err = run(*compress_arguments, "--ridge", "much")
+    assert code == 1 and "ridge='much'" in err
+    code, out, err = run(*compress_arguments, "--ridge", "auto", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["config"]["ridge"] == "auto"
+    assert len({group["damping"] for group in report["groups"]}) > 1
+
+
+def test_bias_is_left_out_or_auto(compress_arguments):
+    code, out, err = run(*compress_arguments, "--bias", "some")
+    assert code == 1 and "bias='some'" in err
+    code, out, err = run(*compress_arguments, "--bias", "auto", "--json")
+    assert code == 0, err
+    assert json.loads(out)["config"]["bias"] == "auto"

@@ -34,7 +34,7 @@ def ridge(
 ) -> tuple[Tensor, float]:
     """B [K, P] of W' = W_S + W_P B^T: what repair makes of the identity's removed rows."""
     identity = torch.eye(len(gram), dtype=gram.dtype)
-    weight, used = compensation.ridge(identity, moments(gram), kept, damping, name)
+    weight, used, *_ = compensation.ridge(identity, moments(gram), kept, damping, name)
     assert torch.equal(weight[kept], torch.eye(len(kept), dtype=gram.dtype))
     return weight[removed].T, used
 
@@ -176,7 +176,7 @@ def test_another_target_is_met_as_stacked_least_squares_meets_it(problem):
         draw_normal(4, channels, seed=seed + 2),
     )
     stats = moments(x.T @ x, y.T @ x, y.square().sum().item())
-    new, used = compensation.ridge(weight, stats, kept, problem["damping"])
+    new, used, *_ = compensation.ridge(weight, stats, kept, problem["damping"])
     d = (used * x[:, kept].square().sum(0).mean()).sqrt()
     system = torch.cat([x[:, kept], d * torch.eye(kept.numel(), dtype=F64)])
     stacked = torch.cat([y, d * weight[:, kept].T])
@@ -235,3 +235,122 @@ def test_what_is_no_gram_is_refused_by_the_group_s_name():
     kept, removed = split(4, 3, seed=0)
     with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"):
         ridge(-torch.eye(4, dtype=F64), kept, removed, 1e-4, "layers.3.mlp")
+
+
+def activation_moments(x: Tensor, y: Tensor | None = None) -> GramStats:
+    cross, energy = (None, 0.0) if y is None else (y.T @ x, y.square().sum().item())
+    total = None if y is None else y.sum(0)
+    return GramStats(x.T @ x, x.sum(0), len(x), cross, energy, total)
+
+
+def draw_split(tokens: int, channels: int, targeted: bool, seed: int):
+    """Correlated activations, perhaps targets, and their moments with those of a quarter apart."""
+    x = draw_normal(tokens, 3, seed=seed) @ draw_normal(3, channels, seed=seed + 1)
+    x += 0.5 * draw_normal(tokens, channels, seed=seed + 2)
+    weight = draw_normal(4, channels, seed=seed + 3)
+    y = x @ weight.T + draw_normal(tokens, 4, seed=seed + 4) if targeted else None
+    stats = activation_moments(x, y)
+    late = slice(tokens - tokens // 4, None)
+    stats.held_out = activation_moments(x[late], None if y is None else y[late])
+    return weight, x, x @ weight.T if y is None else y, stats
+
+
+@given(st.integers(8, 60), st.booleans(), st.booleans(), st.integers(0, 1000))
+@few
+def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
+    tokens, targeted, intercept, seed
+):
+    """Least squares on the activations themselves, and nothing but plain pruning beside it."""
+    weight, x, y, stats = draw_split(tokens, 12, targeted, seed)
+    kept, _ = split(12, 8, seed)
+    number = tokens - tokens // 4
+    if intercept:
+        x, y = x - x[:number].mean(0), y - y[:number].mean(0)
+    scale = x[:number][:, kept].square().sum(0).mean()
+    errors = {}
+    for damping in (*compensation.DAMPINGS, float("inf")):
+        new = weight[:, kept]
+        if damping != float("inf"):
+            d = (damping * scale).sqrt()
+            system = torch.cat([x[:number][:, kept], d * torch.eye(8, dtype=F64)])
+            stacked = torch.cat([y[:number], d * new.T])
+            new = torch.linalg.lstsq(system, stacked, driver="gels").solution.T
+        miss = y[number:] - x[number:][:, kept] @ new.T
+        errors[damping] = (miss.square().sum() / y[number:].square().sum()).item()
+    repair = compensation.ridge(weight, stats, kept, "auto", intercept=intercept)
+    assert repair.held_out_error == pytest.approx(min(errors.values()), rel=1e-5)
+    assert errors[repair.damping] == pytest.approx(min(errors.values()), rel=1e-5)
+    whole = compensation.ridge(weight, stats, kept, repair.damping, intercept=intercept)
+    assert torch.equal(repair.weight, whole.weight)
+
+
+def test_auto_damping_prunes_plainly_where_channels_know_nothing_of_each_other():
+    """Fewer tokens than channels: any fit is of noise. The Gram is singular, and nobody warned."""
+    x, weight = draw_normal(16, 40, seed=0), draw_normal(5, 40, seed=1)
+    stats = activation_moments(x)
+    stats.held_out = activation_moments(x[12:])
+    kept, _ = split(40, 30, seed=2)
+    repair = compensation.ridge(weight, stats, kept, "auto")
+    assert repair.damping == float("inf")
+    assert torch.equal(repair.weight, weight[:, kept])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_auto_damping_of_a_rank_deficient_gram_generalises(dtype, caplog):
+    """Rank 3 and a little noise, fewer tokens than channels."""
+    mixing = draw_normal(3, 40, seed=1)
+    x, fresh = (draw_normal(n, 3, seed=n) @ mixing for n in (24, 500))
+    x += 1e-2 * draw_normal(24, 40, seed=3)
+    weight = draw_normal(5, 40, seed=4)
+    stats = activation_moments(x).to(dtype)
+    stats.held_out = activation_moments(x[18:]).to(dtype)
+    kept, _ = split(40, 30, seed=2)
+    new = compensation.ridge(weight.to(dtype), stats, kept, "auto").weight.double()
+    error = compensation.reconstruction_error(weight, new, activation_moments(fresh), kept)
+    assert error < 1e-3
+    assert not caplog.records
+
+
+def test_auto_damping_of_dead_channels_is_plain_pruning():
+    stats = moments(torch.zeros(6, 6, dtype=F64))
+    stats.held_out = moments(torch.zeros(6, 6, dtype=F64))
+    kept, _ = split(6, 4, seed=0)
+    weight = draw_normal(3, 6, seed=0)
+    assert torch.equal(compensation.ridge(weight, stats, kept, "auto").weight, weight[:, kept])
+
+
+def test_auto_damping_needs_held_out_tokens():
+    kept, _ = split(6, 4, seed=0)
+    with pytest.raises(ValueError, match="hold_out=True"):
+        compensation.ridge(draw_normal(3, 6, seed=0), moments(torch.eye(6)), kept, "auto")
+
+
+@given(
+    st.integers(2, 40), st.sampled_from([0.0, 1e-4, 1e-2, 10.0]), st.booleans(), st.integers(0, 99)
+)
+@few
+def test_an_intercept_is_that_of_least_squares_with_a_column_of_ones(
+    tokens, damping, targeted, seed
+):
+    """The column is not damped; the others are, relative to what they vary by."""
+    if damping == 0:
+        tokens += 10  # more than there are unknowns
+    weight, x, y, _ = draw_split(tokens, 8, targeted, seed)
+    x, moved = x + draw_normal(8, seed=seed), y + (5 if targeted else 0)
+    y = moved if targeted else x @ weight.T
+    stats, (kept, _) = activation_moments(x, y if targeted else None), split(8, 5, seed)
+    repair = compensation.ridge(weight, stats, kept, damping, intercept=True)
+    variation = (x - x.mean(0))[:, kept].square().sum(0).mean()
+    d = (repair.damping * variation).sqrt()
+    ones, nothing = torch.ones(tokens, 1, dtype=F64), torch.zeros(5, 1, dtype=F64)
+    system = torch.cat(
+        [torch.cat([x[:, kept], ones], 1), torch.cat([d * torch.eye(5, dtype=F64), nothing], 1)]
+    )
+    stacked = torch.cat([y, d * weight[:, kept].T])
+    expected = torch.linalg.lstsq(system, stacked, driver="gelsd").solution
+    torch.testing.assert_close(repair.weight, expected[:5].T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(repair.bias, expected[5], rtol=1e-5, atol=1e-6)
+    error = compensation.reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
+    miss = y - x[:, kept] @ repair.weight.T - repair.bias
+    direct = (miss.square().sum() / y.square().sum()).item()
+    assert error == pytest.approx(direct, rel=1e-6, abs=1e-9)

@@ -1,6 +1,7 @@
 """What `compress` does to a model, for every architecture and attention unit."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -445,3 +446,97 @@ def test_too_few_tokens_are_warned_of(caplog, ridge, rows, warned):
     settings = {"multiple_of": 1, "sparsity": SPARSITY, "ridge": ridge, "progress": False}
     grail_hf.compress(model, calibration=ids, **settings)
     assert ("calibration tokens for" in caplog.text) == warned
+
+
+@every_case
+def test_auto_ridge_repairs_every_block_or_prunes_it(case):
+    report = compress(tiny_model(case), ridge="auto")
+    for group in report.groups:
+        assert group.error <= group.error_pruned
+        assert (group.error == group.error_pruned) == (group.damping == float("inf"))
+    assert any(group.damping < float("inf") for group in report.groups)
+
+
+@pytest.mark.parametrize("settings", [{}, {"target": "self"}, {"refit": 2}], ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_auto_ridge_of_random_tokens_does_no_harm(caplog, tmp_path, settings, rows):
+    """So few that a fixed ridge would fit their noise; what is infinite is still valid JSON."""
+    dense = tiny_model("qwen2")
+    pruned, auto = copy.deepcopy(dense), copy.deepcopy(dense)
+    ids = torch.randint(97, (rows, 8), generator=torch.Generator().manual_seed(3))
+    common = {"sparsity": SPARSITY, "multiple_of": 1, "selector": "magnitude", "progress": False}
+    grail_hf.compress(pruned, calibration=ids, compensate=False, **common)
+    report = grail_hf.compress(auto, calibration=ids, ridge="auto", **common | settings)
+    assert not caplog.records
+    assert float("inf") in [group.damping for group in report.groups]
+    expected = logits(dense, batches())
+    errors = [relative_error(logits(model, batches()), expected) for model in (auto, pruned)]
+    assert errors[0] < 1.1 * errors[1]
+
+    report.save(tmp_path)
+    text = (tmp_path / "grail.json").read_text()
+    read = json.loads(text, parse_constant=pytest.fail)  # Infinity and NaN are not JSON
+    assert read["config"]["ridge"] == "auto"
+    assert grail_hf.CompressionReport.load(tmp_path).groups == report.groups
+    assert "chosen on held-out windows" in (tmp_path / "README.md").read_text()
+
+
+def test_auto_ridge_does_not_depend_on_the_batches():
+    ids = torch.cat([batch["input_ids"][:, :21] for batch in batches()])
+    found = []
+    for batch_size in (4, 15):
+        report = grail_hf.compress(
+            tiny_model("qwen3"),
+            calibration=ids,
+            batch_size=batch_size,
+            ridge="auto",
+            sparsity=SPARSITY,
+            multiple_of=1,
+            progress=False,
+        )
+        found.append([group.damping for group in report.groups])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("case", "newly"),
+    [("llama", {ATTENTION, MLP}), ("qwen3", {ATTENTION}), ("mistral", set()), ("qwen2", set())],
+)
+def test_biases_are_fitted_where_the_config_can_say_them(case, newly):
+    """In layers that are left whole they are zero, and so the function is the same."""
+    biased, plain = tiny_model(case), tiny_model(case)
+    shares = {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.5}
+    errors = [
+        [group.error for group in compress(model, ignore=(1,), **shares, **bias).groups]
+        for model, bias in ((biased, {"bias": "auto"}), (plain, {}))
+    ]
+    for spec in specs_of(biased):
+        for index, layer in enumerate(layers_of(biased)):
+            bias = layer.get_submodule(spec.consumer).bias
+            assert (bias is not None) == (spec.kind in newly)
+            if bias is not None:
+                assert bool(bias.any()) == (index != 1)
+    if newly:  # attention first, which nothing that differs is in front of
+        assert errors[0][0] < errors[1][0]
+
+
+def test_a_bias_that_there_is_is_fitted_and_lowers_the_error():
+    biased, plain = (tiny_model("llama-biases") for _ in range(2))
+    settings = {"attention_sparsity": 0.5, "sparsity": 0.3}
+    errors = [
+        compress(model, **settings, **bias).groups[0].error
+        for model, bias in ((biased, {"bias": "auto"}), (plain, {}))
+    ]
+    assert errors[0] < errors[1]
+    old, new = (layers_of(model)[0].self_attn.o_proj.bias for model in (plain, biased))
+    assert not torch.equal(old, new)
+    assert biased.num_parameters() == plain.num_parameters()
+
+
+def test_a_llama_that_moves_to_another_type_gets_no_biases():
+    """Mistral's config could not say them."""
+    biased, plain = tiny_model("llama"), tiny_model("llama")
+    compress(biased, bias="auto")
+    compress(plain)
+    assert biased.config.model_type == "mistral"
+    assert_state(biased, state_of(plain))

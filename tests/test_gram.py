@@ -202,11 +202,34 @@ def test_targets_are_summed_beside_the_inputs():
     first, second = GramStats.zeros(5, outputs=3), GramStats.zeros(5, outputs=3)
     first.update_(x[:11], y[:11])
     second.update_(x[11:], y[11:])
+    first.held_out, second.held_out = GramStats.zeros(5, outputs=3), GramStats.zeros(5, outputs=3)
+    first.held_out.update_(x[:4], y[:4])
+    second.held_out.update_(x[11:13], y[11:13])
     first.merge_(second)
+    assert first.held_out.count == 6
+    assert torch.equal(first.held_out.gram, x[:4].T @ x[:4] + x[11:13].T @ x[11:13])
     assert torch.equal(first.cross, y.T @ x)
+    assert torch.equal(first.target_total, y.sum(0))
     assert torch.equal(first.gram, x.T @ x)
     assert first.target_energy == y.square().sum().item()
     weight = torch.ones(3, 5)
     assert torch.equal(first.cross_of(weight), y.T @ x)
     first.cross = None
     assert torch.equal(first.cross_of(weight), weight @ (x.T @ x))
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_moments_about_a_point_are_those_of_the_moved_tokens(targeted):
+    """Integers, so exactly."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, at_x, at_y = (
+        torch.randint(-8, 8, shape, generator=generator).float()
+        for shape in ((30, 5), (30, 3), (5,), (3,))
+    )
+    stats, moved = (GramStats.zeros(5, outputs=3 if targeted else None) for _ in range(2))
+    stats.update_(x, y if targeted else None)
+    moved.update_(x - at_x, y - at_y if targeted else None)
+    about = stats.about(at_x, at_y)
+    for name in ("gram", "total", "count", "cross", "target_energy", "target_total"):
+        one, other = getattr(about, name), getattr(moved, name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

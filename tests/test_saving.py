@@ -14,10 +14,14 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import (
+    CASES,
     CASES_AND_UNITS,
     assert_state,
     batches,
+    layers_of,
     logits,
+    relative_error,
+    specs_of,
     state_of,
     tiny_model,
 )
@@ -300,3 +304,37 @@ def test_what_is_pushed_loads_as_it_was(saved, hub, name):
     again = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(again, batches()), logits(model, batches()))
     assert (folder / "README.md").read_text() == report.card()
+
+
+@pytest.mark.parametrize("settings", [{"refit": 1}, {"ignore": (1,)}], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_fitted_biases_are_in_the_checkpoint_and_are_read(case, settings, tmp_path):
+    """Nothing is missing or unexpected, and nothing but what was counted is there."""
+    model = tiny_model(case)
+    before = {key for key in model.state_dict() if key.endswith("bias")}
+    shares = {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.5}
+    report = compress(model, bias="auto", **shares, **settings)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert relative_error(logits(loaded.eval(), batches()), logits(model, batches())) == 0
+    assert report.total_parameters[1] == model.num_parameters()
+
+    added = {key for key in model.state_dict() if key.endswith("bias")} - before
+    keys = [spec.bias_key for spec in specs_of(model)]
+    says = any(key and getattr(model.config, key) for key in keys)
+    assert bool(added) <= says
+    for key, value in model.state_dict().items():
+        if key in added:
+            left_whole = any(f"layers.{i}." in key for i in settings.get("ignore", ()))
+            consumer = key.removesuffix(".bias") in consumer_names(model)
+            assert bool(value.any()) == (consumer and not left_whole)
+
+
+def consumer_names(model):
+    names = {id(module): name for name, module in model.named_modules()}
+    return [
+        names[id(layer.get_submodule(spec.consumer))]
+        for layer in layers_of(model)
+        for spec in specs_of(model)
+    ]

@@ -13,7 +13,7 @@ from tiny_models import (
 )
 
 from grail_hf import ARCHITECTURES
-from grail_hf.stream import _Shared, record_calls, stream
+from grail_hf.stream import _Shared, held_out_tokens, record_calls, stream
 
 CPU = torch.device("cpu")
 
@@ -223,3 +223,52 @@ def consumer_states(model, index, spec, batch):
     for handle in handles:
         handle.remove()
     return seen["input"], seen["output"], seen[spec.kind]
+
+
+@pytest.mark.parametrize(
+    ("samples", "held"),
+    [(2, [1]), (3, [2]), (4, [3]), (7, [6]), (8, [3, 7]), (11, [5, 10]), (13, [4, 8, 12])],
+)
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_a_quarter_of_the_samples_is_held_out_whatever_the_batch_size(samples, held, batch_size):
+    ids = torch.zeros(samples, 5, dtype=torch.int64)
+    masks = held_out_tokens([{"input_ids": rows} for rows in ids.split(batch_size)])
+    rows = torch.cat([mask.reshape(-1, 5) for mask in masks])
+    assert (rows.any(dim=1) == rows.all(dim=1)).all()
+    assert rows.all(dim=1).nonzero().flatten().tolist() == held
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(1, 0), (3, 0), (4, 1), (11, 2), (12, 3)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_a_single_sample_the_last_quarter_is_held_out(tokens, held, side):
+    mask = torch.zeros(1, 12, dtype=torch.int64)
+    own = slice(12 - tokens, 12) if side == "left" else slice(0, tokens)
+    mask[:, own] = 1
+    (found,) = held_out_tokens([{"input_ids": mask, "attention_mask": mask}])
+    assert found[own].tolist() == [False] * (tokens - held) + [True] * held
+    assert found.sum() == held
+
+
+@every_padding
+@pytest.mark.parametrize("target", ["self", "residual"])
+def test_the_held_out_moments_are_those_of_the_held_out_samples_alone(padded, target):
+    """The same samples streamed by themselves."""
+    model, inputs = tiny_model("qwen2"), batches(padded)
+    held = [
+        {key: rows[mask.reshape(rows.shape).any(dim=1)] for key, rows in batch.items()}
+        for batch, mask in zip(inputs, held_out_tokens(inputs), strict=True)
+    ]
+    path, specs = ARCHITECTURES["qwen2"].layers, specs_of(model)
+    for blocks in zip(
+        *(stream(model, path, specs, b, CPU, target, progress=False) for b in (inputs, held)),
+        strict=True,
+    ):
+        for group, same in zip(*(block.groups for block in blocks), strict=True):
+            stats, alone = blocks[0].collect(group, hold_out=True), blocks[1].collect(same)
+            assert stats.held_out.count == alone.count < stats.count
+            assert relative_error(stats.held_out.gram, alone.gram) < 1e-5
+            if target != "self":
+                assert relative_error(stats.held_out.cross, alone.cross) < 1e-5
+            whole = blocks[0].collect(group)
+            assert whole.held_out is None
+            assert torch.equal(whole.gram, stats.gram)
