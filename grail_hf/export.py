@@ -85,8 +85,8 @@ def export(
     architecture = find_architecture(config.model_type)
     target = FORMATS[format].config(config, architecture)
     with replaced_when_whole(output) as folder:
-        _copy_other_files(source, folder)
         model_type, error = FORMATS[format].write(source, folder, target, architecture, gguf_type)
+        _copy_other_files(source, folder)
         result = Export(format, source.resolve().name, model_type, error)
         _write_card(source, folder, result)
     return result
@@ -179,8 +179,6 @@ def _write_checkpoint(
 ) -> tuple[str, float]:
     """A checkpoint of the config's type: its model type, and the error of its logits."""
     _fitted_model(_load(source, "auto"), config, architecture).save_pretrained(folder)
-    # Whatever saving derives from the config, the source's own generation config is what counts.
-    _copy_other_files(source, folder)
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, length), generator=generator)
