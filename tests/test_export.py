@@ -348,20 +348,34 @@ def read_gguf(path):
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
 
 
+def byte_level(pattern, ignore_merges):
+    """A byte-level BPE of single bytes that cuts text by a pattern."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    merges = [("a", "b")]
+    vocabulary["ab"] = len(vocabulary)
+    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    made.pre_tokenizer = pre_tokenizers.Sequence([*cut, whole]) if cut else whole
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
 @pytest.fixture
-def with_tokenizer(tmp_path, tokenizer):
-    """Saves a tiny model with the bundled tokenizer; `sparsity` is removed from it first."""
+def with_tokenizer(tmp_path):
+    """Saves a tiny model with a tokenizer of bytes; `sparsity` is removed from it first."""
     pytest.importorskip("gguf")
 
     def save(case, sparsity=0.0, dtype=torch.float32, **changes):
-        model = tiny_model(case, dtype=dtype, vocab_size=4096, **changes)
+        model = tiny_model(case, dtype=dtype, **{"vocab_size": 300} | changes)
         model.config.sliding_window = None
         if sparsity:
             grail_hf.compress(
                 model, None, batches(), sparsity=sparsity, multiple_of=1, progress=False
             )
         model.save_pretrained(tmp_path / "in")
-        tokenizer.save_pretrained(tmp_path / "in")
+        byte_level(None, False).save(str(tmp_path / "in" / "tokenizer.json"))
         return model
 
     return save
@@ -404,7 +418,8 @@ def test_transformers_reads_the_gguf_back(tmp_path, with_tokenizer, case, sparsi
 
 
 def test_the_tokenizer_is_in_the_file(tmp_path, with_tokenizer, tokenizer, jargon_test):
-    with_tokenizer("llama")
+    with_tokenizer("llama", vocab_size=4096)
+    tokenizer.save_pretrained(tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out", "gguf")
     said = read_gguf(tmp_path / "out" / "model.gguf")
     assert said["tokenizer.ggml.model"] == "gpt2"
@@ -521,20 +536,6 @@ def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, with_tokenizer):
         export(tmp_path / "in", tmp_path / "out", "gguf", gguf_type="f16")
 
 
-def byte_level(pattern, ignore_merges):
-    """A byte-level BPE of single bytes that cuts text by a pattern."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(alphabet)}
-    merges = [("a", "b")]
-    vocabulary["ab"] = len(vocabulary)
-    made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
-    made.pre_tokenizer = pre_tokenizers.Sequence([*cut, whole]) if cut else whole
-    made.decoder = decoders.ByteLevel()
-    return made
-
-
 @pytest.mark.parametrize(("pattern", "ignore_merges"), PRE_TOKENIZERS)
 def test_the_pre_tokenizer_is_named(tmp_path, with_tokenizer, pattern, ignore_merges):
     with_tokenizer("qwen3")
@@ -542,8 +543,8 @@ def test_the_pre_tokenizer_is_named(tmp_path, with_tokenizer, pattern, ignore_me
     export(tmp_path / "in", tmp_path / "out", "gguf")
     said = read_gguf(tmp_path / "out" / "model.gguf")
     assert said["tokenizer.ggml.pre"] == PRE_TOKENIZERS[pattern, ignore_merges]
-    assert said["tokenizer.ggml.tokens"][257:] == [f"[PAD{i}]" for i in range(257, 4096)]
-    assert said["tokenizer.ggml.token_type"] == [1] * 257 + [5] * 3839
+    assert said["tokenizer.ggml.tokens"][257:] == [f"[PAD{i}]" for i in range(257, 300)]
+    assert said["tokenizer.ggml.token_type"] == [1] * 257 + [5] * 43
 
 
 @pytest.mark.parametrize(
@@ -572,7 +573,7 @@ def test_gguf_needs_a_tokenizer_that_fits_and_the_extra(tmp_path, with_tokenizer
     with pytest.raises(ValueError, match="'q4' is not known"):
         export(tmp_path / "in", tmp_path / "out", "gguf", gguf_type="q4")
     tiny_model("llama").save_pretrained(tmp_path / "in")
-    with pytest.raises(ValueError, match="the tokenizer has 4096 tokens and the model 97"):
+    with pytest.raises(ValueError, match="the tokenizer has 257 tokens and the model 97"):
         export(tmp_path / "in", tmp_path / "out", "gguf")
     (tmp_path / "in" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
@@ -635,9 +636,10 @@ def test_the_command_exports_what_compress_wrote(tmp_path, tiny_llama_dir, jargo
 @pytest.mark.parametrize(
     "case", ["llama", "llama-tied-scaled-rope", "mistral", "qwen2-derived-head-dim", "qwen3"]
 )
-def test_llama_cpp_computes_the_same(tmp_path, with_tokenizer, case, sparsity):
+def test_llama_cpp_computes_the_same(tmp_path, with_tokenizer, tokenizer, case, sparsity):
     xllamacpp = pytest.importorskip("xllamacpp")
-    model = with_tokenizer(case, sparsity, initializer_range=0.15)
+    model = with_tokenizer(case, sparsity, vocab_size=4096, initializer_range=0.15)
+    tokenizer.save_pretrained(tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out", "gguf")
     ids = torch.randint(1, 4000, (1, 30), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits[0, -1].log_softmax(-1)
