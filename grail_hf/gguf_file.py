@@ -75,8 +75,6 @@ def plan_gguf(
         ValueError: llama.cpp computes another function, the type is not known, or the tokenizer
             is none that can be written.
     """
-    if find_spec("gguf") is None:
-        raise ImportError('GGUF needs the gguf package: pip install "grail-hf[gguf]"')
     if type_name == "auto":
         type_name = _OWN_TYPES.get(config.dtype, "f32")
     if type_name not in TYPES:
@@ -92,8 +90,11 @@ def plan_gguf(
             f"llama.cpp's {architecture.gguf[-1].name} does not compute what this "
             f"{config.model_type} does: {', '.join(obstacles[-1])}"
         )
+    if find_spec("gguf") is None:
+        raise ImportError('GGUF needs the gguf package: pip install "grail-hf[gguf]"')
+    pre_tokenizer = _pre_tokenizer(folder, config.vocab_size)
     return GgufPlan(
-        architecture.gguf[obstacles.index([])], config, folder, type_name, _pre_tokenizer(folder)
+        architecture.gguf[obstacles.index([])], config, folder, type_name, pre_tokenizer
     )
 
 
@@ -258,8 +259,11 @@ def _add_config(writer: Any, plan: GgufPlan) -> None:
 # The tokenizer
 
 
-def _pre_tokenizer(folder: Path) -> str:
-    """llama.cpp's name for how the tokenizer cuts text. ValueError where it has none."""
+def _pre_tokenizer(folder: Path, vocab_size: int) -> str:
+    """llama.cpp's name for how the folder's tokenizer cuts text.
+
+    Raises ValueError where it has none, or the tokenizer has ids beyond the model's `vocab_size`.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
@@ -287,6 +291,11 @@ def _pre_tokenizer(folder: Path) -> str:
             f"{', '.join(PRE_TOKENIZERS.values())} do; llama.cpp's own converter reads 'stock' and "
             "'padded' exports. One is added to PRE_TOKENIZERS in grail_hf/gguf_file.py"
         )
+    last_id = max([*model["vocab"].values(), *(token["id"] for token in said["added_tokens"])])
+    if last_id >= vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {last_id}, and the model {vocab_size} tokens"
+        )
     return name
 
 
@@ -297,10 +306,6 @@ def _add_tokenizer(writer: Any, plan: GgufPlan) -> None:
 
     tokenizer: Any = Tokenizer.from_file(str(plan.folder / "tokenizer.json"))
     size = plan.config.vocab_size
-    if tokenizer.get_vocab_size() > size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {size}"
-        )
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for token, index in tokenizer.get_vocab().items():

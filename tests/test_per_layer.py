@@ -103,16 +103,15 @@ said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
 print(json.dumps(said))
 """
 
-# Runs alone: what users do with a loaded model, as what the loader of `way` makes of the folder.
+# Runs alone: loads a folder as remote code, or after vLLM's plug-in was called, and does with the
+# model what users do.
 USER = """
 import copy, json, sys
 import torch
 
 way, folder, target = sys.argv[1:]
 how = {}
-if way == "grail_hf":
-    import grail_hf
-elif way == "remote code":
+if way == "remote code":
     how = {"trust_remote_code": True}
 else:
     from importlib.metadata import EntryPoint
@@ -400,11 +399,8 @@ def plugin():
     return value
 
 
-USED = {
-    "grail_hf": "llama-kv_group",
-    "remote code": "qwen3-query_head",
-    "vllm": "qwen2-kv_group",
-}
+# With grail_hf imported at the top of this file, the tests above and below do the same.
+USED = {"remote code": "qwen3-query_head", "vllm": "llama-kv_group"}
 
 
 @pytest.fixture(scope="module")
