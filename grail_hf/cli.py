@@ -158,7 +158,8 @@ def compress_command(
     if not report.uniform:
         _console.print(
             "The layers differ in width: load it after `import grail_hf`, or with "
-            "trust_remote_code=True."
+            "trust_remote_code=True; `grail-hf export --format padded` writes it for other "
+            "programs."
         )
     _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
     if as_json:
