@@ -12,6 +12,7 @@ from grail_hf.architectures import ARCHITECTURES, Architecture
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
+from grail_hf.export import Export, export
 from grail_hf.modeling_grail import install_hook
 from grail_hf.report import CompressionReport
 from grail_hf.selectors import SELECTORS
@@ -22,10 +23,12 @@ __all__ = [
     "SELECTORS",
     "Architecture",
     "CompressionReport",
+    "Export",
     "GrailConfig",
     "PartlyCompressedError",
     "compress",
     "evaluate",
+    "export",
     "perplexity",
 ]
 __version__ = version("grail-hf")

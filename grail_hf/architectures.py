@@ -7,7 +7,8 @@ everything else works with: no other file knows a model type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grail_hf.config import unknown_name
@@ -153,30 +154,83 @@ class Rehome:
         model_type: the other type.
         sets: config values that make the other type compute the same function.
         requires: values that this type's config must have, because the other cannot say others.
+        derives: config key -> its value, from this type's config.
     """
 
     model_type: str
     sets: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
+    derives: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def values(self, config: Any) -> dict[str, Any]:
+        """The config values that the other type needs to compute the same as `config`."""
+        return self.sets | {key: derive(config) for key, derive in self.derives.items()}
 
     def obstacles(self, config: Any) -> list[str]:
         """Why this config cannot move, as `key=value` strings; empty where it can."""
-        return [
-            f"{key}={getattr(config, key)!r}"
-            for key, value in self.requires.items()
-            if getattr(config, key, value) != value
-        ]
+        return _unmet(self.requires, config)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp computes a model type.
+
+    Attributes:
+        name: llama.cpp's name for the architecture.
+        interleaved: its rotary embedding turns neighbours (2i, 2i + 1) where transformers' turns
+            (i, i + d/2): the rows of q and k are reordered.
+        rope_factors: it reads a tensor that divides each rotary frequency.
+        square: its query heads are as wide together as the hidden state.
+        requires: values that the config must have, because llama.cpp computes no others.
+    """
+
+    name: str
+    interleaved: bool = False
+    rope_factors: bool = False
+    square: bool = False
+    requires: dict[str, Any] = field(default_factory=dict)
+
+    def obstacles(self, config: Any) -> list[str]:
+        """Why llama.cpp's architecture is another function, as `key=value`; empty if it is not."""
+        found = _unmet({"hidden_act": "silu"} | self.requires, config)
+        kind = config.rope_parameters["rope_type"]
+        if kind not in ("default", "linear") and not (kind == "llama3" and self.rope_factors):
+            found.append(f"rope_type={kind!r}")
+        if self.square and config.num_attention_heads * head_dim(config) != config.hidden_size:
+            found.append(f"num_attention_heads={config.num_attention_heads!r}")
+        return found
+
+
+def head_dim(config: Any) -> int:
+    """Channels of an attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def _unmet(requires: dict[str, Any], config: Any) -> list[str]:
+    return [
+        f"{key}={getattr(config, key)!r}"
+        for key, value in requires.items()
+        if getattr(config, key, value) != value
+    ]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model type: where its decoder layers lie in the base model, and what is in them."""
+    """One model type: where its decoder layers lie in the base model, and what is in them.
+
+    `exports` names the other types that a checkpoint can be exported as, or why it cannot be;
+    `gguf` holds llama.cpp's architectures for it, of which the first that fits is taken.
+    """
 
     model_type: str
     layers: str = "layers"
     attention: Attention = Attention()
     mlp: Mlp = Mlp()
     rehome: Rehome | None = None
+    exports: dict[str, Rehome | str] = field(default_factory=dict)
+    gguf: tuple[Gguf, ...] = ()
 
     def groups(self, config: Any, attention_unit: str = "kv_group") -> tuple[GroupSpec, ...]:
         """The groups of a decoder layer in the order in which they run."""
@@ -191,20 +245,58 @@ def find_architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+# A mistral without a sliding window is a llama without biases that takes any number of heads.
+_MISTRAL = Rehome(
+    "mistral",
+    sets={"sliding_window": None},
+    requires={"attention_bias": False, "mlp_bias": False},
+)
+_FULL_ATTENTION = {"sliding_window": None}
+# A granite is a llama with four more factors, which are 1 or the usual one here; it takes any
+# number of heads, and biases everywhere.
+_GRANITE = Rehome(
+    "granite",
+    sets={"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0},
+    requires=_FULL_ATTENTION,
+    derives={
+        "head_dim": head_dim,
+        "attention_multiplier": lambda config: head_dim(config) ** -0.5,
+    },
+)
+_GGUF_LLAMA = Gguf("llama", interleaved=True, rope_factors=True, requires=_FULL_ATTENTION)
+_QK_NORM = "it normalises queries and keys, and a {} does not"
+
 ARCHITECTURES: dict[str, Architecture] = {
-    # A llama config refuses a head count that does not divide the hidden size; a mistral without
-    # a sliding window is the same function and takes any, but has no biases.
+    # A llama config refuses a head count that does not divide the hidden size.
     "llama": Architecture(
         "llama",
         attention=Attention(bias_key="attention_bias"),
         mlp=Mlp(bias_key="mlp_bias"),
-        rehome=Rehome(
-            "mistral",
-            sets={"sliding_window": None},
-            requires={"attention_bias": False, "mlp_bias": False},
-        ),
+        rehome=_MISTRAL,
+        exports={"mistral": _MISTRAL, "granite": _GRANITE},
+        gguf=(_GGUF_LLAMA,),
     ),
-    "mistral": Architecture("mistral"),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", attention=Attention(bias_key="attention_bias")),
+    "mistral": Architecture(
+        "mistral",
+        exports={
+            "mistral": replace(_MISTRAL, requires=_FULL_ATTENTION),
+            "granite": _GRANITE,
+        },
+        gguf=(_GGUF_LLAMA,),
+    ),
+    "qwen2": Architecture(
+        "qwen2",
+        exports={
+            "mistral": "it has biases on q, k and v, and a mistral has none",
+            "granite": replace(_GRANITE, sets=_GRANITE.sets | {"attention_bias": True}),
+        },
+        # llama.cpp's qwen2 has no other number of heads; its llama takes biases, and any number.
+        gguf=(Gguf("qwen2", square=True, requires=_FULL_ATTENTION), _GGUF_LLAMA),
+    ),
+    "qwen3": Architecture(
+        "qwen3",
+        attention=Attention(bias_key="attention_bias"),
+        exports={name: _QK_NORM.format(name) for name in ("mistral", "granite")},
+        gguf=(Gguf("qwen3", requires=_FULL_ATTENTION | {"attention_bias": False}),),
+    ),
 }

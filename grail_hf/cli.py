@@ -1,4 +1,4 @@
-"""The verbs of `grail-hf`: compress, evaluate, inspect.
+"""The verbs of `grail-hf`: compress, evaluate, export, inspect.
 
 Results go to standard output only as `--json`, one object alone; progress, tables and messages go
 to standard error.
@@ -7,7 +7,6 @@ to standard error.
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,8 @@ from grail_hf.calibration import SELF, token_windows
 from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
+from grail_hf.export import FORMATS, export
+from grail_hf.gguf_file import TYPES
 from grail_hf.planning import (
     check_weights,
     choose_device,
@@ -32,6 +33,7 @@ from grail_hf.planning import (
     window_length,
 )
 from grail_hf.report import REPORT_FILE, width_range
+from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -169,7 +171,8 @@ def compress_command(
     if not report.uniform:
         _console.print(
             "The layers differ in width: load it after `import grail_hf`, or with "
-            "trust_remote_code=True."
+            "trust_remote_code=True; `grail-hf export --format padded` writes it for other "
+            "programs."
         )
     _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
     if as_json:
@@ -225,6 +228,27 @@ def evaluate_command(
     _console.print(table)
     if as_json:
         _print_json(result)
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(help="A saved model's folder.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="The new folder.", show_default=False)],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")] = "stock",
+    gguf_type: Annotated[
+        str, typer.Option(help=f"Of matrices in GGUF: auto (as saved) or {', '.join(TYPES)}.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a saved model in another format that other programs load, and check that it is one."""
+    with _errors_in_a_line():
+        result = export(source, output, format, gguf_type=gguf_type)
+    _console.print(
+        f"Saved in {output} as {result.model_type} (format {format}); it computes what {source} "
+        f"does, to a relative error of {result.error:.1g}."
+    )
+    if as_json:
+        _print_json(asdict(result) | {"output": str(output)})
 
 
 @app.command("inspect")
@@ -299,25 +323,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         if ours
         else f"{output} exists and is not a compressed model: choose another folder"
     )
-
-
-@contextmanager
-def replaced_when_whole(output: Path) -> Iterator[Path]:
-    """A folder to write in, that takes `output`'s place when everything is written."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
-        yield beside
-        old = output.with_name(f".{output.name}.old")
-        if output.exists():
-            output.rename(old)
-        beside.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _meta_model(source: str) -> PreTrainedModel:

@@ -29,6 +29,12 @@ if TYPE_CHECKING:
 REPORT_FILE = "grail.json"
 CARD_FILE = "README.md"
 TAGS = ("grail", "structured-pruning")
+USAGE = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/or/name")
+```"""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -73,6 +79,7 @@ class CompressionReport:
         evaluation: measurements that were added, for example by the command line's `--eval`.
         seconds: wall time of the layer loop.
         versions: of the libraries.
+        export: of an exported result: its format, model type, error, and what its card says.
     """
 
     base_model: str
@@ -89,6 +96,7 @@ class CompressionReport:
     evaluation: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    export: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
@@ -260,14 +268,10 @@ class CompressionReport:
             f"Made from {self.base_model} by grail_hf {self.versions['grail-hf']}: units chosen by "
             f"`{self.config.selector_name}`, {repair}. No training. {self._loading()}",
             "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("path/or/name"{self._arguments()})',
-            "```",
+            self._usage(),
             "",
         ]
-        if self.rehomed:
+        if self.rehomed and not self.export:
             lines += [
                 f"The dense model is a `{self.model_type}`; its stock config cannot say the new "
                 f"number of heads. `{self.new_model_type}` computes the same function and can.",
@@ -294,6 +298,8 @@ class CompressionReport:
         return all(len(set(widths)) == 1 for widths in self.widths.values())
 
     def _loading(self) -> str:
+        if self.export:
+            return str(self.export["note"])
         if self.uniform:
             return f"It is an ordinary `{self.new_model_type}` checkpoint:"
         return (
@@ -301,8 +307,10 @@ class CompressionReport:
             "after `import grail_hf`, or without grail_hf by the code that lies beside the weights:"
         )
 
-    def _arguments(self) -> str:
-        return "" if self.uniform else ", trust_remote_code=True"
+    def _usage(self) -> str:
+        if self.export:
+            return str(self.export["usage"])
+        return USAGE if self.uniform else USAGE.replace('name")', 'name", trust_remote_code=True)')
 
     def table(self) -> Table:
         """Widths, parameters and errors before and after, for a terminal."""

@@ -8,7 +8,10 @@ and, where it moves to another model type, that type's own modules around the sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,8 +46,6 @@ def compressed_config(
         ValueError: neither type's config can say the widths, or this transformers knows no config
             whose layers differ.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
     for spec in specs:
@@ -55,16 +56,37 @@ def compressed_config(
             if width < widest:
                 own = {key: width * n for key, n in spec.config_per_unit.items()}
                 layers[index] = layers.get(index, {}) | own
+    return edited_config(config, edits, rehome, layers)
+
+
+def edited_config(
+    config: PreTrainedConfig,
+    edits: dict[str, Any],
+    rehome: Rehome | None = None,
+    layers: Mapping[int, Mapping[str, int]] | None = None,
+) -> PreTrainedConfig:
+    """A config with `edits`, of the same model type or, failing that, of `rehome`'s.
+
+    Args:
+        config: is not changed; if its layers differ, those of the result do not, but by `layers`.
+        edits: config key -> value, of all layers.
+        rehome: where the model may move; None forbids it.
+        layers: the layers that differ from that -> their own values.
+
+    Raises:
+        ValueError: neither type's config can say it, or this transformers knows no config whose
+            layers differ.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
     says = ", ".join(f"{key}={value}" for key, value in edits.items())
+    config = uniform_config(config)
     edited = copy.deepcopy(config)
-    if has_own_widths(edited):
-        edited.per_layer_config = None
-        del edited.auto_map, edited.__dict__[ALLOW]
     if layers:
         _check_own_widths(edited)
         # The order counts: `per_layer_config` is compared with the other values. Another auto_map
         # would name code that is not this model's.
-        edits |= {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": layers}
+        edits = edits | {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": dict(layers)}
     try:
         for key, value in edits.items():
             setattr(edited, key, value)
@@ -82,7 +104,16 @@ def compressed_config(
                 f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
                 f"{rehome.model_type}; choose another sparsity or attention_unit"
             ) from error
-    return _rehomed(config, edits | rehome.sets, rehome.model_type)
+    return rehomed_config(config, rehome, edits)
+
+
+def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the config in which every layer is as wide as the widest."""
+    config = copy.deepcopy(config)
+    if has_own_widths(config):
+        config.per_layer_config = None
+        del config.auto_map, config.__dict__[ALLOW]
+    return config
 
 
 def switch_on_biases_(
@@ -123,13 +154,16 @@ def _check_own_widths(config: PreTrainedConfig) -> None:
         )
 
 
-def _rehomed(config: PreTrainedConfig, edits: Mapping[str, object], to: str) -> PreTrainedConfig:
-    """The config as model type `to`, with the keys that the type knows."""
+def rehomed_config(
+    config: PreTrainedConfig, rehome: Rehome, edits: Mapping[str, object] | None = None
+) -> PreTrainedConfig:
+    """The config as `rehome`'s model type, with `edits` and the keys that the type knows."""
     from transformers import AutoConfig
 
+    to = rehome.model_type
     known = AutoConfig.for_model(to).to_dict().keys() - {"model_type", "transformers_version"}
     values = {key: value for key, value in config.to_dict().items() if key in known}
-    rehomed = AutoConfig.for_model(to, **(values | dict(edits)))
+    rehomed = AutoConfig.for_model(to, **(values | dict(edits or {}) | rehome.values(config)))
     rehomed.name_or_path = config.name_or_path
     return rehomed
 
@@ -191,3 +225,22 @@ def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if "config" in state:
             state["config"] = config
         module.__class__ = type(new)
+
+
+@contextmanager
+def replaced_when_whole(output: Path) -> Iterator[Path]:
+    """A folder to write in, that takes `output`'s place when everything is written."""
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    beside = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        old = output.with_name(f".{output.name}.old")
+        if output.exists():
+            output.rename(old)
+        beside.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -19,7 +19,7 @@ ORDER = [
     *("config", "architectures", "reduction", "gram", "selectors", "allocation", "compensation"),
     *("groups", "stream", "refit", "calibration", "checkpoint"),
     *("modeling_grail", "saving", "planning", "profiling", "evaluation"),
-    *("report", "compress", "__init__", "cli", "__main__"),
+    *("report", "gguf_file", "export", "compress", "__init__", "cli", "__main__"),
 ]
 FOUNDATION = ["config", "architectures", "reduction", "gram"]
 PURE = [*FOUNDATION, "selectors", "allocation", "compensation"]

@@ -6,9 +6,12 @@ the same, and whatever is loaded computes the same bits as the live model.
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +99,80 @@ for folder in folders:
         "from_config": {n: p.shape for n, p in built.named_parameters()}
         == {n: p.shape for n, p in model.named_parameters()},
     }
+said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
+print(json.dumps(said))
+"""
+
+# Runs alone: loads a folder as remote code, or after vLLM's plug-in was called, and does with the
+# model what users do.
+USER = """
+import copy, json, sys
+import torch
+
+way, folder, target = sys.argv[1:]
+how = {}
+if way == "remote code":
+    how = {"trust_remote_code": True}
+else:
+    from importlib.metadata import EntryPoint
+
+    for _ in range(2):
+        EntryPoint("grail_hf", way, "vllm.general_plugins").load()()
+    assert "transformers.modeling_utils" not in sys.modules, "it loads nothing heavy"
+from transformers import AutoModelForCausalLM
+
+saved = torch.load(f"{folder}/expected.pt")
+batch, mask = saved["batches"][0], saved["batches"][0]["attention_mask"].bool()
+
+
+def load(source=folder, **settings):
+    return AutoModelForCausalLM.from_pretrained(source, **how, **settings)
+
+
+def error(model):
+    with torch.no_grad():
+        got = model(**{k: v.to(model.device) for k, v in batch.items()}, use_cache=False).logits
+    expected = saved["logits"][0][mask]
+    return ((got.cpu()[mask] - expected).norm() / expected.norm()).item()
+
+
+model = load()
+said = {"loaded": error(model), "copied": error(copy.deepcopy(model))}
+model.save_pretrained(target)
+said["saved again"] = error(load(target))
+said["dispatched"] = error(load(device_map="auto"))
+trained = load().train()
+trained.gradient_checkpointing_enable()
+for module in trained.modules():
+    if hasattr(module, "attention_dropout"):
+        module.attention_dropout = 0.0
+optimizer = torch.optim.SGD(trained.parameters(), lr=1e-4)
+losses = []
+for _ in range(2):
+    loss = trained(**batch, labels=batch["input_ids"].where(mask, -100)).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+said["losses"] = losses
+try:
+    import peft
+except ImportError:
+    pass
+else:
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    lora = peft.get_peft_model(load(), settings)
+    said["lora at first"] = error(lora)
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    said["lora changed"] = error(lora)
+    lora.save_pretrained(f"{target}-lora")
+    again = peft.PeftModel.from_pretrained(load(), f"{target}-lora").eval()
+    with torch.no_grad():
+        pair = [m(**batch, use_cache=False).logits[mask] for m in (lora.eval(), again)]
+    said["lora again"] = ((pair[0] - pair[1]).norm() / pair[0].norm()).item()
+said["class"] = f"{type(model).__module__}.{type(model).__name__}"
 said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
 print(json.dumps(said))
 """
@@ -310,6 +387,119 @@ def test_the_hook_waits_for_transformers_models_and_patches_once(loaded):
 
 
 # Used
+
+
+@pytest.fixture(scope="module")
+def plugin():
+    """What vLLM calls in each of its processes, as declared in pyproject.toml."""
+    tomllib = pytest.importorskip("tomllib")
+    project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    declared = tomllib.loads(project.read_text())["project"]["entry-points"]
+    (value,) = declared["vllm.general_plugins"].values()
+    return value
+
+
+# With grail_hf imported at the top of this file, the tests above and below do the same.
+USED = {"remote code": "qwen3-query_head", "vllm": "llama-kv_group"}
+
+
+@pytest.fixture(scope="module")
+def used(saved, plugin, tmp_path_factory):
+    """What processes of their own do with a folder each: way -> what USER prints."""
+    running = {}
+    for way, name in USED.items():
+        folder = tmp_path_factory.mktemp("used")
+        arguments = [plugin if way == "vllm" else way, saved / name, folder / "again"]
+        running[way] = subprocess.Popen(
+            [sys.executable, "-c", USER, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env=os.environ | {"HF_MODULES_CACHE": str(folder / "code")},
+        )
+    used = {}
+    for way, process in running.items():
+        out, error = process.communicate()
+        assert process.returncode == 0, error
+        used[way] = json.loads(out.splitlines()[-1])
+    return used
+
+
+@pytest.mark.parametrize("way", USED)
+def test_what_users_do_in_a_process_of_their_own(used, way):
+    said = used[way]
+    for what in ("loaded", "copied", "saved again", "dispatched"):
+        assert said[what] < 1e-5, what
+    assert said["losses"][1] < said["losses"][0]
+    assert said["class"].startswith("transformers.models.")
+    assert (said["modules"] == []) is (way == "remote code")
+    if "lora at first" in said:
+        assert said["lora at first"] < 1e-5 and said["lora again"] < 1e-5
+        assert said["lora changed"] > 1e-2
+
+
+def test_the_plugin_is_the_hook_itself(plugin):
+    """It may be called any number of times; the second changes nothing."""
+    from transformers import PreTrainedModel
+
+    register = EntryPoint("grail_hf", plugin, "vllm.general_plugins").load()
+    register()
+    patched = PreTrainedModel.__init__
+    register()
+    assert PreTrainedModel.__init__ is patched
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_runs_it_as_remote_code(
+    tmp_path, tiny_llama, tokenizer, jargon_train, jargon_test
+):
+    report = compress(
+        tiny_llama,
+        tokenizer,
+        jargon_train,
+        sparsity=0.5,
+        ignore=0,
+        selector="wanda",
+        num_samples=8,
+        seq_length=64,
+        progress=False,
+    )
+    assert not report.uniform
+    tiny_llama.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    text = jargon_test.read_text()[:2500]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "local_jargon.yaml").write_text(
+        "task: local_jargon\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'data.jsonl'}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+    )
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"),
+            f"pretrained={tmp_path / 'small'},trust_remote_code=True,dtype=float32",
+            *("--tasks", "local_jargon", "--include_path", tmp_path / "tasks"),
+            *("--device", "cpu", "--batch_size", "1", "--output_path", tmp_path / "results"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        | {"HF_MODULES_CACHE": str(tmp_path / "code"), "HF_DATASETS_CACHE": str(tmp_path / "data")},
+    )
+    assert run.returncode == 0, run.stderr
+    (file,) = (tmp_path / "results").rglob("results*.json")
+    measured = json.loads(file.read_text())["results"]["local_jargon"]["bits_per_byte,none"]
+    # All of the text in one window, from bos on.
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+    assert ids.shape[1] <= 1025
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(tiny_llama(ids[:, :-1]).logits[0], ids[0, 1:])
+    nats = loss.item() * (ids.shape[1] - 1)
+    assert measured == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-4)
 
 
 @pytest.fixture(scope="module")
