@@ -9,7 +9,6 @@ loaded once, and the divergence of their logits from the dense model's is measur
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 # Divergences of variants are compared on the same tokens, so that few will do.
 HELD_OUT_TOKENS = 4096
-HELD_OUT_AT_MOST = 0.25  # of the calibration windows
+LEAST_WINDOWS = 4  # to hold one out
 
 _DAMPING = 1e-4
 
@@ -134,15 +133,14 @@ def widths_to_measure(budget: Budget, sparsity: float) -> list[int]:
 def held_out(batches: Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Batches to fit to, and batches to measure on: whole windows, from all over the calibration.
 
-    Enough windows for `HELD_OUT_TOKENS` are held out, but at most `HELD_OUT_AT_MOST` of them;
-    where that leaves none, all serve for both.
+    Enough windows for `HELD_OUT_TOKENS` are held out, but at most one in `LEAST_WINDOWS`; where
+    there are fewer than that, all serve for both.
     """
     sizes = [len(batch["input_ids"]) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    share = min(HELD_OUT_TOKENS / tokens, HELD_OUT_AT_MOST)
-    every = math.ceil(1 / share)
-    if sum(sizes) < every:
+    if sum(sizes) < LEAST_WINDOWS:
         return list(batches), list(batches)
+    every = min(max(LEAST_WINDOWS, tokens // HELD_OUT_TOKENS), sum(sizes))
     chosen = torch.split(torch.arange(sum(sizes)) % every == every - 1, sizes)
     fit, held = (
         [

@@ -354,3 +354,24 @@ def test_an_intercept_is_that_of_least_squares_with_a_column_of_ones(
     miss = y - x[:, kept] @ repair.weight.T - repair.bias
     direct = (miss.square().sum() / y.square().sum()).item()
     assert error == pytest.approx(direct, rel=1e-6, abs=1e-9)
+
+
+@given(
+    st.integers(2, 12), st.integers(1, 6), st.sampled_from([0.0, 1e-4, 1e-2]), st.integers(0, 99)
+)
+@few
+def test_the_error_curve_is_the_error_of_each_repair(channels, outputs, damping, seed):
+    """Up to what damping adds: with none, exactly."""
+    x, weight = draw_normal(40, channels, seed=seed), draw_normal(outputs, channels, seed=seed + 1)
+    order, _ = split(channels, channels, seed)
+    stats = moments(x.T @ x)
+    curve = compensation.error_curve(weight, stats, order, damping)
+    assert curve.shape == (channels + 1,) and curve[channels] == 0
+    energy = (x @ weight.T).square().sum()
+    assert curve[0].item() == pytest.approx(energy.item(), rel=max(3 * channels * damping, 1e-9))
+    for width in range(1, channels):
+        kept = order[:width]
+        repaired = compensation.ridge(weight, stats, kept, damping).weight
+        error = (x @ weight.T - x[:, kept] @ repaired.T).square().sum()
+        slack = 2 * damping * stats.gram.diagonal().mean() * weight.square().sum()
+        assert abs(curve[width] - error) <= slack + 1e-9 * energy

@@ -1,0 +1,203 @@
+"""What an allocation goes by, against the full model with one group replaced, and its use."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import (
+    CASES,
+    assert_state,
+    at_tokens,
+    batches,
+    layers_of,
+    logits,
+    specs_of,
+    state_of,
+    tiny_model,
+)
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import grail_hf
+from grail_hf import ALLOCATIONS, profiling
+from grail_hf.allocation import TOLERANCE
+from grail_hf.architectures import ATTENTION, MLP
+from grail_hf.compensation import ridge
+from grail_hf.config import GrailConfig
+from grail_hf.gram import GramStats
+from grail_hf.planning import plan_compression
+from grail_hf.profiling import held_out, profile, widths_to_measure
+from grail_hf.reduction import Reduction
+from grail_hf.stream import captured_input, stream
+
+MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
+
+
+def profiles_of(model, inputs, **settings):
+    config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
+    plan = plan_compression(model, config)
+    device = torch.device("cpu")
+    return plan, profile(model, plan, inputs, config, device, progress=False)
+
+
+def consumer_inputs(model, module, inputs):
+    """[tokens, H] fp64, what the module of the full model gets, without padding."""
+    seen = []
+    for batch in inputs:
+        with captured_input(module) as found:
+            model(**batch, use_cache=False)
+        seen += found
+    return at_tokens(seen, inputs).double()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_divergences_are_those_of_the_full_model_with_one_group_reduced(case, monkeypatch):
+    """The whole model, with one consumer's columns removed and the others repaired by hand."""
+    monkeypatch.setattr(profiling, "HELD_OUT_TOKENS", 100)
+    model, inputs = tiny_model(case), batches()
+    state = state_of(model)
+    plan, profiles = profiles_of(model, inputs, ignore=1)
+    assert_state(model, state)
+    assert set(profiles) == {(kind, layer) for kind in (ATTENTION, MLP) for layer in (0, 2)}
+
+    fit, held = held_out(inputs)
+    dense = logits(model, held).log_softmax(-1)
+    for spec in specs_of(model):
+        for layer in (0, 2):
+            found = profiles[spec.kind, layer]
+            assert sorted(found.divergences) == widths_to_measure(plan.budgets[spec.kind], 0.4)
+            for width in list(found.divergences)[:2]:
+                variant = copy.deepcopy(model)
+                consumer = layers_of(variant)[layer].get_submodule(spec.consumer)
+                x = consumer_inputs(
+                    model, layers_of(model)[layer].get_submodule(spec.consumer), fit
+                )
+                stats = GramStats(x.T @ x, x.sum(0), len(x))
+                kept = Reduction.keep_top(found.scores, width, spec.partitions)
+                kept = kept.kept_channels(spec.columns)
+                new = torch.zeros_like(consumer.weight)
+                new[:, kept] = ridge(consumer.weight.double(), stats, kept, 1e-4).weight.float()
+                consumer.weight.copy_(new)
+                q = logits(variant, held).log_softmax(-1)
+                divergence = F.kl_div(q, dense, reduction="none", log_target=True).sum(-1).mean()
+                assert found.divergences[width] == pytest.approx(divergence.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@torch.no_grad()
+def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
+    model, inputs = tiny_model(case), batches()
+    _, profiles = profiles_of(model, inputs, allocation="error")
+    specs = specs_of(model)
+    plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
+    for block in stream(
+        model, plan.architecture.layers, specs, inputs, torch.device("cpu"), progress=False
+    ):
+        behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
+        for group, spec in zip(block.groups, specs, strict=True):
+            x = consumer_inputs(model, group.consumer, inputs)
+            weight = group.weight.double()
+            bias = 0 if group.consumer.bias is None else group.consumer.bias.double()
+            behind = behind + x @ weight.T + bias
+            found = profiles[spec.kind, block.index]
+            assert found.errors[spec.num_units] == 0
+            for width in {1, spec.num_units // 2} - {0}:
+                kept = Reduction.keep_top(found.scores, width, spec.partitions)
+                kept = kept.kept_channels(spec.columns)
+                stats = GramStats(x.T @ x, x.sum(0), len(x))
+                left = x @ weight.T - x[:, kept] @ ridge(weight, stats, kept, 1e-4).weight.T
+                error = left.square().sum() / behind.square().sum()
+                assert found.errors[width].item() == pytest.approx(error.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("rule", MEASURED)
+def test_a_measured_allocation_is_reached_saved_and_reloaded(rule, tmp_path):
+    model, inputs = tiny_model("mistral"), batches()
+    report = grail_hf.compress(
+        model,
+        calibration=inputs,
+        sparsity=0.3,
+        allocation=rule,
+        multiple_of=1,
+        progress=False,
+    )
+    assert report.sparsity == pytest.approx(0.3, abs=TOLERANCE)
+    assert report.uniform == (not ALLOCATIONS[rule].per_layer)
+    for layer, heads, channels in zip(
+        layers_of(model), report.widths[ATTENTION], report.widths[MLP], strict=True
+    ):
+        assert layer.mlp.down_proj.in_features == channels
+        assert layer.self_attn.k_proj.out_features == heads * model.config.head_dim
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=0)
+
+
+def test_a_layer_that_hardly_speaks_loses_most():
+    """Its output is a thousandth of what it was: nearly all of it can go."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e-3
+    for rule in ("error", "search"):
+        report = grail_hf.compress(
+            copy.deepcopy(model),
+            calibration=batches(),
+            sparsity=0.2,
+            allocation=rule,
+            multiple_of=1,
+            progress=False,
+        )
+        widths = report.widths[MLP]
+        assert widths[1] < 0.1 * min(widths[0], widths[2])
+
+
+def test_a_fold_s_widths_follow_from_elimination():
+    report = grail_hf.compress(
+        tiny_model("llama"),
+        calibration=batches(),
+        sparsity=0.3,
+        selector="fold",
+        allocation="error",
+        multiple_of=1,
+        progress=False,
+    )
+    assert not report.uniform and report.sparsity == pytest.approx(0.3, abs=TOLERANCE)
+
+
+def test_nan_in_the_activations_is_found_before_anything_changes():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda *args: args[-1] * float("nan"))
+    state = state_of(model)
+    with pytest.raises(FloatingPointError, match=r"layers\.2"):
+        grail_hf.compress(
+            model, calibration=batches(), sparsity=0.3, allocation="error", progress=False
+        )
+    assert_state(model, state)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length", "expected"),
+    [
+        ((16,), 64, 4),  # a quarter
+        ((3, 5, 8), 64, 4),
+        ((100, 100), 256, 16),  # every 12th: enough for the tokens wanted
+        ((4,), 8192, 1),
+    ],
+)
+def test_whole_windows_are_held_out_and_none_serves_twice(sizes, length, expected):
+    windows = torch.arange(sum(sizes))[:, None].expand(-1, length)
+    inputs = [{"input_ids": part} for part in windows.split(sizes)]
+    fit, held = ([b["input_ids"][:, 0] for b in part] for part in held_out(inputs))
+    assert torch.cat(held).numel() == expected
+    assert torch.cat([*fit, *held]).sort().values.equal(torch.arange(sum(sizes)))
+    assert torch.cat(held).numel() * length >= min(
+        profiling.HELD_OUT_TOKENS, length * sum(sizes) // 4
+    )
+
+
+def test_where_too_few_windows_are_given_all_serve_for_both():
+    inputs = [{"input_ids": torch.zeros(3, 10, dtype=torch.int64)}]
+    fit, held = held_out(inputs)
+    assert fit == held == inputs
