@@ -45,8 +45,10 @@ class GrailConfig:
             what brings the residual stream to the dense model's, so that a block also repairs
             what earlier blocks lost.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
-            up-projections) are refitted to the target after the consumer; 0 leaves them as they
-            were cut. A step takes about three forward passes of the block.
+            up-projections) are refitted to the target after the consumer, on half of the
+            calibration; 0 leaves them as they were cut. A step takes about three forward passes of
+            the block on those tokens. Without a target of the dense model ("self", or without
+            `compensate`) there is nothing to refit to, and this has no effect.
         fold: what the repair of folded units goes by. "measured": what they put out, taken in
             another pass over the calibration tokens. "linear": the mean of what they put out
             before (the paper), which a gate or an attention makes an approximation.
@@ -83,9 +85,9 @@ class GrailConfig:
     allocation: str = "uniform"
     compensate: bool = True
     target: str = "residual"
-    refit: int = 0
+    refit: int = 2
     fold: str = "measured"
-    ridge: float | str = 1e-4
+    ridge: float | str = AUTO
     bias: bool | str = False
     num_samples: int = 128
     seq_length: int = 2048
@@ -138,11 +140,6 @@ class GrailConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if not (_is_integer(self.refit) and self.refit >= 0):
             raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
-        if self.refit and (self.target == "self" or not self.compensate):
-            raise ValueError(
-                f"refit={self.refit} goes with compensate=True and target 'dense' or 'residual', "
-                f"not with compensate={self.compensate} and target={self.target!r}"
-            )
         if self.seq_length < 2:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
         if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
@@ -173,6 +170,11 @@ class GrailConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.device is not None:
             object.__setattr__(self, "device", _device_name(self.device))
+
+    @property
+    def refit_steps(self) -> int:
+        """`refit`, or 0 where it has no effect."""
+        return self.refit if self.compensate and self.target != "self" else 0
 
     @property
     def torch_dtype(self) -> torch.dtype:

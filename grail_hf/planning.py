@@ -273,8 +273,8 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
 
     With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
     parameter for the pass up to its consumer, 2 N H^2 for the Gram and 2 N O H for the moments with
-    a target of the dense model (and a dense pass for it), 6 N per parameter for a step of refit,
-    and for the solve
+    a target of the dense model (and a dense pass for it), 3 N per parameter for a step of refit
+    on half of the tokens, and for the solve
     K^3/3 + 2 K^2 (H - K) + 2 O K (H - K), after a selection of at most 5/3 H^3 + 2 O H^2 (greedy
     elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Causal
     attention adds 2 N T per query channel and pass.
@@ -299,7 +299,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 passes += 1
                 forward += 2 * tokens * (upstream + group.num_parameters - inputs * outputs)
                 gram += 2 * tokens * inputs * (inputs + outputs * targeted)
-                forward += 6 * tokens * group.num_parameters * config.refit
+                forward += 6 * tokens * group.num_parameters * config.refit_steps // 2
                 solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
                 solve += 4 * outputs * inputs**2
                 if config.selector in ("gram", "slimgpt"):

@@ -31,7 +31,7 @@ _INPUT_DAMPING = 1e-3
 
 
 def refit_passes(steps: int) -> int:
-    """Passes over the calibration tokens that `refit_` makes, for an estimate of the time."""
+    """Passes over its batches that `refit_` makes, for an estimate of the time."""
     return steps + 4  # the calls, their inputs, a probe and the right-hand side come first
 
 

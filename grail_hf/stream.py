@@ -285,7 +285,7 @@ def stream(
     target: str = "self",
     seed: int = 0,
     progress: bool = True,
-    group_passes: int | None = None,
+    group_batches: int | None = None,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
 
@@ -302,18 +302,18 @@ def stream(
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
-        group_passes: passes that the caller will make for groups, in all layers together, for
-            the bar's estimate; by default one for each group.
+        group_batches: batches that the caller will run for groups, in all layers together, for
+            the bar's estimate; by default all of them once for each group.
     """
     layers = model.base_model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
     names = {id(module): name for name, module in model.named_modules()}
     micro_batches = record_calls(model, layers, batches)
-    if group_passes is None:
-        group_passes = len(layers) * len(specs)
-    passes = group_passes + len(layers) * (1 + (target != "self")) - 1
+    if group_batches is None:
+        group_batches = len(layers) * len(specs) * len(micro_batches)
+    passes = len(layers) * (1 + (target != "self")) - 1
     with tqdm(
-        total=passes * len(micro_batches),
+        total=group_batches + passes * len(micro_batches),
         desc="Calibrating",
         unit="batch",
         disable=not progress,
