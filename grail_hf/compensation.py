@@ -16,21 +16,11 @@ DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Repair(NamedTuple):
-    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains.
-
-    With damping "auto", `held_out_error` is what the choice leaves of the held-out tokens'
-    ||Y||^2 when it is fitted without them.
-    """
+    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains."""
 
     weight: Tensor
     damping: float
-    held_out_error: float | None = None
     bias: Tensor | None = None
-
-    def is_worse_than(self, other: Repair) -> bool:
-        """Whether held-out tokens say so; where none were held out, False."""
-        mine, theirs = self.held_out_error, other.held_out_error
-        return mine is not None and theirs is not None and mine > theirs
 
 
 def ridge(
@@ -65,20 +55,18 @@ def ridge(
         V, and b. More damping than asked is used, with a warning, where the Gram is singular
         (`damped_cholesky`).
     """
-    error = None
     if isinstance(damping, str):
-        damping, error = choose_damping(weight, stats, kept, intercept)
+        damping, _ = choose_damping(weight, stats, kept, intercept)
     if intercept:
         x, y = stats.mean, stats.target_total_of(weight) / stats.count
         repair = ridge(weight, stats.about(x, y), kept, damping, name)
-        bias = y - repair.weight @ x[kept]
-        return repair._replace(held_out_error=error, bias=bias)
+        return repair._replace(bias=y - repair.weight @ x[kept])
     if math.isinf(damping):
-        return Repair(weight[:, kept], damping, error)
+        return Repair(weight[:, kept], damping)
     gram = stats.gram[kept[:, None], kept]
     missing = stats.cross_of(weight)[:, kept] - weight[:, kept] @ gram
     factor, used = damped_cholesky(gram, damping, name)
-    return Repair(weight[:, kept] + torch.cholesky_solve(missing.mT, factor).mT, used, error)
+    return Repair(weight[:, kept] + torch.cholesky_solve(missing.mT, factor).mT, used)
 
 
 def choose_damping(

@@ -10,6 +10,7 @@ absorbs (GRAIL, arXiv 2602.23795).
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,7 +157,8 @@ def narrow_(
     report: CompressionReport,
 ) -> None:
     """Cut or fold a group to `width` units, and repair its consumer."""
-    dtype, hold_out = config.torch_dtype, holds_out(config)
+    dtype = config.torch_dtype
+    hold_out = config.compensate and config.ridge == AUTO
     intercept = group.kind in plan.biased
 
     stats = block.collect(group, hold_out).to(dtype)
@@ -183,24 +185,26 @@ def narrow_(
         group.repair_(weight[:, kept])
         return
     group.repair_(repair.weight, repair.bias)
-    if config.refit_steps and group.spec.linear:
+    # Infinite damping says that nothing fitted to these tokens holds on others.
+    if config.refit_steps and group.spec.linear and math.isfinite(repair.damping):
         refit_group_(block, group, repair, config, report)
 
 
 def refit_group_(
     block: Block, group: Group, repair: Repair, config: GrailConfig, report: CompressionReport
 ) -> None:
-    """Refit a repaired group's linear producer, and its consumer again to what that puts out."""
+    """Refit a repaired group's linear producer, and its consumer again to what that puts out.
+
+    With the damping that the consumer took before: on tokens that the refit has seen, less would
+    seem to do.
+    """
     part = replace(block, batches=block.batches[::REFIT_STRIDE])
-    take_back = refit_(part, group, config.refit_steps, holds_out(config))
-    stats = block.collect(group, holds_out(config)).to(config.torch_dtype)
+    refit_(part, group, config.refit_steps)
+    stats = block.collect(group).to(config.torch_dtype)
     weight = group.weight.to(config.torch_dtype)
     kept = torch.arange(weight.shape[1], device=weight.device)
     intercept = repair.bias is not None
-    refitted = ridge(weight, stats, kept, config.ridge, group.name, intercept)
-    if refitted.is_worse_than(repair):
-        take_back()
-        return
+    refitted = ridge(weight, stats, kept, repair.damping, group.name, intercept)
     report.refit(stats, refitted)
     group.repair_(refitted.weight, refitted.bias)
 
@@ -218,11 +222,6 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
             each += refit_passes(config.refit_steps) * len(range(0, number, REFIT_STRIDE))
         total += each * sum(width < spec.num_units for width in plan.widths[spec.kind])
     return total
-
-
-def holds_out(config: GrailConfig) -> bool:
-    """Whether some calibration tokens are left out of the fits, to judge them."""
-    return config.compensate and config.ridge == AUTO
 
 
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:

@@ -35,26 +35,20 @@ def refit_passes(steps: int) -> int:
     return steps + 4  # the calls, their inputs, a probe and the right-hand side come first
 
 
-def refit_(
-    block: Block, group: Group, steps: int, hold_out: bool = False, damping: float = 0.1
-) -> Callable[[], None]:
+def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None:
     """Change the group's linear producer in `steps` conjugate gradient steps towards the target.
 
     Args:
         block: the decoder layer and its calibration hidden states.
         group: already shrunk and repaired; without a linear producer, nothing is done.
         steps: conjugate gradient steps.
-        hold_out: leave the held-out tokens out, so that they can judge the result.
         damping: of each row, relative to its own curvature.
-
-    Returns:
-        A function that gives the producer its former weight back.
 
     Raises:
         FloatingPointError: the fitted weight is not finite.
     """
     if group.spec.linear is None or steps == 0:
-        return lambda: None
+        return
     linear = group.layer.get_submodule(group.spec.linear)
     assert isinstance(linear, nn.Linear)
     runs = block.runs(group)
@@ -77,7 +71,7 @@ def refit_(
         for run in runs:
             with torch.enable_grad():
                 output = run.output()
-            goal = run.fitted(towards(run, output.detach()), hold_out)
+            goal = run.without_padding(towards(run, output.detach()))
             total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
             block.progress.update()
         return to_t(total)
@@ -116,7 +110,6 @@ def refit_(
             "model in bfloat16 or float32"
         )
     linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
-    return lambda: setattr(linear, "weight", start)
 
 
 def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:

@@ -97,12 +97,9 @@ class Run:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
         return self.batch.rows(x)
 
-    def fitted(self, x: Tensor, hold_out: bool) -> Tensor:
-        """[b, T, O] with the rows of padding zero, and those of held-out tokens if `hold_out`."""
-        tokens = self.batch.tokens
-        if hold_out:
-            tokens = ~self.batch.held_out if tokens is None else tokens & ~self.batch.held_out
-        return x if tokens is None else x * tokens.to(x.device).reshape(*x.shape[:-1], 1)
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[b, T, O] with the rows of padding zero."""
+        return self.batch.without_padding(x)
 
 
 @dataclass(frozen=True)
