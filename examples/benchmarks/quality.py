@@ -3,12 +3,15 @@
     python examples/benchmarks/quality.py                         # the bundled model
     python examples/benchmarks/quality.py --model NAME --calibration c4 --text wikitext2
 
-For each selector and sparsity the model is pruned only; pruned and repaired by the recipe of the
-GRAIL paper's code ("reference": both Grams of a layer in one pass before it is changed, so that the
-MLP does not see the repaired attention; damping 1e-3; the block's own output as target), which is
-written here with this library's parts; and by grail_hf's defaults ("ours"), and with six steps of
-refit ("refit"). Prints one table of excess losses (log perplexity minus the dense model's, nats a
-token), with the ratio to the best reference, and writes quality.json and quality.png.
+For each selector and sparsity the model is pruned (or folded) only ("none"); pruned and repaired by
+the recipe of the GRAIL paper's code ("reference": both Grams of a layer in one pass before it is
+changed, so that the MLP does not see the repaired attention; damping 1e-3; the block's own output
+as target), which is written here with this library's parts; by grail_hf's defaults ("ours"); and as
+well as it can ("best": widths by `allocation="search"`, six steps of refit). "flap-global" is FLAP
+with its own widths, of standardised scores sorted over the whole model, in every column. Prints one
+table of excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the
+best reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
+quality.json that it finds.
 """
 
 from __future__ import annotations
@@ -27,17 +30,27 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import grail_hf
+from grail_hf.allocation import find_allocation
 from grail_hf.calibration import TokenBatches, token_batches, token_windows
-from grail_hf.compensation import ridge
+from grail_hf.compensation import fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.planning import check_weights, choose_device, plan_compression
-from grail_hf.reduction import Reduction
+from grail_hf.profiling import profile
 from grail_hf.saving import apply_config_
+from grail_hf.selectors import choose
 from grail_hf.stream import stream
 
 EXAMPLES = Path(__file__).parent.parent
 TEXTS = EXAMPLES / "text"
-REPAIRS = ("none", "reference", "ours", "refit")
+REPAIRS = ("none", "reference", "ours", "best")
+SETTINGS = {
+    "none": {"compensate": False},
+    "reference": {"ridge": 1e-3, "target": "self", "fold": "linear"},
+    "ours": {},
+    "best": {"allocation": "search", "refit": 6},
+}
+# The selectors of the paper, whose references are the ones to beat.
+PAPER = ("magnitude", "wanda", "wanda++", "flap", "flap-global", "slimgpt", "fold")
 
 
 def main() -> None:
@@ -45,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(EXAMPLES / "tiny-llama"))
     parser.add_argument("--calibration", nargs="+", default=[str(TEXTS / "jargon-train.txt")])
     parser.add_argument("--text", nargs="+", default=[str(TEXTS / "jargon-test.txt")])
-    parser.add_argument("--selectors", nargs="+", default=["wanda", "gram"])
+    parser.add_argument("--selectors", nargs="+", default=[*grail_hf.SELECTORS, "flap-global"])
     parser.add_argument("--repairs", nargs="+", default=list(REPAIRS), choices=REPAIRS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.1, 0.3, 0.5, 0.7])
     parser.add_argument("--num-samples", type=int, default=128)
@@ -69,10 +82,15 @@ def main() -> None:
     dense = load(arguments.model)
     tokens = calibration_tokens(arguments, tokenizer, dense.config.vocab_size)
     baseline = losses(dense, windows)
-    rows = []
+    kept = arguments.output / "quality.json"
+    rows = json.loads(kept.read_text())["rows"] if kept.exists() else []
     for sparsity in arguments.sparsities:
         for selector in arguments.selectors:
             for repair in arguments.repairs:
+                if (sparsity, selector, repair) in {
+                    (row["sparsity"], row["selector"], row["repair"]) for row in rows
+                }:
+                    continue
                 model = load(arguments.model)
                 start = time.perf_counter()
                 compress(model, tokens, selector, repair, sparsity)
@@ -90,10 +108,10 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
+                result = {"calibration": tokens.summary(), "dense_loss": baseline, "rows": rows}
+                kept.write_text(json.dumps(result, indent=2))
     Console(width=110).print(results_table(rows, list(windows)))
-    result = {"calibration": tokens.summary(), "dense_loss": baseline, "rows": rows}
-    (arguments.output / "quality.json").write_text(json.dumps(result, indent=2))
-    plot(rows, next(iter(windows)), arguments.output / "quality.png")
+    plot(rows, baseline, arguments.output / "quality.png")
 
 
 def load(name: str) -> PreTrainedModel:
@@ -132,15 +150,13 @@ def compress(
     model: PreTrainedModel, tokens: TokenBatches, selector: str, repair: str, sparsity: float
 ) -> None:
     settings = {"sparsity": sparsity, "selector": selector}
+    if selector == "flap-global":
+        settings |= {"selector": "flap", "allocation": "flap"}
+    config = GrailConfig(**settings | SETTINGS[repair])
     if repair == "reference":
-        reference_compress(model, tokens, GrailConfig(**settings, ridge=1e-3, target="self"))
-        return
-    settings |= {
-        "none": {"compensate": False},
-        "ours": {},
-        "refit": {"refit": 6},
-    }[repair]
-    grail_hf.compress(model, calibration=tokens, **settings)
+        reference_compress(model, tokens, config)
+    else:
+        grail_hf.compress(model, calibration=tokens, config=config, progress=False)
 
 
 @torch.no_grad()
@@ -149,25 +165,48 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     check_weights(model)
     plan = plan_compression(model, config)
     model.eval()
+    device = choose_device(model, config.device)
+    if find_allocation(config.allocation).loss:
+        profiles = profile(model, plan, tokens.batches, config, device, progress=False)
+        plan = plan_compression(model, config, profiles)
     for block in stream(
         model,
         plan.architecture.layers,
         plan.specs,
         tokens.batches,
-        choose_device(model, config.device),
-        "self",
-        config.seed,
+        device,
+        seed=config.seed,
+        progress=False,
     ):
         moments = [block.collect(group).to(config.torch_dtype) for group in block.groups]
         for group, stats in zip(block.groups, moments, strict=True):
-            scores = plan.select(group, stats)
             width = plan.widths[group.kind][block.index]
-            reduction = Reduction.keep_top(scores, width, group.partitions)
-            kept = reduction.kept_channels(group.columns)
+            if width == group.num_units:
+                continue
+            reduction = choose(plan.select, group, stats, width, config.selector_name)
             weight = group.weight.to(config.torch_dtype)
+            kept = reduction.kept_channels(group.columns)
+            if reduction.folds:
+                stats = fold_linearly(weight, stats, reduction, group.columns)
+                weight = reduction.of_consumer(weight, group.columns)
+                kept = torch.arange(kept.numel())
             group.shrink_(reduction)
             group.repair_(ridge(weight, stats, kept, config.ridge, group.name).weight)
     apply_config_(model, plan.config)
+
+
+def best_reference(rows: list[dict], sparsity: float, text: str) -> float:
+    """The least excess loss of the paper's recipe with any of its own selectors."""
+    return min(
+        (
+            row["excess_loss"][text]
+            for row in rows
+            if row["sparsity"] == sparsity
+            and row["repair"] == "reference"
+            and row["selector"] in PAPER
+        ),
+        default=math.nan,
+    )
 
 
 def results_table(rows: list[dict], texts: list[str]) -> Table:
@@ -177,54 +216,48 @@ def results_table(rows: list[dict], texts: list[str]) -> Table:
         table.add_column(text, justify="right")
     table.add_column("seconds", justify="right")
     for row in rows:
-        cells = []
-        for text in texts:
-            best = min(
-                (
-                    other["excess_loss"][text]
-                    for other in rows
-                    if other["sparsity"] == row["sparsity"] and other["repair"] == "reference"
-                ),
-                default=math.nan,
-            )
-            loss = row["excess_loss"][text]
-            cells.append(f"{loss:.3f} ({loss / best:.2f})")
+        losses = (
+            (row["excess_loss"][text], best_reference(rows, row["sparsity"], text))
+            for text in texts
+        )
         table.add_row(
             f"{row['sparsity']:g}",
             row["selector"],
             row["repair"],
-            *cells,
+            *(f"{loss:.3f} ({loss / best:.2f})" for loss, best in losses),
             f"{row['seconds']:.1f}",
         )
     return table
 
 
-def plot(rows: list[dict], text: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    selectors = list(dict.fromkeys(row["selector"] for row in rows))
-    styles = dict(zip(REPAIRS, (":", "--", "-", "-"), strict=True))
-    markers = dict(zip(REPAIRS, ("x", "o", "s", "^"), strict=True))
-    for number, selector in enumerate(selectors):
-        for repair in REPAIRS:
-            points = [
-                (1 - row["sparsity"], row["excess_loss"][text])
-                for row in rows
-                if (row["selector"], row["repair"]) == (selector, repair)
-            ]
-            if points:
-                axes.plot(
-                    *zip(*sorted(points), strict=True),
-                    linestyle=styles[repair],
-                    marker=markers[repair],
-                    color=f"C{number}",
-                    label=f"{selector}, {repair}",
-                )
-    axes.set_yscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("decoder block parameters kept")
-    axes.set_ylabel(f"excess loss on {text} (nats a token)")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+def plot(rows: list[dict], dense: dict[str, float], path: Path) -> None:
+    """Perplexity against kept parameters, a panel a text: the best selector and the range."""
+    figure, panels = plt.subplots(
+        1, len(dense), figsize=(4.2 * len(dense), 4.0), layout="constrained", squeeze=False
+    )
+    for axes, (text, loss) in zip(panels[0], dense.items(), strict=True):
+        for number, repair in enumerate(REPAIRS):
+            by_sparsity: dict[float, list[float]] = {}
+            for row in rows:
+                if row["repair"] == repair and row["selector"] != "random":
+                    perplexity = math.exp(loss + row["excess_loss"][text])
+                    by_sparsity.setdefault(row["sparsity"], []).append(perplexity)
+            if by_sparsity:
+                kept = [1 - sparsity for sparsity in sorted(by_sparsity)]
+                found = [by_sparsity[sparsity] for sparsity in sorted(by_sparsity)]
+                lowest, highest = ([end(values) for values in found] for end in (min, max))
+                axes.fill_between(kept, lowest, highest, color=f"C{number}", alpha=0.15, lw=0)
+                axes.plot(kept, lowest, "o-", color=f"C{number}", ms=4, label=f"{repair}, best")
+        axes.axhline(math.exp(loss), color="0.5", lw=0.8, ls=":", label="dense")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_xlabel("decoder block parameters kept")
+        axes.set_title(text, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("perplexity")
+    panels[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
