@@ -269,7 +269,7 @@ def test_elimination_leaves_its_arguments_alone():
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(("units", "columns"), [(8, 1), (6, 2)])
+@pytest.mark.parametrize(("units", "columns"), [(8, 1), (12, 1), (6, 2)])
 def test_greedy_is_close_to_the_best_subset(units, columns, seed):
     """At every width, within twice the error of the best of all subsets."""
     group = problem(units, columns, seed=seed)
