@@ -40,7 +40,7 @@ from grail_hf.planning import (
     vocabulary_size,
 )
 from grail_hf.profiling import profile
-from grail_hf.refit import refit_, refit_passes
+from grail_hf.refit import refit_, refit_batches
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import Folding, choose
@@ -219,7 +219,7 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
         refits = config.refit_steps > 0 and spec.linear is not None
         each = number * (1 + folding + refits)
         if refits:
-            each += refit_passes(config.refit_steps) * len(range(0, number, REFIT_STRIDE))
+            each += refit_batches(config.refit_steps, len(range(0, number, REFIT_STRIDE)))
         total += each * sum(width < spec.num_units for width in plan.widths[spec.kind])
     return total
 

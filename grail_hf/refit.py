@@ -30,9 +30,10 @@ from grail_hf.stream import Block, Run, captured_input
 _INPUT_DAMPING = 1e-3
 
 
-def refit_passes(steps: int) -> int:
-    """Passes over its batches that `refit_` makes, for an estimate of the time."""
-    return steps + 4  # the calls, their inputs, a probe and the right-hand side come first
+def refit_batches(steps: int, number: int) -> int:
+    """Batches that `refit_` runs, with `number` of calibration, for an estimate of the time."""
+    # The calls, their inputs and the right-hand side come first, and a probe of one batch.
+    return (steps + 3) * number + 1
 
 
 def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None:
@@ -65,7 +66,9 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         by_t: Tensor = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
         return by_t
 
-    def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
+    def adjoint(
+        weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor], runs: Sequence[Run] = runs
+    ) -> Tensor:
         """A^T of what `towards` makes of each run's output, as a gradient by T."""
         total = torch.zeros_like(start, dtype=factor.dtype)
         for run in runs:
@@ -78,14 +81,15 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
     with replaceable_weight(linear) as put:
 
-        def normal(t: Tensor) -> Tensor:
+        def normal(t: Tensor, runs: Sequence[Run] = runs) -> Tensor:
             """A^T A t. Biases are no part of A."""
             with without_biases(linear, group.consumer):
-                return adjoint(put(to_weight(t)), lambda run, output: output)
+                return adjoint(put(to_weight(t)), lambda run, output: output, runs)
 
         generator = torch.Generator().manual_seed(group.seed)
         probe = torch.randint(0, 2, start.shape, generator=generator).to(factor) * 2 - 1
-        rows = (probe * normal(probe)).mean(dim=1, keepdim=True)
+        share = runs[0].num_tokens / sum(run.num_tokens for run in runs)
+        rows = (probe * normal(probe, runs[:1])).mean(dim=1, keepdim=True) / share
         rows = rows.clamp_min(1e-6 * rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny))
 
         solution = torch.zeros_like(probe)

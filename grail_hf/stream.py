@@ -101,6 +101,12 @@ class Run:
         """[b, T, O] with the rows of padding zero."""
         return self.batch.without_padding(x)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        tokens = self.batch.tokens
+        return self.target[..., 0].numel() if tokens is None else int(tokens.sum())
+
 
 @dataclass(frozen=True)
 class Block:
@@ -215,7 +221,7 @@ class Block:
         runs = []
         for batch in self.batches:
             with (
-                captured_outputs([g.consumer for g in self.groups[: position + 1]]) as seen,
+                captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
                 captured_call(module) as calls,
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
@@ -463,20 +469,21 @@ class _Reached(Exception):
 
 
 @contextmanager
-def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The input [.., H] of `module` when the pass inside the context comes to it and stops there.
+def _stopped_at(
+    module: nn.Module, take: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """The pass inside the context goes as far as `module`, whose arguments `take` is given.
 
-    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    Raises RuntimeError where the pass never comes to the module.
     """
-    seen: list[Tensor] = []
 
-    def take(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append(inputs[0])
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args, kwargs)
         raise _Reached
 
-    handle = module.register_forward_pre_hook(take)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        yield seen
+        yield
     except _Reached:
         return
     finally:
@@ -485,18 +492,25 @@ def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The arguments of the calls of `module` in the pass inside the context."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input [.., H] of `module`, at which the pass inside the context stops.
 
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-
-    handle = module.register_forward_pre_hook(take, with_kwargs=True)
-    try:
+    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    """
+    seen: list[Tensor] = []
+    with _stopped_at(module, lambda args, kwargs: seen.append(args[0])):
         yield seen
-    finally:
-        handle.remove()
+
+
+@contextmanager
+def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of `module`, at which the pass inside the context stops.
+
+    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with _stopped_at(module, lambda args, kwargs: seen.append((args, kwargs))):
+        yield seen
 
 
 @contextmanager
