@@ -78,9 +78,10 @@ class Run:
 
     Attributes:
         module: the attention or the MLP.
-        args, kwargs: what the layer calls it with.
-        target: [b, T, O], what it should put out.
+        args, kwargs: what the layer calls it with, where the hidden states are.
+        target: [b, T, O], what it should put out, likewise.
         batch: the micro-batch.
+        device: where the module runs.
     """
 
     module: nn.Module
@@ -88,10 +89,14 @@ class Run:
     kwargs: dict[str, Any]
     target: Tensor
     batch: _MicroBatch
+    device: torch.device
 
     def output(self) -> Tensor:
         """[b, T, O], what the block puts out now."""
-        return _hidden_states(self.module(*self.args, **self.kwargs))
+        from accelerate.utils import send_to_device
+
+        args, kwargs = send_to_device((self.args, self.kwargs), self.device)
+        return _hidden_states(self.module(*args, **kwargs))
 
     def rows(self, x: Tensor) -> Tensor:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
@@ -215,6 +220,8 @@ class Block:
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
         """The group's block as a function of its weights alone: its calls, and their targets."""
+        from accelerate.utils import send_to_device
+
         self.progress.set_postfix_str(f"{group.name} refit")
         position = self.groups.index(group)
         module = self.layer.get_submodule(group.spec.name)
@@ -228,7 +235,9 @@ class Block:
             target = self._target(batch, position, seen)
             if target is None:
                 raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
-            runs.append(Run(module, *calls[0], target, batch))
+            args, kwargs = send_to_device(calls[0], batch.hidden.device)
+            target = target.to(batch.hidden.device)
+            runs.append(Run(module, args, kwargs, target, batch, self.device))
             self.progress.update()
         return runs
 
