@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -14,6 +15,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 -m slow
+
+# The oldest transformers that pyproject.toml allows; all else as in constraints-dev.txt.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,5 +31,12 @@ $(INSTALLED): pyproject.toml constraints-dev.txt
 		--constraint constraints-dev.txt --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/^transformers==.*/transformers==5.17.*/' constraints-dev.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv $(OLDEST) build

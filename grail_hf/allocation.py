@@ -28,6 +28,7 @@ class Budget:
         step: widths are multiples of this.
         layers: decoder layers.
         ignored: of these, how many keep their width.
+        whole_cost: projection parameters of further layers, whose block has no units.
     """
 
     num_units: int
@@ -36,11 +37,12 @@ class Budget:
     step: int = 1
     layers: int = 1
     ignored: int = 0
+    whole_cost: int = 0
 
     def cost(self, width: int) -> int:
         """Projection parameters in all layers, of which those not ignored have `width` units."""
         units = width * (self.layers - self.ignored) + self.num_units * self.ignored
-        return self.layers * self.fixed_cost + units * self.unit_cost
+        return self.whole_cost + self.layers * self.fixed_cost + units * self.unit_cost
 
     @property
     def widths(self) -> list[int]:

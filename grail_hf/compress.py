@@ -113,7 +113,8 @@ def compress(
             target,
             config.seed,
             progress,
-            group_passes=plan.num_reduced * passes,
+            group_passes=len(plan.reduced) * passes,
+            returns_tuple=plan.architecture.returns_tuple,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
@@ -149,7 +150,7 @@ def compress(
 
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:
     """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
-    channels = max(max(plan.widths[spec.kind]) * spec.columns for spec in plan.reduced)
+    channels = max(plan.widths[spec.kind][i] * spec.columns for i, spec in plan.reduced)
     if tokens.num_tokens < TOKENS_PER_CHANNEL * channels and config.ridge < 0.1:
         logger.warning(
             "%d calibration tokens for %d channels are fewer than %d a channel: the repair may do "

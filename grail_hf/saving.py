@@ -24,7 +24,7 @@ ALLOW = "allow_global_per_layer_attribute_access"
 
 def compressed_config(
     config: PreTrainedConfig,
-    specs: Sequence[GroupSpec],
+    specs: Sequence[Sequence[GroupSpec]],
     widths: Mapping[str, Sequence[int]],
     rehome: Rehome | None = None,
 ) -> PreTrainedConfig:
@@ -35,7 +35,7 @@ def compressed_config(
 
     Args:
         config: of the dense model; not changed.
-        specs: the groups of a decoder layer.
+        specs: of each decoder layer, its groups.
         widths: kind -> units kept, one width a decoder layer.
         rehome: where the model may move; None forbids it.
 
@@ -47,11 +47,17 @@ def compressed_config(
 
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
-    for spec in specs:
-        widest = max(widths[spec.kind])
-        if min(widths[spec.kind]) < spec.num_units:
-            edits |= spec.config_values(widest)
-        for index, width in enumerate(widths[spec.kind]):
+    for kind, of_kind in widths.items():
+        offered = [
+            (index, spec, of_kind[index])
+            for index, layer in enumerate(specs)
+            for spec in layer
+            if spec.kind == kind and spec.offered
+        ]
+        widest = max((width for _, _, width in offered), default=0)
+        for index, spec, width in offered:
+            if width < spec.num_units:
+                edits |= spec.config_values(widest)
             if width < widest:
                 own = {key: width * n for key, n in spec.config_per_unit.items()}
                 layers[index] = layers.get(index, {}) | own

@@ -112,8 +112,8 @@ class Block:
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
         consumer = group.consumer
-        outputs = None if self.target == "self" else consumer.out_features
-        stats = GramStats.zeros(consumer.in_features, self.device, outputs)
+        outputs, channels = group.weight.shape
+        stats = GramStats.zeros(channels, self.device, None if self.target == "self" else outputs)
         position = self.groups.index(group)
         for batch in self.batches:
             with (
@@ -122,8 +122,8 @@ class Block:
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             target = self._target(batch, position, seen)
-            if target is not None and consumer.bias is not None:
-                target = target - consumer.bias.float()  # the bias stays: the weight's part is left
+            if target is not None and group.bias is not None:
+                target = target - group.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             self.progress.update()
         stats.check_finite(group.name)
@@ -153,15 +153,21 @@ class Block:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
         "residual" adds to the dense output what the residual stream lacks in front of it: the
-        difference of the layer's inputs, and of what earlier groups have put out.
+        difference of the layer's inputs, and of what earlier groups have put out (in a parallel
+        block too, where they are added together). A block whose output is scaled by s on its way
+        makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
         """
         if self.target == "self" or batch.dense is None:
             return None
         target = batch.outputs[position].to(self.device, torch.float32)
-        if self.target == "residual":
-            target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
-            for dense, compressed in zip(batch.outputs[:position], seen, strict=False):
-                target += dense.to(self.device).float() - compressed.float()
+        groups = self.groups[: position + 1]
+        scales = [s for s in (group.spec.residual_scale for group in groups) if s is not None]
+        if self.target == "residual" and len(scales) == len(groups):
+            lack = (batch.dense.float() - batch.hidden.float()).to(self.device)
+            for scale, dense, compressed in zip(scales[:-1], batch.outputs, seen, strict=False):
+                missing = dense.to(self.device).float() - compressed.float()
+                lack += scale * missing.reshape(lack.shape)
+            target = target + lack.reshape(target.shape) / scales[-1]
         return target
 
     @torch.no_grad()
@@ -178,13 +184,14 @@ class Block:
 def stream(
     model: PreTrainedModel,
     layers_path: str,
-    specs: Sequence[GroupSpec],
+    specs: Sequence[Sequence[GroupSpec]],
     batches: Sequence[dict[str, Tensor]],
     device: torch.device,
     target: str = "self",
     seed: int = 0,
     progress: bool = True,
     group_passes: int | None = None,
+    returns_tuple: bool = False,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
 
@@ -195,7 +202,7 @@ def stream(
     Args:
         model: any decoder-only transformers model, whole on one device.
         layers_path: path of the decoder layers in `model.base_model`.
-        specs: the groups of a layer, in the order in which they run.
+        specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         device: where layers run.
         target: of the statistics, see `GrailConfig.target`.
@@ -203,13 +210,14 @@ def stream(
         progress: show a bar on standard error.
         group_passes: passes that the caller will make for groups, in all layers together, for
             the bar's estimate; by default one for each group.
+        returns_tuple: the layers return a tuple whose first element is the hidden states.
     """
     layers = model.base_model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
     names = {id(module): name for name, module in model.named_modules()}
-    micro_batches = record_calls(model, layers, batches)
+    micro_batches = record_calls(model, layers, batches, returns_tuple)
     if group_passes is None:
-        group_passes = len(layers) * len(specs)
+        group_passes = sum(map(len, specs))
     passes = group_passes + len(layers) * (1 + (target != "self")) - 1
     with tqdm(
         total=passes * len(micro_batches),
@@ -221,7 +229,7 @@ def stream(
             name, home = names[id(layer)], next(layer.parameters()).device
             groups = tuple(
                 Group(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
-                for number, spec in enumerate(specs)
+                for number, spec in enumerate(specs[index])
             )
             layer.to(device)
             try:
@@ -256,7 +264,10 @@ def _dense_pass(block: Block) -> list[Tensor]:
 
 @torch.no_grad()
 def record_calls(
-    model: PreTrainedModel, layers: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    batches: Sequence[dict[str, Tensor]],
+    returns_tuple: bool = False,
 ) -> list[_MicroBatch]:
     """Every layer's arguments for every batch, and the hidden states in front of layer 0.
 
@@ -271,7 +282,7 @@ def record_calls(
             torch.empty(0), mask.flatten().bool() if mask is not None and not mask.all() else None
         )
 
-        def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Tensor:
+        def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Any:
             hidden: Tensor
             if args:
                 hidden, args = args[0], args[1:]
@@ -280,7 +291,7 @@ def record_calls(
             if not batch.calls:
                 batch.hidden = hidden
             batch.calls.append(shared.store((args, kwargs)))
-            return hidden
+            return (hidden, None) if returns_tuple else hidden
 
         with _forwards_replaced(layers, record):
             model.base_model(**inputs, use_cache=False)
@@ -289,7 +300,7 @@ def record_calls(
 
 
 @contextmanager
-def _forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+def _forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     """Every layer's `forward` is `forward` inside the context, and as it was after it."""
     originals = [vars(layer).get("forward") for layer in layers]
     try:
@@ -380,7 +391,7 @@ def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output)
+        seen.append(output.clone())  # some layers go on to add to it in place
 
     handles = [module.register_forward_hook(take) for module in modules]
     try:

@@ -104,9 +104,15 @@ def test_scores_that_do_not_fit_are_refused_by_name_and_shapes(scores, word):
 
 
 def test_an_unknown_architecture_is_refused_with_the_place_to_add_one():
-    config = AutoConfig.for_model("gpt2", n_embd=12, n_layer=1, n_head=2, vocab_size=97)
+    config = AutoConfig.for_model(
+        "codegen", n_embd=12, n_layer=1, n_head=4, rotary_dim=2, vocab_size=97
+    )
     model = AutoModelForCausalLM.from_config(config)
-    words = ("'gpt2' is not known", "Known: llama, ", "ARCHITECTURES in grail_hf/architectures.py")
+    words = (
+        "'codegen' is not known",
+        "Known: llama, ",
+        "ARCHITECTURES in grail_hf/architectures.py",
+    )
     with refused(model, ValueError, *words):
         compress(model, Untouchable())
 

@@ -39,13 +39,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     saved = torch.load(folder / "expected.pt")
     with torch.no_grad():
-        equal = [
-            torch.equal(model(**batch, use_cache=False).logits[mask], logits[mask])
+        pairs = [
+            (model(**batch, use_cache=False).logits[mask], logits[mask])
             for batch, logits in zip(saved["batches"], saved["logits"])
             for mask in [batch["attention_mask"].bool()]
         ]
     found[folder.name] = {
-        "equal": equal,
+        "equal": [torch.equal(*pair) for pair in pairs],
+        "errors": [((one - other).norm() / other.norm()).item() for one, other in pairs],
         "problems": {key: list(value) for key, value in info.items() if value},
         "class": type(model).__name__,
         "model_type": model.config.model_type,
