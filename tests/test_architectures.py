@@ -22,6 +22,7 @@ from tiny_models import (
     assert_state,
     at_tokens,
     batches,
+    config_of,
     layers_of,
     logits,
     random_model,
@@ -29,7 +30,7 @@ from tiny_models import (
     state_of,
     tiny_architecture,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import grail_hf
 from grail_hf import ARCHITECTURES
@@ -389,8 +390,7 @@ def test_the_readmes_example_adds_a_type(monkeypatch):
     assert len(example.split("\n\n")[1].splitlines()) <= 15
     monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
     exec(example, {})
-    values = SIZES | {"head_dim": None}
-    config = AutoConfig.for_model("persimmon", **{k: v for k, v in values.items() if v is not None})
+    config = config_of(SIZES | {"model_type": "persimmon", "head_dim": None})
     model = random_model(config, dtype=torch.float32)
     before, zeroed = offered(model), copy.deepcopy(model)
     assert before == {MLP}

@@ -5,6 +5,8 @@ fit. The weights are large, biases and norms random, and settings are no default
 functions are far from linear and nothing that is forgotten is near its neutral value.
 """
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -136,7 +138,7 @@ ARCHITECTURE_CASES = {
     | {"model_type": "stablelm", "use_parallel_residual": True},
     "olmo": {"clip_qkv": 3.0},
     "olmo2": {},
-    "olmo3": MIXED | {"sliding_window": 7},
+    "olmo3": MIXED | {"sliding_window": 7, "rope_parameters": None},
     "olmo_hybrid": LINEAR,
     "granite": SCALES | {"attention_bias": True, "mlp_bias": True},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
@@ -170,7 +172,13 @@ CASES_AND_UNITS = [(case, unit) for case in CASES for unit in ATTENTION_UNITS]
 
 def tiny_config(case, **changes):
     values = {"model_type": case} | SIZES | CASES[case] | changes
-    return AutoConfig.for_model(**{key: v for key, v in values.items() if v is not None})
+    return config_of(values)
+
+
+def config_of(values):
+    """A config of these values but those that are None; configs change the dicts given to them."""
+    values = {key: value for key, value in values.items() if value is not None}
+    return AutoConfig.for_model(**copy.deepcopy(values))
 
 
 def tiny_architecture(case):
@@ -178,8 +186,7 @@ def tiny_architecture(case):
     values = {"model_type": case} | SIZES | ARCHITECTURE_CASES[case]
     if values["model_type"] not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {values['model_type']}")
-    values = {key: value for key, value in values.items() if value is not None}
-    return random_model(AutoConfig.for_model(**values), dtype=torch.float32)
+    return random_model(config_of(values), dtype=torch.float32)
 
 
 def tiny_model(case, attn_implementation="sdpa", dtype=torch.float32, **changes):
