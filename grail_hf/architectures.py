@@ -124,7 +124,7 @@ class Attention:
             not [queries; keys; values].
         query_rows: rows of the query projection for each channel of a head (2: with a gate).
         output: the projection behind the heads.
-        linear: the output is linear in the values (they are not normed).
+        linear_if: config values under which the output is linear in a value projection of its own.
         head_norms: norms of queries and of keys whose weights are [heads, head_dim].
         post_norm: a norm between the output and the residual stream, in layers that have it.
         transposed: see `GroupSpec`.
@@ -136,6 +136,7 @@ class Attention:
     interleaved: bool = False
     query_rows: int = 1
     output: str = "self_attn.o_proj"
+    linear_if: Mapping[str, Any] = field(default_factory=dict)
     head_norms: tuple[str, ...] = ()
     post_norm: str | None = None
     transposed: bool = False
@@ -154,7 +155,7 @@ class Attention:
         rows = sum(_shape(layer, path, self.transposed)[0] for path in self.inputs)
         kv_heads = (rows // head_dim - heads * self.query_rows) // 2
         group_size = heads // kv_heads
-        separate = len(self.inputs) == 3
+        linear = len(self.inputs) == 3 and _has_values(config, self.linear_if)
         norms = [path for path in self.head_norms if _has(layer, path)]
         block = self.output.rpartition(".")[0]
 
@@ -174,7 +175,7 @@ class Attention:
             producers=self._producers(group_size, head_dim),
             consumer=self.output,
             columns=group_size * head_dim,
-            linear=self.inputs[2] if separate else None,
+            linear=self.inputs[2] if linear else None,
             norms=tuple(
                 Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)
             ),
@@ -599,7 +600,7 @@ ENTRIES = (
     ),
     Architecture("starcoder2", mlp=Mlp(inputs=("mlp.c_fc",), linear=None, output="mlp.c_proj")),
     Architecture("stablelm", attention=Attention(refused=(HEADS_FILL_HIDDEN,))),
-    Architecture("olmo"),
+    Architecture("olmo", attention=Attention(linear_if={"clip_qkv": None})),
     *(
         Architecture(
             name,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf.architectures import GroupSpec, Rehome
+from grail_hf.architectures import ATTENTION, GroupSpec, Rehome
 from grail_hf.modeling_grail import AUTO_MAP, has_own_widths, layer_classes, share_config_
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ def compressed_config(
         ValueError: neither type's config can say the widths, or this transformers knows no config
             whose layers differ.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
     for kind, of_kind in widths.items():
@@ -62,33 +61,60 @@ def compressed_config(
                 own = {key: width * n for key, n in spec.config_per_unit.items()}
                 layers[index] = layers.get(index, {}) | own
     says = ", ".join(f"{key}={value}" for key, value in edits.items())
-    edited = copy.deepcopy(config)
-    if has_own_widths(edited):
-        edited.per_layer_config = None
-        del edited.auto_map, edited.__dict__[ALLOW]
+    plain = copy.deepcopy(config)
+    if has_own_widths(plain):
+        plain.per_layer_config = None
+        del plain.auto_map, plain.__dict__[ALLOW]
     if layers:
-        _check_own_widths(edited)
+        _check_own_widths(plain)
         # The order counts: `per_layer_config` is compared with the other values. Another auto_map
         # would name code that is not this model's.
         edits |= {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": layers}
     try:
-        for key, value in edits.items():
-            setattr(edited, key, value)
-        edited.validate()
-        return edited
-    except (StrictDataclassError, ValueError) as error:
-        refusal = f"a stock {config.model_type} config cannot say {says} ({_reason(error)})"
+        return _edited(plain, edits)
+    except _Unsayable as error:
+        refusal = f"a stock {config.model_type} config cannot say {says} ({error})"
+        remedy = f"choose another sparsity or attention_unit; {_sayable(plain, specs)}"
         if rehome is None:
             raise ValueError(
-                f"{refusal}; choose another sparsity or attention_unit, or, for a causal LM that "
-                "can be saved as another stock type, leave rehome=True"
+                f"{refusal}; {remedy}; or, for a causal LM that can be saved as another stock "
+                "type, leave rehome=True"
             ) from error
         if obstacles := rehome.obstacles(config):
             raise ValueError(
                 f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
-                f"{rehome.model_type}; choose another sparsity or attention_unit"
+                f"{rehome.model_type}; {remedy}"
             ) from error
     return _rehomed(config, edits | rehome.sets, rehome.model_type)
+
+
+class _Unsayable(ValueError):
+    """What a config class says of values that it does not take."""
+
+
+def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy with other values. Raises `_Unsayable` where the class does not take them."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    edited = copy.deepcopy(config)
+    try:
+        for key, value in edits.items():
+            setattr(edited, key, value)
+        edited.validate()
+    except (StrictDataclassError, ValueError) as error:
+        raise _Unsayable(str(error).strip().splitlines()[-1].strip()) from error
+    return edited
+
+
+def _sayable(config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]) -> str:
+    """The attention widths that the config can say, for a message."""
+    spec = next(s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
+    said = []
+    for width in range(spec.partitions, spec.num_units + 1, spec.partitions):
+        with suppress(_Unsayable):
+            _edited(config, spec.config_values(width))
+            said.append(width)
+    return f"of {spec.num_units} attention units a layer it can keep {', '.join(map(str, said))}"
 
 
 def _check_own_widths(config: PreTrainedConfig) -> None:
@@ -112,10 +138,6 @@ def _rehomed(config: PreTrainedConfig, edits: Mapping[str, object], to: str) -> 
     rehomed = AutoConfig.for_model(to, **(values | dict(edits)))
     rehomed.name_or_path = config.name_or_path
     return rehomed
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def is_stock_causal_lm(model: PreTrainedModel) -> bool:

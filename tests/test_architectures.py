@@ -213,6 +213,27 @@ def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
                 assert vars(module)[name] == value, f"{name} of {type(module).__name__}"
 
 
+@every_case
+@torch.no_grad()
+def test_the_linear_producer_is_one(case):
+    """Twice its weight, biases apart, is twice the block's output, those of its biases apart."""
+    model = tiny_architecture(case)
+    block = next(streamed(model, "dense"))
+    for group in block.groups:
+        if group.spec.linear is None:
+            continue
+        weight = group.layer.get_submodule(group.spec.linear).weight
+        (run, *_), dense = block.runs(group), weight.clone()
+        outputs = []
+        for factor in (0.0, 1.0, 2.0):
+            weight.copy_(factor * dense)
+            outputs.append(run.output())
+        nothing, once, twice = outputs
+        weight.copy_(dense)
+        assert relative_error(twice - nothing, 2 * (once - nothing)) < 1e-4
+        assert relative_error(once, nothing) > 1e-2
+
+
 # Saved
 
 
@@ -341,6 +362,11 @@ def test_what_is_not_offered_is_refused_with_the_reason(case):
 def test_a_type_that_offers_nothing_is_refused_with_every_reason():
     with pytest.raises(ValueError, match=r"sparsity=0.2 cannot be had.*heads.*four times"):
         grail_hf.compress(tiny_architecture("bloom"), calibration=None, sparsity=0.2)
+
+
+def test_heads_that_a_config_cannot_say_are_refused_with_those_that_it_can():
+    with pytest.raises(ValueError, match=r"num_attention_heads=9, .* of 4 .* can keep 1, 2, 4;"):
+        narrower(tiny_architecture("gemma2"), attention_sparsity=0.25)
 
 
 def test_shared_keys_and_values_are_refused():

@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from grail_hf.architectures import architectures_table
 from grail_hf.cli import app, replaced_when_whole
 
 runner = CliRunner()
@@ -127,3 +128,8 @@ def test_module_runs_as_the_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "--sparsity" in done.stdout
+
+
+def test_architectures_are_listed():
+    code, out, _ = run("architectures")
+    assert (code, out) == (0, architectures_table() + "\n")

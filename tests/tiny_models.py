@@ -137,6 +137,7 @@ ARCHITECTURE_CASES = {
     | FULL_HEADS
     | {"model_type": "stablelm", "use_parallel_residual": True},
     "olmo": {"clip_qkv": 3.0},
+    "olmo-unclipped": {"model_type": "olmo", "clip_qkv": None},
     "olmo2": {},
     "olmo3": MIXED | {"sliding_window": 7, "rope_parameters": None},
     "olmo_hybrid": LINEAR,
