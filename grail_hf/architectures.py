@@ -348,7 +348,7 @@ class Architecture:
         """The groups of a decoder layer in the order in which they run.
 
         Args:
-            config: the model's.
+            config: the model's; of a model with a text decoder inside, the decoder's part counts.
             layer: the decoder layer, which may be on the meta device: blocks are told apart by the
                 modules that it has, and their sizes are its own.
             attention_unit: "kv_group" or "query_head".
@@ -356,6 +356,7 @@ class Architecture:
         Raises:
             ValueError: the type cannot be compressed, or the layer has none of the known blocks.
         """
+        config = config.get_text_config()
         if reason := _refusal(self.refused, config):
             raise ValueError(f"this {self.model_type} cannot be compressed because {reason}")
         groups = []
@@ -463,6 +464,30 @@ SANDWICH_MLP = Mlp(post_norm="post_feedforward_layernorm")
 FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear=None)
 UNGATED = Mlp(inputs=("mlp.up_proj",), linear=None)
 LINEAR_ATTENTION = Whole(ATTENTION, "linear_attn", "linear_attn.out_proj", RECURRENT)
+GEMMA4: dict[str, Any] = {
+    "attention": Whole(
+        ATTENTION,
+        "self_attn",
+        "self_attn.o_proj",
+        "full and sliding layers differ in head size and share one number of heads",
+        post_norm="post_attention_layernorm",
+    ),
+    "mlp": SANDWICH_MLP,
+    "refused": (
+        Refusal(
+            "layers that share keys and values cannot be calibrated one at a time",
+            unless={"num_kv_shared_layers": 0},
+        ),
+    ),
+}
+OWN_LAYERS = Refusal("its config has per-layer values of its own")
+
+# Models with a text decoder inside: it is compressed, on text alone, and the rest stays as it is.
+INSIDE: dict[str, Any] = {
+    "layers": "language_model.layers",
+    "per_layer": Refusal("the text decoder's config lies inside another"),
+    "note": "the text decoder inside; the rest stays",
+}
 
 ENTRIES = (
     # A llama config refuses a head count that does not divide the hidden size; a mistral without
@@ -482,24 +507,7 @@ ENTRIES = (
     Architecture("gemma"),
     Architecture("gemma2", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, note=DIVIDES),
     Architecture("gemma3_text", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, note=DIVIDES),
-    Architecture(
-        "gemma4_text",
-        attention=Whole(
-            ATTENTION,
-            "self_attn",
-            "self_attn.o_proj",
-            "full and sliding layers differ in head size and share one number of heads",
-            post_norm="post_attention_layernorm",
-        ),
-        mlp=SANDWICH_MLP,
-        per_layer=Refusal("its config has per-layer values of its own"),
-        refused=(
-            Refusal(
-                "layers that share keys and values cannot be calibrated one at a time",
-                unless={"num_kv_shared_layers": 0},
-            ),
-        ),
-    ),
+    Architecture("gemma4_text", **GEMMA4, per_layer=OWN_LAYERS),
     Architecture(
         "phi",
         attention=Attention(
@@ -651,6 +659,15 @@ ENTRIES = (
             pins={"block_auto_adjust_ff_dim": False},
         ),
         others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
+    ),
+    Architecture("gemma3", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, **INSIDE),
+    Architecture("gemma4", **GEMMA4, **INSIDE),
+    Architecture("mistral3", **INSIDE),
+    Architecture("qwen2_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
+    Architecture("qwen2_5_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
+    Architecture("qwen3_vl", **INSIDE),
+    Architecture(
+        "qwen3_5", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,), **INSIDE
     ),
 )
 

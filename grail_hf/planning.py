@@ -260,7 +260,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model was made for; None where its config names no limit."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 
@@ -378,7 +378,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
     # With a target: the dense hidden states in front of and behind a layer, and its outputs.
     copies = 1 + targeted * (2 + len(plan.specs[0]))
-    hidden = tokens * model.config.hidden_size * item * copies
+    hidden = tokens * model.config.get_text_config().hidden_size * item * copies
     weights = sum(p.numel() for p in model.parameters()) * item
     return Estimate(
         tokens,

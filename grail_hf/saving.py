@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.architectures import ATTENTION, GroupSpec, Rehome
-from grail_hf.modeling_grail import AUTO_MAP, has_own_widths, layer_classes, share_config_
+from grail_hf.modeling_grail import (
+    AUTO_MAP,
+    LayerConfig,
+    has_own_widths,
+    layer_classes,
+    share_config_,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,7 +38,8 @@ def compressed_config(
     """A config that says `widths`, of the same model type or, failing that, of `rehome`'s.
 
     Where layers differ, the widest gives the config's own values, and `per_layer_config` those of
-    the others; `modeling_grail` is what reads it.
+    the others; `modeling_grail` is what reads it. Of a model with a text decoder inside, only the
+    decoder's part changes.
 
     Args:
         config: of the dense model; not changed.
@@ -44,6 +51,10 @@ def compressed_config(
         ValueError: neither type's config can say the widths, or this transformers knows no config
             whose layers differ.
     """
+    text = config.get_text_config()
+    if text is not config:
+        decoder = compressed_config(text, specs, widths)
+        return _edited(config, {"text_config": decoder})
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
     for kind, of_kind in widths.items():
@@ -154,15 +165,19 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         _rehome_(model, config)
         return
     # Replaced rather than edited: other models may have been built from the same config object.
-    dense = model.config
+    dense, text = model.config, config.get_text_config()
     kinds = tuple(layer_classes(type(model)))
     layers = [module for module in model.modules() if isinstance(module, kinds)]
-    for index, layer in enumerate(layers):
-        share_config_(layer, dense, config, index)
+    if text is config:
+        for index, layer in enumerate(layers):
+            share_config_(layer, dense, config, index)
     module: Any
     for module in model.modules():
-        if getattr(module, "config", None) is dense:
+        held = getattr(module, "config", None)
+        if held is dense:
             module.config = config
+        elif text is not config and isinstance(held, (type(text), LayerConfig)):
+            module.config = text  # the decoder inside may hold a copy of its part
 
 
 def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:

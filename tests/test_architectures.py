@@ -204,7 +204,7 @@ def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
         group.weight[:, ~columns] = 0
     assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
     with torch.device("meta"):
-        fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh = type(model)(model.config)
     shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     for module, stock in zip(model.modules(), fresh.modules(), strict=True):

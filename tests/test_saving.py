@@ -31,12 +31,15 @@ LOADER = """
 import json, sys
 from pathlib import Path
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
 
 torch.set_num_threads(int(sys.argv[2]))
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     saved = torch.load(folder / "expected.pt")
     with torch.no_grad():
         pairs = [

@@ -10,7 +10,13 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
 
 from grail_hf import ARCHITECTURES
 from grail_hf.config import ATTENTION_UNITS
@@ -85,7 +91,38 @@ ROTARY = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
     "head_dim": 12,
 }
+# Vision towers, as small as they go; they are not called.
+VISION = {"hidden_size": 8, "intermediate_size": 9, "num_attention_heads": 2, "patch_size": 4}
+VISION |= {"num_hidden_layers": 1, "image_size": 16}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 8,
+    "intermediate_size": 9,
+    "num_heads": 2,
+    "patch_size": 4,
+}
+QWEN_VISION |= {"embed_dim": 8, "out_hidden_size": 48, "num_position_embeddings": 16}
+TOKENS = {f"{name}_token_id": 90 for name in ("image", "video", "vision_start", "vision_end")}
+
+
+def inside(decoder, vision, **others):
+    """The values of a model with a text decoder inside."""
+    return {"text_config": decoder, "vision_config": vision} | others
+
+
+def multimodal_rotary(*sections):
+    return {"rope_parameters": SIZES["rope_parameters"] | {"mrope_section": sections}}
+
+
 SCALES = {"embedding_multiplier": 2.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3}
+GEMMA4 = MIXED | {
+    "sliding_window": 7,
+    "rope_parameters": None,
+    "global_head_dim": 14,
+    "num_global_key_value_heads": 2,
+    "hidden_size_per_layer_input": 5,
+    "vocab_size_per_layer_input": 97,
+}
 ARCHITECTURE_CASES = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 7},
@@ -95,15 +132,7 @@ ARCHITECTURE_CASES = {
     "gemma": {},
     "gemma2": MIXED | {"sliding_window": 7, "attention_bias": True},
     "gemma3_text": MIXED | {"sliding_window": 7, "rope_parameters": None},
-    "gemma4_text": MIXED
-    | {
-        "sliding_window": 7,
-        "rope_parameters": None,
-        "global_head_dim": 14,
-        "num_global_key_value_heads": 2,
-        "hidden_size_per_layer_input": 5,
-        "vocab_size_per_layer_input": 97,
-    },
+    "gemma4_text": GEMMA4,
     "phi": ROTARY,
     "phi-normed": ROTARY | FULL_HEADS | {"model_type": "phi", "qk_layernorm": True},
     "phi3": {},
@@ -166,6 +195,20 @@ ARCHITECTURE_CASES = {
     },
     "qwen3_5_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 7},
+    "gemma3": inside(
+        MIXED | {"sliding_window": 7, "rope_parameters": None},
+        VISION,
+        mm_tokens_per_image=4,
+        image_token_index=90,
+    ),
+    "gemma4": inside(GEMMA4, VISION | {"head_dim": 4}, audio_config=None, image_token_id=90),
+    "mistral3": inside({"model_type": "mistral"}, VISION, image_token_index=90),
+    "qwen2_vl": inside(FULL_HEADS | multimodal_rotary(1, 1, 0), QWEN_VISION, **TOKENS),
+    "qwen2_5_vl": inside(FULL_HEADS | multimodal_rotary(1, 1, 0), QWEN_VISION, **TOKENS),
+    "qwen3_vl": inside(
+        multimodal_rotary(2, 2, 1), QWEN_VISION | {"deepstack_visual_indexes": [0]}, **TOKENS
+    ),
+    "qwen3_5": inside(LINEAR, QWEN_VISION, **TOKENS),
 }
 
 CASES_AND_UNITS = [(case, unit) for case in CASES for unit in ATTENTION_UNITS]
@@ -178,13 +221,19 @@ def tiny_config(case, **changes):
 
 def config_of(values):
     """A config of these values but those that are None; configs change the dicts given to them."""
+    inner = values.get("text_config", {})
+    values = values | {"text_config": {k: v for k, v in inner.items() if v is not None} or None}
     values = {key: value for key, value in values.items() if value is not None}
     return AutoConfig.for_model(**copy.deepcopy(values))
 
 
 def tiny_architecture(case):
     """A random model of one of `ARCHITECTURE_CASES`, with the attention that it has by default."""
-    values = {"model_type": case} | SIZES | ARCHITECTURE_CASES[case]
+    values = {"model_type": case} | ARCHITECTURE_CASES[case]
+    if "text_config" in values:
+        values["text_config"] = SIZES | values["text_config"]
+    else:
+        values = SIZES | values
     if values["model_type"] not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {values['model_type']}")
     return random_model(config_of(values), dtype=torch.float32)
@@ -199,7 +248,9 @@ def tiny_model(case, attn_implementation="sdpa", dtype=torch.float32, **changes)
 
 def random_model(config, **settings):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, **settings)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model = auto_class.from_config(config, **settings)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # made as zeros (biases) or ones (norms)
             parameter.data += 0.3 * torch.randn_like(parameter)
