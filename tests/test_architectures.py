@@ -33,10 +33,11 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import ARCHITECTURES
+from grail_hf import ARCHITECTURES, GrailConfig
 from grail_hf.architectures import ATTENTION, MLP, architectures_table
 from grail_hf.config import ATTENTION_UNITS
 from grail_hf.groups import Group
+from grail_hf.planning import estimate, plan_compression
 from grail_hf.reduction import Reduction
 from grail_hf.saving import apply_config_, compressed_config
 from grail_hf.stream import stream
@@ -232,6 +233,26 @@ def test_the_linear_producer_is_one(case):
         weight.copy_(dense)
         assert relative_error(twice - nothing, 2 * (once - nothing)) < 1e-4
         assert relative_error(once, nothing) > 1e-2
+
+
+@every_case
+def test_a_plan_needs_no_weights_and_says_what_will_be(case):
+    model = tiny_architecture(case)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    shares = {f"{kind}_sparsity": SHARES[kind] * (kind in offered(model)) for kind in SHARES}
+    config = GrailConfig(**shares, multiple_of=1, num_samples=8, seq_length=24)
+    plan = plan_compression(skeleton, config)
+    costs = estimate(skeleton, plan, config)
+    assert costs.operations["forward"] > 0 and costs.accelerator_bytes > 0
+    assert (costs.operations["gram"] > 0) == bool(offered(model)) == bool(plan.reduced)
+    if plan.reduced:
+        report = narrower(model, selector="magnitude", compensate=False)
+        assert report.widths == plan.widths and report.units == plan.units
+        assert report.total_parameters == plan.total_parameters
+        assert {(group.layer, group.kind) for group in report.groups} == {
+            (index, spec.kind) for index, spec in plan.reduced
+        }
 
 
 # Saved
