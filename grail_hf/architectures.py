@@ -418,22 +418,24 @@ def architectures_table() -> str:
         "|---|---|---|---|---|",
     ]
     for name, entry in ARCHITECTURES.items():
-        blocks = (entry.mlp, entry.attention)
-        refused = [*entry.refused, *(r for block in blocks for r in _refusals(block))]
-        notes = [*(_said(r) for r in refused), *([entry.note] if entry.note else [])]
-        if any(block.post_norm for block in blocks):
-            notes.append("blocks are normed on their way out: target `residual` means `dense`")
-        if entry.rehome:
-            notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
-        if entry.per_layer:
-            notes.append(f"layers cannot differ: {entry.per_layer.reason}")
+        blocks = {"MLP": entry.mlp, "heads": entry.attention}
+        refused = {what: _refusals(block) for what, block in blocks.items()}
+        offered = [_offered(refusals) for refusals in refused.values()]
+        own = "no" if entry.per_layer or offered == ["no", "no"] else "yes"
+        notes = [entry.note] if entry.note else []
+        notes += [_said("nothing", refusal) for refusal in entry.refused]
+        notes += [_said(f"no {what}", r) for what, refusals in refused.items() for r in refusals]
         notes += [
-            f"`{block.path}` stays: {block.reason}"
+            _said(f"`{block.path}` stays", Refusal(block.reason))
             for block in entry.others
             if isinstance(block, Whole)
         ]
-        offered = [_offered(_refusals(block)) for block in blocks]
-        own = "no" if entry.per_layer or offered == ["no", "no"] else "yes"
+        if entry.per_layer:
+            notes.append(_said("no per-layer widths", entry.per_layer))
+        if any(block.post_norm for block in blocks.values()):
+            notes.append("a norm follows each block: target `residual` means `dense`")
+        if entry.rehome:
+            notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
         lines.append(f"| {name} | {offered[0]} | {offered[1]} | {own} | {'; '.join(notes)} |")
     return "\n".join(lines)
 
@@ -448,9 +450,10 @@ def _offered(refusals: tuple[Refusal, ...]) -> str:
     return "in part" if refusals else "yes"
 
 
-def _said(refusal: Refusal) -> str:
+def _said(what: str, refusal: Refusal) -> str:
     values = " and ".join(f"`{key}={value}`" for key, value in refusal.unless.items())
-    return f"{values} only: {refusal.reason}" if values else refusal.reason
+    unless = f" unless {values}" if values else ""
+    return f"{what}{unless}: {refusal.reason}"
 
 
 HEADS_FILL_HIDDEN = Refusal("its attention takes heads * head_dim to be the hidden size")

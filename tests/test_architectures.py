@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +254,9 @@ def test_a_plan_needs_no_weights_and_says_what_will_be(case):
         assert {(group.layer, group.kind) for group in report.groups} == {
             (index, spec.kind) for index, spec in plan.reduced
         }
+        # What stays whole counts: the same share of everything asks for the same widths.
+        asked = {"sparsity": plan.sparsity, "mlp_sparsity": None}
+        assert plan_compression(skeleton, replace(config, **asked)).widths == plan.widths
 
 
 # Saved
@@ -425,8 +429,8 @@ def test_the_table_says_what_the_entries_say():
     assert rows.keys() == ARCHITECTURES.keys()
     assert rows["qwen3"] == "| qwen3 | yes | yes | yes |  |"
     assert rows["bloom"].startswith("| bloom | no | no | no | ")
-    assert rows["phi"].startswith("| phi | yes | in part | yes | `qk_layernorm=False` only: ")
-    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | its attention takes")
+    assert rows["phi"].startswith("| phi | yes | in part | yes | no heads unless `qk_layernorm=F")
+    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention takes")
 
 
 def test_the_readmes_example_adds_a_type(monkeypatch):
