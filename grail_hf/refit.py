@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf.gram import GramStats, damped_cholesky
-from grail_hf.groups import Group
+from grail_hf.groups import Group, Projection
 from grail_hf.stream import Block, Run, captured_input
 
 _INPUT_DAMPING = 1e-3
@@ -55,8 +55,8 @@ def refit_(
     """
     if group.spec.linear is None or steps == 0:
         return lambda: None
-    linear = group.layer.get_submodule(group.spec.linear)
-    assert isinstance(linear, nn.Linear)
+    projection = group.projection(group.spec.linear)
+    linear = projection.module
     runs = block.runs(group)
     start = linear.weight
     factor, _ = damped_cholesky(_input_gram(block, linear, runs), _INPUT_DAMPING, group.name)
@@ -82,7 +82,7 @@ def refit_(
             block.progress.update()
         return to_t(total)
 
-    with replaceable_weight(linear) as put:
+    with replaceable_weight(projection) as put:
 
         def normal(t: Tensor) -> Tensor:
             """A^T A t. Biases are no part of A."""
@@ -131,18 +131,23 @@ def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
 
 
 @contextmanager
-def replaceable_weight(linear: nn.Linear) -> Iterator[Callable[[Tensor], nn.Parameter]]:
-    """A function that puts another weight into `linear`; its own is back afterwards."""
-    own = linear.weight
+def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn.Parameter]]:
+    """A function that puts another weight [out, in] into a projection, and returns what is stored.
+
+    Its own weight is back afterwards.
+    """
+    module = projection.module
+    own = module.weight
 
     def put(weight: Tensor) -> nn.Parameter:
-        linear.weight = nn.Parameter(weight.detach().to(own.dtype))
-        return linear.weight
+        stored = nn.Parameter(projection.stored(weight).detach().to(own.dtype))
+        module.weight = stored
+        return stored
 
     try:
         yield put
     finally:
-        linear.weight = own
+        module.weight = own
 
 
 @contextmanager
