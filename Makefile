@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -14,6 +15,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 -m slow
+
+# The oldest transformers that pyproject.toml allows, and the hub client that it needs; all else as
+# in constraints-dev.txt.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,5 +32,13 @@ $(INSTALLED): pyproject.toml constraints-dev.txt
 		--constraint constraints-dev.txt --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed -e 's/^transformers==.*/transformers==5.17.*/' -e 's/^huggingface_hub==.*/huggingface_hub<2/' \
+		constraints-dev.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check \
+		--constraint $(OLDEST)/constraints.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv $(OLDEST) build

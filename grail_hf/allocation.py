@@ -34,10 +34,12 @@ class Budget:
     Attributes:
         num_units: units in a layer before.
         unit_cost: projection parameters that one unit holds.
-        fixed_cost: projection parameters of a layer that stay whatever the width.
+        fixed_cost: projection parameters of a layer with units that stay whatever the width.
         step: widths are multiples of this.
         layers: decoder layers.
         ignored: of these, the ones that keep their width.
+        absent: of the ignored, the ones whose block has no units; their width is 0.
+        whole_cost: projection parameters of the absent layers' blocks together.
     """
 
     num_units: int
@@ -46,6 +48,8 @@ class Budget:
     step: int = 1
     layers: int = 1
     ignored: frozenset[int] = frozenset()
+    absent: frozenset[int] = frozenset()
+    whole_cost: int = 0
 
     def cost(self, width: int) -> int:
         """Projection parameters in all layers, of which those not ignored have `width` units."""
@@ -53,13 +57,13 @@ class Budget:
 
     def cost_of(self, widths: Sequence[int]) -> int:
         """Projection parameters in all layers, with a width for each."""
-        return self.layers * self.fixed_cost + sum(widths) * self.unit_cost
+        fixed = (self.layers - len(self.absent)) * self.fixed_cost
+        return self.whole_cost + fixed + sum(widths) * self.unit_cost
 
     def in_all_layers(self, width: int) -> tuple[int, ...]:
         """`width` in every layer that is not ignored."""
-        return tuple(
-            self.num_units if layer in self.ignored else width for layer in range(self.layers)
-        )
+        kept = {layer: self.num_units for layer in self.ignored} | dict.fromkeys(self.absent, 0)
+        return tuple(kept.get(layer, width) for layer in range(self.layers))
 
     @property
     def widths(self) -> list[int]:

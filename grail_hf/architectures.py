@@ -1,15 +1,23 @@
 """Where each architecture keeps its projections: data, one entry a model type.
 
 An `Architecture` names the modules of a decoder layer and the config keys that hold its widths.
-`Architecture.groups(config, …)` resolves them against a model's config into `GroupSpec`s, which
-everything else works with: no other file knows a model type.
+`Architecture.groups(config, layer, …)` resolves them against one decoder layer into `GroupSpec`s,
+which everything else works with: no other file knows a model type.
+
+How a projection's rows fall to the units is said by sections alone (`Producer`): `[gate; up]` and
+`[q; k; v]` are two and three sections, `[q, k, v]` head by head is one section with the rows of all
+three. What a stock config cannot say, or what would not compute the same, is a `Refusal`: the
+block keeps its width, and the reason is told to whoever asks for less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
 
 from grail_hf.config import unknown_name
 
@@ -19,30 +27,47 @@ MLP = "mlp"
 
 @dataclass(frozen=True)
 class Producer:
-    """A projection whose output rows make the units: unit `i` owns rows [i*rows, (i+1)*rows)."""
+    """A module whose weight's rows make the units, the rows in consecutive sections.
+
+    In a section of `n` rows a unit, unit `i` owns the rows [i*n, (i+1)*n) from the section's start.
+    Rows behind the last section are no unit's and stay.
+
+    Attributes:
+        path: inside the decoder layer.
+        rows: of each section, the rows that one unit owns.
+    """
 
     path: str
-    rows: int
+    rows: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """All units in front of one consumer, resolved for one model's config.
+    """All units in front of one consumer, resolved for one decoder layer.
 
     Attributes:
         kind: `ATTENTION` or `MLP`.
-        num_units: units there are.
+        num_units: units there are; 0 where the block has none that could be removed.
         producers: the projections that shrink with the units.
         consumer: path, inside the decoder layer, of the projection that reads the units.
         linear: the producer in whose weight the block's output is linear, all else fixed; None
             where there is none.
         columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
         partitions: the units form this many equal runs, each of which keeps equally many.
-        unshrunk: projections of the block that stay whole whatever the width.
+        unshrunk: modules of the block that stay whole whatever the width.
+        norms: norms whose weight has rows for each unit, which shrink with the units.
+        transposed: the projections store their weights as [in, out].
         config_per_unit: config key -> what one kept unit adds to its value.
         config_pinned: config keys that a stock config would otherwise derive from the widths.
-        attributes: attribute path in the layer -> divisor: its value is width // divisor.
+        attributes: attribute path in the layer -> factor: where there is such an attribute, its
+            value is width * factor.
         bias_key: config key that, where true, gives each of the block's projections a bias.
+        refusal: why the units cannot be removed; None where they can.
+        residual_scale: factor with which the block's output is added to the residual stream; None
+            where something else than a factor lies in between, so that no output can make up for
+            what the stream lacks.
+        post_norm: norm between the block's output and the residual stream; None where there is
+            none.
     """
 
     kind: str
@@ -53,96 +78,219 @@ class GroupSpec:
     linear: str | None = None
     partitions: int = 1
     unshrunk: tuple[str, ...] = ()
+    norms: tuple[Producer, ...] = ()
+    transposed: bool = False
     config_per_unit: dict[str, int] = field(default_factory=dict)
-    config_pinned: dict[str, int] = field(default_factory=dict)
-    attributes: dict[str, int] = field(default_factory=dict)
+    config_pinned: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Fraction] = field(default_factory=dict)
     bias_key: str | None = None
+    refusal: str | None = None
+    residual_scale: float | None = 1.0
+    post_norm: str | None = None
 
     @property
     def name(self) -> str:
         """The block's name inside the decoder layer, for example `self_attn`."""
         return self.consumer.rpartition(".")[0] or self.consumer
 
-    def config_values(self, width: int) -> dict[str, int]:
+    @property
+    def offered(self) -> bool:
+        """Whether units can be removed."""
+        return self.num_units > 0 and self.refusal is None
+
+    def config_values(self, width: int) -> dict[str, Any]:
         """The config keys, and their values, that say `width` units."""
         return {key: width * n for key, n in self.config_per_unit.items()} | self.config_pinned
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Paths inside a decoder layer, and config keys, of grouped-query attention."""
+class Refusal:
+    """Why something is not offered, and for which configs.
 
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
+    Attributes:
+        reason: to be read after "because".
+        unless: config values under which it is offered after all; empty where it never is.
+    """
+
+    reason: str
+    unless: Mapping[str, Any] = field(default_factory=dict)
+
+    def holds(self, config: Any) -> bool:
+        return not self.unless or not _has_values(config, self.unless)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Paths inside a decoder layer, and config keys, of grouped-query attention.
+
+    Attributes:
+        inputs: the query, key and value projection, or the one that holds all three.
+        interleaved: the one projection holds [queries, key, value] for each KV head in turn, and
+            not [queries; keys; values].
+        query_rows: rows of the query projection for each channel of a head (2: with a gate).
+        output: the projection behind the heads.
+        linear_if: config values under which the output is linear in a value projection of its own.
+        head_norms: norms of queries and of keys whose weights are [heads, head_dim].
+        post_norm: a norm between the output and the residual stream, in layers that have it.
+        transposed: see `GroupSpec`.
+        refused: why heads stay.
+        bias_key: see `GroupSpec`.
+    """
+
+    kind: ClassVar[str] = ATTENTION
+    inputs: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    interleaved: bool = False
+    query_rows: int = 1
     output: str = "self_attn.o_proj"
+    linear_if: Mapping[str, Any] = field(default_factory=dict)
+    head_norms: tuple[str, ...] = ()
+    post_norm: str | None = None
+    transposed: bool = False
+    refused: tuple[Refusal, ...] = ()
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
-    group_size_attribute: str = "self_attn.num_key_value_groups"
     bias_key: str | None = None
 
-    def group(self, config: Any, unit: str) -> GroupSpec:
+    def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
         """The attention group; `unit` is "kv_group" or "query_head" (see `GrailConfig`).
 
         With one query head to a KV head the two are the same.
         """
-        heads, kv_heads = getattr(config, self.heads_key), getattr(config, self.kv_heads_key)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // getattr(config, self.heads_key)
+        heads = _shape(layer, self.output, self.transposed)[1] // head_dim
+        rows = sum(_shape(layer, path, self.transposed)[0] for path in self.inputs)
+        kv_heads = (rows // head_dim - heads * self.query_rows) // 2
         group_size = heads // kv_heads
-        if unit == "query_head" and group_size > 1:
-            return GroupSpec(
-                ATTENTION,
-                num_units=heads,
-                producers=(Producer(self.query, head_dim),),
-                consumer=self.output,
-                columns=head_dim,
-                linear=self.value,
-                partitions=kv_heads,
-                unshrunk=(self.key, self.value),
-                config_per_unit={self.heads_key: 1},
-                config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
-                attributes={self.group_size_attribute: kv_heads},
-                bias_key=self.bias_key,
-            )
-        return GroupSpec(
+        linear = len(self.inputs) == 3 and _has_values(config, self.linear_if)
+        norms = [path for path in self.head_norms if _has(layer, path)]
+        block = self.output.rpartition(".")[0]
+
+        def attributes(heads: int | Fraction, kv_heads: int, size: int | Fraction) -> Any:
+            """Factors of what attention modules call their numbers; 0 where it stays."""
+            factors = {
+                "num_heads": heads,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "num_key_value_groups": size,
+            }
+            return {f"{block}.{name}": Fraction(n) for name, n in factors.items() if n}
+
+        spec = GroupSpec(
             ATTENTION,
             num_units=kv_heads,
-            producers=(
-                Producer(self.query, group_size * head_dim),
-                Producer(self.key, head_dim),
-                Producer(self.value, head_dim),
-            ),
+            producers=self._producers(group_size, head_dim),
             consumer=self.output,
             columns=group_size * head_dim,
-            linear=self.value,
+            linear=self.inputs[2] if linear else None,
+            norms=tuple(
+                Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)
+            ),
+            transposed=self.transposed,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
             config_pinned={"head_dim": head_dim},
+            attributes=attributes(group_size, 1, 0),
             bias_key=self.bias_key,
+            refusal=_refusal(self.refused, config),
         )
+        if unit == "kv_group" or group_size == 1 or self.interleaved:
+            return spec
+        return replace(
+            spec,
+            num_units=heads,
+            producers=(Producer(self.inputs[0], (self.query_rows * head_dim,)),),
+            columns=head_dim,
+            partitions=kv_heads,
+            unshrunk=self.inputs[1:],
+            norms=tuple(Producer(path) for path in norms[:1]),
+            config_per_unit={self.heads_key: 1},
+            config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
+            attributes=attributes(1, 0, Fraction(1, kv_heads)),
+        )
+
+    def _producers(self, group_size: int, head_dim: int) -> tuple[Producer, ...]:
+        rows = (self.query_rows * group_size * head_dim, head_dim, head_dim)
+        if len(self.inputs) == 3:
+            return tuple(Producer(path, (n,)) for path, n in zip(self.inputs, rows, strict=True))
+        return (Producer(self.inputs[0], (sum(rows),) if self.interleaved else rows),)
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Paths inside a decoder layer, and the config key, of a (gated) MLP."""
+    """Paths inside a decoder layer, and the config key, of an MLP, gated or not.
 
+    Attributes:
+        inputs: the projections in front of the activation.
+        sections: of each input; 2 where one projection holds [gate; up].
+        linear: the input that the output is linear in, all else fixed; None where there is none.
+        output: the projection behind it.
+        width_key: config key of the width.
+        pins: config values without which the config would give the layers another width.
+        post_norm, transposed, refused, bias_key: as in `Attention`.
+    """
+
+    kind: ClassVar[str] = MLP
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    sections: int = 1
     linear: str | None = "mlp.up_proj"
     output: str = "mlp.down_proj"
     width_key: str = "intermediate_size"
-    width_attribute: str = "mlp.intermediate_size"
+    pins: Mapping[str, Any] = field(default_factory=dict)
+    post_norm: str | None = None
+    transposed: bool = False
+    refused: tuple[Refusal, ...] = ()
     bias_key: str | None = None
 
-    def group(self, config: Any) -> GroupSpec:
+    def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
+        """The MLP's group; `unit` is attention's."""
+        block = self.output.rpartition(".")[0]
         return GroupSpec(
             MLP,
-            num_units=getattr(config, self.width_key),
-            producers=tuple(Producer(path, 1) for path in self.inputs),
+            num_units=_shape(layer, self.output, self.transposed)[1],
+            producers=tuple(Producer(path, (1,) * self.sections) for path in self.inputs),
             consumer=self.output,
             columns=1,
             linear=self.linear,
+            transposed=self.transposed,
             config_per_unit={self.width_key: 1},
-            attributes={self.width_attribute: 1},
+            config_pinned=dict(self.pins),
+            attributes={f"{block}.intermediate_size": Fraction(1)},
             bias_key=self.bias_key,
+            refusal=_refusal(self.refused, config),
+        )
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A block that has no units which could be removed: it stays as it is.
+
+    Its parameters count, and what it puts out on the compressed path is known to the blocks
+    behind it.
+
+    Attributes:
+        kind: what it is or stands in the place of.
+        path: of the block inside the decoder layer.
+        output: of the module whose output goes to the residual stream.
+        reason: why, to be read after "because".
+        post_norm: as in `Attention`.
+    """
+
+    kind: str
+    path: str
+    output: str
+    reason: str
+    post_norm: str | None = None
+
+    def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
+        """A group without units."""
+        return GroupSpec(
+            self.kind,
+            num_units=0,
+            producers=(),
+            consumer=self.output,
+            columns=0,
+            unshrunk=(self.path,),
+            refusal=self.reason,
         )
 
 
@@ -216,25 +364,105 @@ def _unmet(requires: dict[str, Any], config: Any) -> list[str]:
     ]
 
 
+Block = Attention | Mlp | Whole
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One model type: where its decoder layers lie in the base model, and what is in them.
 
-    `exports` names the other types that a checkpoint can be exported as, or why it cannot be;
-    `gguf` holds llama.cpp's architectures for it, of which the first that fits is taken.
+    Attributes:
+        model_type: of the config.
+        layers: path of the decoder layers in the base model.
+        attention, mlp: the blocks of a decoder layer.
+        others: blocks that some layers have in place of these.
+        returns_tuple: a layer returns a tuple whose first element is the hidden states.
+        residual_scale_key: config key of the factor with which a block's output is added to the
+            residual stream.
+        additive: config values under which the stream is the sum of the blocks' outputs.
+        per_layer: why layers cannot differ in width.
+        refused: why the type cannot be compressed at all.
+        rehome: where it may move.
+        exports: other types that a checkpoint can be exported as, or why it cannot be.
+        gguf: llama.cpp's architectures for it, of which the first that fits is taken.
+        note: what else there is to know, for the table.
     """
 
     model_type: str
     layers: str = "layers"
-    attention: Attention = Attention()
-    mlp: Mlp = Mlp()
+    attention: Attention | Whole = Attention()
+    mlp: Mlp | Whole = Mlp()
+    others: tuple[Block, ...] = ()
+    returns_tuple: bool = False
+    residual_scale_key: str | None = None
+    additive: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: Refusal | None = None
+    refused: tuple[Refusal, ...] = ()
     rehome: Rehome | None = None
     exports: dict[str, Rehome | str] = field(default_factory=dict)
     gguf: tuple[Gguf, ...] = ()
+    note: str = ""
 
-    def groups(self, config: Any, attention_unit: str = "kv_group") -> tuple[GroupSpec, ...]:
-        """The groups of a decoder layer in the order in which they run."""
-        return (self.attention.group(config, attention_unit), self.mlp.group(config))
+    def groups(
+        self, config: Any, layer: nn.Module, attention_unit: str = "kv_group"
+    ) -> tuple[GroupSpec, ...]:
+        """The groups of a decoder layer in the order in which they run.
+
+        Args:
+            config: the model's; of a model with a text decoder inside, the decoder's part counts.
+            layer: the decoder layer, which may be on the meta device: blocks are told apart by the
+                modules that it has, and their sizes are its own.
+            attention_unit: "kv_group" or "query_head".
+
+        Raises:
+            ValueError: the type cannot be compressed, or the layer has none of the known blocks.
+        """
+        config = config.get_text_config()
+        if reason := _refusal(self.refused, config):
+            raise ValueError(f"this {self.model_type} cannot be compressed because {reason}")
+        groups = []
+        for usual in (self.attention, self.mlp):
+            blocks = [usual, *(block for block in self.others if block.kind == usual.kind)]
+            block = next((block for block in blocks if _has(layer, block.output)), None)
+            if block is None:
+                raise ValueError(
+                    f"a {type(layer).__name__} has none of "
+                    f"{', '.join(block.output for block in blocks)}: the entry for "
+                    f"{self.model_type} in grail_hf/architectures.py does not describe it"
+                )
+            spec = block.group(config, layer, attention_unit)
+            norm = block.post_norm if block.post_norm and _has(layer, block.post_norm) else None
+            scale = None if norm else self._residual_scale(config)
+            groups.append(replace(spec, residual_scale=scale, post_norm=norm))
+        return tuple(groups)
+
+    def _residual_scale(self, config: Any) -> float | None:
+        if not _has_values(config, self.additive):
+            return None
+        return getattr(config, self.residual_scale_key) if self.residual_scale_key else 1.0
+
+
+def _has(layer: nn.Module, path: str) -> bool:
+    module: Any = layer
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is not None
+
+
+def _has_values(config: Any, values: Mapping[str, Any]) -> bool:
+    return all(getattr(config, key, None) == value for key, value in values.items())
+
+
+def _refusal(refusals: tuple[Refusal, ...], config: Any) -> str | None:
+    return next((refusal.reason for refusal in refusals if refusal.holds(config)), None)
+
+
+def _shape(layer: nn.Module, path: str, transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of a projection."""
+    weight = layer.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def find_architecture(model_type: str) -> Architecture:
@@ -245,58 +473,304 @@ def find_architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
+def architectures_table() -> str:
+    """What is offered for each model type, as a Markdown table."""
+    lines = [
+        "| model type | MLP | heads | per-layer widths | notes |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in ARCHITECTURES.items():
+        blocks = {"MLP": entry.mlp, "heads": entry.attention}
+        refused = {what: _refusals(block) for what, block in blocks.items()}
+        offered = [_offered(refusals) for refusals in refused.values()]
+        own = "no" if entry.per_layer or offered == ["no", "no"] else "yes"
+        notes = [entry.note] if entry.note else []
+        notes += [_said("nothing", refusal) for refusal in entry.refused]
+        notes += [_said(f"no {what}", r) for what, refusals in refused.items() for r in refusals]
+        notes += [
+            _said(f"`{block.path}` stays", Refusal(block.reason))
+            for block in entry.others
+            if isinstance(block, Whole)
+        ]
+        if entry.per_layer:
+            notes.append(_said("no per-layer widths", entry.per_layer))
+        if any(block.post_norm for block in blocks.values()):
+            notes.append("a norm follows each block: target `residual` means `dense`")
+        if entry.rehome:
+            notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
+        lines.append(f"| {name} | {offered[0]} | {offered[1]} | {own} | {'; '.join(notes)} |")
+    return "\n".join(lines)
+
+
+def _refusals(block: Block) -> tuple[Refusal, ...]:
+    return (Refusal(block.reason),) if isinstance(block, Whole) else block.refused
+
+
+def _offered(refusals: tuple[Refusal, ...]) -> str:
+    if any(not refusal.unless for refusal in refusals):
+        return "no"
+    return "in part" if refusals else "yes"
+
+
+def _said(what: str, refusal: Refusal) -> str:
+    values = " and ".join(f"`{key}={value}`" for key, value in refusal.unless.items())
+    unless = f" unless {values}" if values else ""
+    return f"{what}{unless}: {refusal.reason}"
+
+
+HEADS_FILL_HIDDEN = Refusal("its attention takes heads * head_dim to be the hidden size")
+NORM_SPANS_HEADS = Refusal(
+    "its query and key norms span all heads, so the heads that are left would change"
+)
+DIVIDES = "the number of heads must divide the hidden size"
+RECURRENT = "its heads share a state over the sequence"
+SANDWICH_ATTENTION = Attention(post_norm="post_attention_layernorm")
+SANDWICH_MLP = Mlp(post_norm="post_feedforward_layernorm")
+FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear=None)
+UNGATED = Mlp(inputs=("mlp.up_proj",), linear=None)
+LINEAR_ATTENTION = Whole(ATTENTION, "linear_attn", "linear_attn.out_proj", RECURRENT)
+GEMMA4: dict[str, Any] = {
+    "attention": Whole(
+        ATTENTION,
+        "self_attn",
+        "self_attn.o_proj",
+        "full and sliding layers differ in head size and share one number of heads",
+        post_norm="post_attention_layernorm",
+    ),
+    "mlp": SANDWICH_MLP,
+    "refused": (
+        Refusal(
+            "layers that share keys and values cannot be calibrated one at a time",
+            unless={"num_kv_shared_layers": 0},
+        ),
+    ),
+}
+OWN_LAYERS = Refusal("its config has per-layer values of its own")
+
+# Models with a text decoder inside: it is compressed, on text alone, and the rest stays as it is.
+INSIDE: dict[str, Any] = {
+    "layers": "language_model.layers",
+    "per_layer": Refusal("the text decoder's config lies inside another"),
+    "note": "the text decoder inside; the rest stays",
+}
+
 # A mistral without a sliding window is a llama without biases that takes any number of heads.
-_MISTRAL = Rehome(
+MISTRAL = Rehome(
     "mistral",
     sets={"sliding_window": None},
     requires={"attention_bias": False, "mlp_bias": False},
 )
-_FULL_ATTENTION = {"sliding_window": None}
+FULL_ATTENTION = {"sliding_window": None}
 # A granite is a llama with four more factors, which are 1 or the usual one here; it takes any
 # number of heads, and biases everywhere.
-_GRANITE = Rehome(
+GRANITE = Rehome(
     "granite",
     sets={"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0},
-    requires=_FULL_ATTENTION,
+    requires=FULL_ATTENTION,
     derives={
         "head_dim": head_dim,
         "attention_multiplier": lambda config: head_dim(config) ** -0.5,
     },
 )
-_GGUF_LLAMA = Gguf("llama", interleaved=True, rope_factors=True, requires=_FULL_ATTENTION)
-_QK_NORM = "it normalises queries and keys, and a {} does not"
+GGUF_LLAMA = Gguf("llama", interleaved=True, rope_factors=True, requires=FULL_ATTENTION)
+QK_NORM = "it normalises queries and keys, and a {} does not"
 
-ARCHITECTURES: dict[str, Architecture] = {
-    # A llama config refuses a head count that does not divide the hidden size.
-    "llama": Architecture(
+ENTRIES = (
+    Architecture(
         "llama",
         attention=Attention(bias_key="attention_bias"),
         mlp=Mlp(bias_key="mlp_bias"),
-        rehome=_MISTRAL,
-        exports={"mistral": _MISTRAL, "granite": _GRANITE},
-        gguf=(_GGUF_LLAMA,),
+        # A llama config refuses a head count that does not divide the hidden size.
+        rehome=MISTRAL,
+        exports={"mistral": MISTRAL, "granite": GRANITE},
+        gguf=(GGUF_LLAMA,),
     ),
-    "mistral": Architecture(
+    Architecture(
         "mistral",
-        exports={
-            "mistral": replace(_MISTRAL, requires=_FULL_ATTENTION),
-            "granite": _GRANITE,
-        },
-        gguf=(_GGUF_LLAMA,),
+        exports={"mistral": replace(MISTRAL, requires=FULL_ATTENTION), "granite": GRANITE},
+        gguf=(GGUF_LLAMA,),
     ),
-    "qwen2": Architecture(
+    Architecture("ministral"),
+    Architecture(
         "qwen2",
         exports={
             "mistral": "it has biases on q, k and v, and a mistral has none",
-            "granite": replace(_GRANITE, sets=_GRANITE.sets | {"attention_bias": True}),
+            "granite": replace(GRANITE, sets=GRANITE.sets | {"attention_bias": True}),
         },
         # llama.cpp's qwen2 has no other number of heads; its llama takes biases, and any number.
-        gguf=(Gguf("qwen2", square=True, requires=_FULL_ATTENTION), _GGUF_LLAMA),
+        gguf=(Gguf("qwen2", square=True, requires=FULL_ATTENTION), GGUF_LLAMA),
     ),
-    "qwen3": Architecture(
+    Architecture(
         "qwen3",
         attention=Attention(bias_key="attention_bias"),
-        exports={name: _QK_NORM.format(name) for name in ("mistral", "granite")},
-        gguf=(Gguf("qwen3", requires=_FULL_ATTENTION | {"attention_bias": False}),),
+        exports={name: QK_NORM.format(name) for name in ("mistral", "granite")},
+        gguf=(Gguf("qwen3", requires=FULL_ATTENTION | {"attention_bias": False}),),
     ),
-}
+    Architecture("gemma"),
+    Architecture("gemma2", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, note=DIVIDES),
+    Architecture("gemma3_text", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, note=DIVIDES),
+    Architecture("gemma4_text", **GEMMA4, per_layer=OWN_LAYERS),
+    Architecture(
+        "phi",
+        attention=Attention(
+            output="self_attn.dense",
+            refused=(
+                Refusal(
+                    "its query and key norms are as wide as hidden size / heads",
+                    unless={"qk_layernorm": False},
+                ),
+            ),
+        ),
+        mlp=Mlp(inputs=("mlp.fc1",), linear=None, output="mlp.fc2"),
+    ),
+    Architecture(
+        "phi3",
+        attention=Attention(inputs=("self_attn.qkv_proj",)),
+        mlp=FUSED_GATE,
+        note="heads only without longrope, whose config takes head_dim to be hidden size / heads",
+    ),
+    Architecture(
+        "gpt2",
+        layers="h",
+        attention=Attention(
+            inputs=("attn.c_attn",),
+            output="attn.c_proj",
+            transposed=True,
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(
+            inputs=("mlp.c_fc",),
+            linear=None,
+            output="mlp.c_proj",
+            width_key="n_inner",
+            transposed=True,
+        ),
+    ),
+    Architecture(
+        "gpt_neox",
+        attention=Attention(
+            inputs=("attention.query_key_value",),
+            interleaved=True,
+            output="attention.dense",
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(inputs=("mlp.dense_h_to_4h",), linear=None, output="mlp.dense_4h_to_h"),
+    ),
+    Architecture(
+        "gptj",
+        layers="h",
+        attention=Attention(
+            inputs=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            output="attn.out_proj",
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(inputs=("mlp.fc_in",), linear=None, output="mlp.fc_out", width_key="n_inner"),
+        returns_tuple=True,
+    ),
+    Architecture(
+        "opt",
+        layers="decoder.layers",
+        attention=Attention(output="self_attn.out_proj", refused=(HEADS_FILL_HIDDEN,)),
+        mlp=Mlp(inputs=("fc1",), linear=None, output="fc2", width_key="ffn_dim"),
+        additive={"do_layer_norm_before": True},
+    ),
+    Architecture(
+        "bloom",
+        layers="h",
+        attention=Attention(
+            inputs=("self_attention.query_key_value",),
+            interleaved=True,
+            output="self_attention.dense",
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(
+            inputs=("mlp.dense_h_to_4h",),
+            linear=None,
+            output="mlp.dense_4h_to_h",
+            refused=(Refusal("its MLP is always four times as wide as the hidden size"),),
+        ),
+        returns_tuple=True,
+    ),
+    Architecture(
+        "falcon",
+        layers="h",
+        attention=Attention(
+            inputs=("self_attention.query_key_value",),
+            interleaved=True,
+            output="self_attention.dense",
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(
+            inputs=("mlp.dense_h_to_4h",),
+            linear=None,
+            output="mlp.dense_4h_to_h",
+            width_key="ffn_hidden_size",
+        ),
+        returns_tuple=True,
+    ),
+    Architecture("starcoder2", mlp=Mlp(inputs=("mlp.c_fc",), linear=None, output="mlp.c_proj")),
+    Architecture("stablelm", attention=Attention(refused=(HEADS_FILL_HIDDEN,))),
+    Architecture("olmo", attention=Attention(linear_if={"clip_qkv": None})),
+    *(
+        Architecture(
+            name,
+            attention=replace(SANDWICH_ATTENTION, refused=(NORM_SPANS_HEADS,)),
+            mlp=SANDWICH_MLP,
+            others=others,
+        )
+        for name, others in {
+            "olmo2": (),
+            "olmo3": (),
+            "olmo_hybrid": (replace(LINEAR_ATTENTION, output="linear_attn.o_proj"),),
+        }.items()
+    ),
+    Architecture("granite", residual_scale_key="residual_multiplier"),
+    Architecture("smollm3"),
+    Architecture(
+        "cohere", attention=Attention(head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+    ),
+    Architecture("cohere2"),
+    Architecture("glm", mlp=FUSED_GATE),
+    Architecture(
+        "glm4",
+        attention=Attention(post_norm="post_self_attn_layernorm"),
+        mlp=replace(FUSED_GATE, post_norm="post_mlp_layernorm"),
+    ),
+    Architecture("exaone4", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP),
+    Architecture("nemotron", mlp=UNGATED),
+    Architecture("ernie4_5"),
+    Architecture("seed_oss"),
+    Architecture("hunyuan_v1_dense"),
+    Architecture("apertus", mlp=UNGATED),
+    Architecture("arcee", mlp=UNGATED, note=DIVIDES),
+    Architecture("helium", attention=Attention(refused=(HEADS_FILL_HIDDEN,))),
+    Architecture("nanochat", mlp=Mlp(inputs=("mlp.fc1",), linear=None, output="mlp.fc2")),
+    Architecture(
+        "qwen3_next",
+        attention=Attention(query_rows=2),
+        others=(LINEAR_ATTENTION, Whole(MLP, "mlp", "mlp", "experts are not offered yet")),
+    ),
+    Architecture("qwen3_5_text", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,)),
+    Architecture(
+        "lfm2",
+        attention=Attention(output="self_attn.out_proj"),
+        mlp=Mlp(
+            inputs=("feed_forward.w1", "feed_forward.w3"),
+            linear="feed_forward.w3",
+            output="feed_forward.w2",
+            pins={"block_auto_adjust_ff_dim": False},
+        ),
+        others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
+    ),
+    Architecture("gemma3", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, **INSIDE),
+    Architecture("gemma4", **GEMMA4, **INSIDE),
+    Architecture("mistral3", **INSIDE),
+    Architecture("qwen2_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
+    Architecture("qwen2_5_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
+    Architecture("qwen3_vl", **INSIDE),
+    Architecture(
+        "qwen3_5", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,), **INSIDE
+    ),
+)
+
+ARCHITECTURES: dict[str, Architecture] = {entry.model_type: entry for entry in ENTRIES}

@@ -1,7 +1,7 @@
-"""The verbs of `grail-hf`: compress, evaluate, export, inspect.
+"""The verbs of `grail-hf`: compress, evaluate, export, inspect, architectures.
 
-Results go to standard output only as `--json`, one object alone; progress, tables and messages go
-to standard error.
+Results go to standard output only as `--json`, one object alone, or as the one table that
+`architectures` prints; progress, other tables and messages go to standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grail_hf.allocation import ALLOCATIONS
+from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, token_windows
 from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
@@ -277,12 +278,8 @@ def inspect_command(
         plan = plan_compression(model, config)
         costs = estimate(model, plan, config)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
-    for spec in plan.specs:
-        table.add_row(
-            f"{spec.kind} units per layer",
-            f"{spec.num_units:,}",
-            width_range(plan.widths[spec.kind]),
-        )
+    for kind, units in plan.units.items():
+        table.add_row(f"{kind} units per layer", f"{units:,}", width_range(plan.widths[kind]))
     for title, (before, after) in (
         ("projection parameters", plan.projection_parameters),
         ("total parameters", plan.total_parameters),
@@ -302,13 +299,19 @@ def inspect_command(
                 "model_type": model.config.model_type,
                 "new_model_type": plan.config.model_type,
                 "sparsity": plan.sparsity,
-                "units": {spec.kind: spec.num_units for spec in plan.specs},
+                "units": plan.units,
                 "widths": plan.widths,
                 "projection_parameters": plan.projection_parameters,
                 "total_parameters": plan.total_parameters,
                 "estimate": asdict(costs),
             }
         )
+
+
+@app.command("architectures")
+def architectures_command() -> None:
+    """List the known model types and what is offered for each, as a Markdown table."""
+    sys.stdout.write(architectures_table() + "\n")
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -127,6 +127,7 @@ def compress(
             config.seed,
             progress,
             group_batches=group_batches(plan, config, len(tokens.batches)),
+            returns_tuple=plan.architecture.returns_tuple,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
@@ -142,8 +143,8 @@ def compress(
 
 def complete_biases_(model: PreTrainedModel, plan: Plan) -> None:
     """Give zero biases to projections that the new config says have some, and that have none."""
-    for layer in decoder_layers(model, plan.architecture):
-        for spec in plan.specs:
+    for layer, specs in zip(decoder_layers(model, plan.architecture), plan.specs, strict=True):
+        for spec in specs:
             if spec.kind in plan.newly_biased:
                 Group(layer, spec, plan.architecture.layers).add_biases_()
 
@@ -215,18 +216,18 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
     if isinstance(plan.select, Folding):
         folding = 1 if config.compensate and config.target != "self" else 2
     total = 0
-    for spec in plan.specs:
+    for _, spec in plan.reduced:
         refits = config.refit_steps > 0 and spec.linear is not None
         each = number * (1 + folding + refits)
         if refits:
             each += refit_batches(config.refit_steps, len(range(0, number, REFIT_STRIDE)))
-        total += each * sum(width < spec.num_units for width in plan.widths[spec.kind])
+        total += each
     return total
 
 
 def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:
     """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
-    channels = max(max(plan.widths[spec.kind]) * spec.columns for spec in plan.reduced)
+    channels = max(plan.widths[spec.kind][i] * spec.columns for i, spec in plan.reduced)
     few = tokens.num_tokens < TOKENS_PER_CHANNEL * channels
     if few and not isinstance(config.ridge, str) and config.ridge < 0.1:
         logger.warning(

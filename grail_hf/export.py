@@ -6,8 +6,9 @@ only then does it take the output folder's place.
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from grail_hf.architectures import Architecture, GroupSpec, Rehome, find_archite
 from grail_hf.config import unknown_name
 from grail_hf.gguf_file import GGUF_FILE, check_gguf, plan_gguf, write_gguf
 from grail_hf.modeling_grail import has_own_widths
+from grail_hf.planning import decoder_layers
 from grail_hf.report import CARD_FILE, REPORT_FILE, USAGE, CompressionReport
 from grail_hf.saving import edited_config, rehomed_config, replaced_when_whole, uniform_config
 
@@ -83,6 +85,7 @@ def export(
         raise FileExistsError(f"{output} exists and is not an empty folder: choose another")
     config = _read_config(source)
     architecture = find_architecture(config.model_type)
+    check_own_decoder(config)
     target = FORMATS[format].config(config, architecture)
     with replaced_when_whole(output) as folder:
         model_type, error = FORMATS[format].write(source, folder, target, architecture, gguf_type)
@@ -111,6 +114,15 @@ def _read_config(source: Path) -> PreTrainedConfig:
     return config
 
 
+def check_own_decoder(config: PreTrainedConfig) -> None:
+    """Raise ValueError where the decoder is a part of another model."""
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"the text decoder of a {config.model_type} lies inside another model, which cannot be "
+            "exported: its checkpoint is an ordinary one already, use it as it is"
+        )
+
+
 # Configs: what the result says of itself
 
 
@@ -118,8 +130,7 @@ def stock_config(config: PreTrainedConfig, architecture: Architecture) -> PreTra
     """The config as it is. Raises ValueError where the layers have several widths."""
     differ = [
         f"{group[0].name} {sorted({spec.num_units * spec.columns for spec in group})}"
-        for group in zip(*layer_groups(config, architecture), strict=True)
-        if len({(spec.num_units, spec.columns) for spec in group}) > 1
+        for group in _differing(layer_groups(config, architecture))
     ]
     if differ:
         raise ValueError(
@@ -152,19 +163,41 @@ def padded_config(config: PreTrainedConfig, architecture: Architecture) -> PreTr
     the largest of both. Raises ValueError where no type can say the number of heads.
     """
     edits: dict[str, Any] = {}
-    for group in zip(*layer_groups(config, architecture), strict=True):
+    specs = layer_groups(config, architecture)
+    for group in _differing(specs):
         widest = max(group, key=lambda spec: spec.columns)
         edits |= widest.config_values(max(spec.num_units for spec in group))
-    return edited_config(config, edits, architecture.rehome)
+    return edited_config(config, specs, edits, architecture.rehome)
 
 
 def layer_groups(
     config: PreTrainedConfig, architecture: Architecture
 ) -> list[tuple[GroupSpec, ...]]:
     """The groups of each decoder layer, by whole KV groups, at the layer's own widths."""
-    number: int = config.num_hidden_layers
-    own = config.per_layer_config if has_own_widths(config) else None
-    return [architecture.groups(own[index] if own else config) for index in range(number)]
+    layers = decoder_layers(_skeleton(config), architecture)
+    return [architecture.groups(config, layer) for layer in layers]
+
+
+def _differing(specs: Sequence[Sequence[GroupSpec]]) -> list[list[GroupSpec]]:
+    """Of each kind of group whose shape differs between layers, those of the layers with units."""
+    by_kind = [[spec for spec in of_kind if spec.num_units] for of_kind in zip(*specs, strict=True)]
+    return [group for group in by_kind if len({_shape(spec) for spec in group}) > 1]
+
+
+def _shape(spec: GroupSpec) -> tuple[int, int]:
+    return spec.num_units, spec.columns
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The config's causal LM on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config),
+            dtype=dtype,  # it would be given the dtype
+        )
+    return model
 
 
 # Weights
@@ -213,12 +246,7 @@ def _fitted_model(
 
     Biases that the model does not have are zeros.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        fitted: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=model.dtype
-        )
+    fitted = _skeleton(config, model.dtype)
     state = model.state_dict()
     pairs = zip(
         layer_groups(model.config, architecture), layer_groups(config, architecture), strict=True
@@ -226,7 +254,8 @@ def _fitted_model(
     for index, (narrow, wide) in enumerate(pairs):
         prefix = f"{model.base_model_prefix}.{architecture.layers}.{index}."
         for old, new in zip(narrow, wide, strict=True):
-            _pad_group_(state, prefix, old, new)
+            if _shape(old) != _shape(new):
+                _pad_group_(state, prefix, old, new)
     for name, parameter in fitted.named_parameters():
         if name not in state and name.endswith(".bias"):
             state[name] = torch.zeros(parameter.shape, dtype=parameter.dtype)
@@ -237,16 +266,28 @@ def _fitted_model(
 
 def _pad_group_(state: dict[str, Tensor], prefix: str, old: GroupSpec, new: GroupSpec) -> None:
     """Give a group's tensors the shape of `new`: zero rows and columns behind and inside units."""
-    for before, after in zip(old.producers, new.producers, strict=True):
+    before, after = ((*spec.producers, *spec.norms) for spec in (old, new))
+    for narrow, wide in zip(before, after, strict=True):
         for kind in ("weight", "bias"):
-            name = f"{prefix}{before.path}.{kind}"
-            if name in state:
-                state[name] = padded_units(
-                    state[name], 0, (old.num_units, before.rows), (new.num_units, after.rows)
-                )
+            name = f"{prefix}{narrow.path}.{kind}"
+            if name not in state:
+                continue
+            dim = int(old.transposed and kind == "weight")
+            sizes = [old.num_units * per_unit for per_unit in narrow.rows]
+            sections = zip(
+                torch.split(state[name], sizes, dim), narrow.rows, wide.rows, strict=True
+            )
+            padded = [
+                padded_units(section, dim, (old.num_units, n), (new.num_units, m))
+                for section, n, m in sections
+            ]
+            state[name] = torch.cat(padded, dim)
     name = f"{prefix}{old.consumer}.weight"
     state[name] = padded_units(
-        state[name], 1, (old.num_units, old.columns), (new.num_units, new.columns)
+        state[name],
+        0 if old.transposed else 1,
+        (old.num_units, old.columns),
+        (new.num_units, new.columns),
     )
 
 

@@ -4,13 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grail_hf.architectures import GroupSpec
+from grail_hf.architectures import GroupSpec, Producer
+from grail_hf.modeling_grail import LayerConfig, names_read_after_init
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module, its weight [out, in] whichever way it is stored.
+
+    Methods that end in an underscore change the module.
+    """
+
+    module: Any
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], a view of what is stored, detached."""
+        weight: Tensor = self.module.weight.detach()
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out]."""
+        bias: Tensor | None = self.module.bias
+        return bias
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight [out, in] the way in which the module stores its own."""
+        return weight.T if self.transposed else weight
+
+    def put_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Give the module another weight [out, in] and, unless it is None, another bias [out].
+
+        Its sizes follow.
+        """
+        module = self.module
+        if bias is not None:
+            module.bias = _like(module.weight if module.bias is None else module.bias, bias)
+        module.weight = _like(module.weight, self.stored(weight))
+        outputs, inputs = ("nf", "nx") if self.transposed else ("out_features", "in_features")
+        setattr(module, outputs, weight.shape[0])
+        setattr(module, inputs, weight.shape[1])
 
 
 class Group:
@@ -47,13 +90,14 @@ class Group:
         return self.spec.partitions
 
     @property
-    def consumer(self) -> nn.Linear:
-        return _linear(self.layer, self.spec.consumer, self.name)
+    def consumer(self) -> Any:
+        """The module that reads the units: a Linear, or another that computes the same."""
+        return self.layer.get_submodule(self.spec.consumer)
 
     @property
     def weight(self) -> Tensor:
         """[O, H], the consumer's weight, detached."""
-        return self.consumer.weight.detach()
+        return self.projection(self.spec.consumer).weight
 
     def regional_gradient(self) -> RegionalGradient:
         """By the consumer's weight, computed when asked for: a pass forward and one back."""
@@ -63,57 +107,93 @@ class Group:
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
-        """Of each producer, [num_units, features]: a unit's weight rows and, if any, biases."""
+        """Of each section of a producer, [num_units, features]: a unit's rows, with biases."""
         found = []
         for producer in self.spec.producers:
-            linear = _linear(self.layer, producer.path, self.name)
-            rows = linear.weight.detach()
-            if linear.bias is not None:
-                rows = torch.cat([rows, linear.bias.detach()[:, None]], dim=1)
-            found.append(rows.reshape(self.num_units, -1))
+            projection = self.projection(producer.path)
+            rows = projection.weight
+            if projection.bias is not None:
+                rows = torch.cat([rows, projection.bias.detach()[:, None]], dim=1)
+            sizes = [self.num_units * per_unit for per_unit in producer.rows]
+            sections = torch.split(rows[: sum(sizes)], sizes)
+            found += [section.reshape(self.num_units, -1) for section in sections]
         return tuple(found)
 
     @property
-    def projections(self) -> Iterator[nn.Linear]:
-        """Every projection of the block: producers, those that stay whole, and the consumer."""
-        for path in (
-            *(producer.path for producer in self.spec.producers),
-            *self.spec.unshrunk,
-            self.spec.consumer,
+    def bias(self) -> Tensor | None:
+        """[O], the consumer's."""
+        return self.projection(self.spec.consumer).bias
+
+    def projection(self, path: str) -> Projection:
+        """The projection at `path` in the layer. Raises TypeError for anything else."""
+        module = self.layer.get_submodule(path)
+        # transformers' Conv1D, which stores its weight transposed, is no subclass of Linear.
+        if not isinstance(module, nn.Linear) and not (
+            self.spec.transposed and hasattr(module, "nf")
         ):
-            yield _linear(self.layer, path, self.name)
+            raise TypeError(f"{path} of {self.name} is a {type(module).__name__}, not a Linear")
+        return Projection(module, self.spec.transposed)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the block's projections, and of whatever else of it stays whole."""
+        producers = (producer.path for producer in self.spec.producers)
+        return (*producers, *self.spec.unshrunk, self.spec.consumer)
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """Every projection of the block by its path; none of a block without units."""
+        return {path: self.projection(path) for path in self.paths if self.num_units}
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """The block's projections, and whatever else of it stays whole."""
+        return map(self.layer.get_submodule, self.paths)
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the block's projections."""
-        return sum(p.numel() for linear in self.projections for p in linear.parameters())
+        """Parameters of the block's projections, each once; of a block without units, all."""
+        return sum({p: p.numel() for m in self.modules for p in m.parameters()}.values())
 
     @property
     def unit_cost(self) -> int:
         """Parameters that one unit holds: its producers' rows and biases, its consumer columns."""
-        cost = self.spec.columns * self.consumer.out_features
+        if not self.num_units:
+            return 0
+        cost = self.spec.columns * self.weight.shape[0]
         for producer in self.spec.producers:
-            linear = _linear(self.layer, producer.path, self.name)
-            cost += producer.rows * (linear.in_features + (linear.bias is not None))
+            projection = self.projection(producer.path)
+            cost += sum(producer.rows) * (
+                projection.weight.shape[1] + (projection.bias is not None)
+            )
         return cost
 
     def missing_biases(self, width: int) -> int:
         """Parameters that `add_biases_` would add to the block with `width` units."""
-        rows = {producer.path: width * producer.rows for producer in self.spec.producers}
-        paths = (*rows, *self.spec.unshrunk, self.spec.consumer)
+        removed = {p.path: (self.num_units - width) * sum(p.rows) for p in self.spec.producers}
         return sum(
-            rows.get(path, linear.out_features)
-            for path, linear in zip(paths, self.projections, strict=True)
-            if linear.bias is None
+            projection.weight.shape[0] - removed.get(path, 0)
+            for path, projection in self.projections.items()
+            if projection.bias is None
         )
 
     @torch.no_grad()
     def add_biases_(self) -> None:
         """Give each of the block's projections that has no bias one of zeros."""
-        for linear in self.projections:
-            if linear.bias is None:
-                weight = linear.weight
-                linear.bias = _like(weight, weight.new_zeros(linear.out_features))
+        for projection in self.projections.values():
+            if projection.bias is None:
+                weight = projection.weight
+                projection.put_(weight, weight.new_zeros(weight.shape[0]))
+
+    @property
+    def norm_cost(self) -> int:
+        """Parameters of norms that one unit holds."""
+        return sum(
+            row.numel()
+            for norm in self.spec.norms
+            for parameter in self.layer.get_submodule(norm.path).parameters()
+            for row in parameter[: sum(norm.rows)]
+        )
 
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
@@ -122,15 +202,31 @@ class Group:
         The consumer is left for `repair_`.
         """
         for producer in self.spec.producers:
-            linear = _linear(self.layer, producer.path, self.name)
-            rows = producer.rows
-            linear.weight = _like(linear.weight, reduction.of_producer(linear.weight, rows))
-            if linear.bias is not None:
-                linear.bias = _like(linear.bias, reduction.of_producer(linear.bias, rows))
-            linear.out_features = reduction.kept.numel() * rows
-        for path, divisor in self.spec.attributes.items():
+            projection = self.projection(producer.path)
+            bias = projection.bias
+            projection.put_(
+                reduced_rows(projection.weight, producer, reduction),
+                None if bias is None else reduced_rows(bias, producer, reduction),
+            )
+        for norm in self.spec.norms:
+            module = self.layer.get_submodule(norm.path)
+            for name, parameter in list(module.named_parameters()):
+                setattr(module, name, _like(parameter, reduced_rows(parameter, norm, reduction)))
+        for path, factor in self.spec.attributes.items():
             owner, _, name = path.rpartition(".")
-            setattr(self.layer.get_submodule(owner), name, reduction.kept.numel() // divisor)
+            module = self.layer.get_submodule(owner)
+            if name in vars(module):
+                setattr(module, name, int(reduction.kept.numel() * factor))
+        self._show_width_(reduction.kept.numel())
+
+    def _show_width_(self, width: int) -> None:
+        """Let modules that read the width from the model's config when they run see this one."""
+        values = self.spec.config_values(width)
+        module: Any
+        for module in self.layer.modules():
+            held = vars(module).get("config")
+            if held is not None and values.keys() & names_read_after_init(type(module)):
+                module.config = LayerConfig(held, values)
 
     @torch.no_grad()
     def repair_(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -139,45 +235,44 @@ class Group:
         Raises:
             FloatingPointError: the weight or the bias does not fit the model's dtype.
         """
-        consumer = self.consumer
+        consumer = self.projection(self.spec.consumer)
         if bias is not None and consumer.bias is not None:
             bias = bias + consumer.bias
-        fitting = [new.to(consumer.weight.dtype) for new in (weight, bias) if new is not None]
-        if not all(torch.isfinite(new).all() for new in fitting):
+        dtype = consumer.weight.dtype
+        fitting = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if not all(torch.isfinite(new).all() for new in fitting if new is not None):
             raise FloatingPointError(
                 f"the repaired {self.name} overflows {consumer.weight.dtype}: use more ridge, or "
                 "load the model in bfloat16 or float32"
             )
-        consumer.weight = _like(consumer.weight, fitting[0])
-        consumer.in_features = weight.shape[1]
-        if bias is not None:
-            old = consumer.weight if consumer.bias is None else consumer.bias
-            consumer.bias = _like(old, fitting[1])
+        consumer.put_(*fitting)
 
     @contextmanager
     def reduced(self, reduction: Reduction) -> Iterator[None]:
         """Inside the context, the group is reduced and not repaired; after it, as it was."""
-        paths = [*(producer.path for producer in self.spec.producers), self.spec.consumer]
-        names = ("weight", "bias", "in_features", "out_features")
-        attributes = [f"{path}.{name}" for path in paths for name in names]
-        owners = [path.rpartition(".") for path in (*attributes, *self.spec.attributes)]
-        places = [(self.layer.get_submodule(owner), name) for owner, _, name in owners]
-        before = [getattr(module, name) for module, name in places]
+        before = [(vars(m), vars(m).copy(), m._parameters.copy()) for m in self.layer.modules()]
         try:
             self.repair_(reduction.of_consumer(self.weight, self.columns))
             self.shrink_(reduction)
             yield
         finally:
-            for (module, name), value in zip(places, before, strict=True):
-                setattr(module, name, value)
+            for state, attributes, parameters in before:
+                state.update(attributes)
+                state["_parameters"].update(parameters)
 
 
-def _linear(layer: nn.Module, path: str, name: str) -> nn.Linear:
-    module = layer.get_submodule(path)
-    if not isinstance(module, nn.Linear):
-        raise TypeError(f"{path} of {name} is a {type(module).__name__}, not a Linear")
-    return module
+def reduced_rows(rows: Tensor, producer: Producer, reduction: Reduction) -> Tensor:
+    """A producer's weight or bias [rows, ..] after the reduction, which each section undergoes.
+
+    Rows behind the last section stay.
+    """
+    reduced, start = [], 0
+    for per_unit in producer.rows:
+        end = start + per_unit * reduction.num_units
+        reduced.append(reduction.of_producer(rows[start:end], per_unit))
+        start = end
+    return torch.cat([*reduced, rows[start:]])
 
 
 def _like(old: Tensor, new: Tensor) -> nn.Parameter:
-    return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+    return nn.Parameter(new.detach().contiguous(), requires_grad=old.requires_grad)

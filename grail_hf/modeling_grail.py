@@ -178,11 +178,12 @@ def share_config_(layer: nn.Module, old: Any, config: Any, index: int) -> None:
     for module in layer.modules():
         held = vars(module).get("config")
         if held is old or isinstance(held, LayerConfig):
-            reads = widths.keys() & _names_read_after_init(type(module))
+            reads = widths.keys() & names_read_after_init(type(module))
             module.config = LayerConfig(config, widths) if reads else config
 
 
-def _names_read_after_init(module_class: type) -> set[str]:
+def names_read_after_init(module_class: type) -> set[str]:
+    """Names that the class's methods use when they run, a config's keys among them."""
     methods = inspect.getmembers(module_class, inspect.isfunction)
     return {
         name

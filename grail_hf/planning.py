@@ -6,7 +6,7 @@ A plan can be made of a model on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from grail_hf.allocation import Budget, Profiles, Widths, allocate
-from grail_hf.architectures import MLP, Architecture, GroupSpec, find_architecture
+from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
+from grail_hf.architectures import ATTENTION, MLP, Architecture, GroupSpec, find_architecture
 from grail_hf.config import GrailConfig
 from grail_hf.groups import Group
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
@@ -31,11 +31,11 @@ class Plan:
 
     Attributes:
         architecture: the model type's entry.
-        specs: the groups of a decoder layer.
+        specs: of each decoder layer, its groups.
         select: scores the units of a group.
         budgets: what the units of each kind cost.
-        widths: kind -> units kept, one number a layer; a forecast until the allocation's profiles
-            are measured.
+        widths: kind -> units kept, one number a layer, 0 where a layer has no units; a forecast
+            until the allocation's profiles are measured.
         config: of the compressed model.
         biased: kinds of group whose consumer's bias is fitted.
         newly_biased: kinds whose projections have biases in `config`, and did not have them.
@@ -44,7 +44,7 @@ class Plan:
     """
 
     architecture: Architecture
-    specs: tuple[GroupSpec, ...]
+    specs: tuple[tuple[GroupSpec, ...], ...]
     select: Selector
     budgets: dict[str, Budget]
     widths: Widths
@@ -55,15 +55,21 @@ class Plan:
     total_parameters: tuple[int, int]
 
     @property
-    def reduced(self) -> tuple[GroupSpec, ...]:
-        """The groups that lose units in some layer."""
-        return tuple(spec for spec in self.specs if min(self.widths[spec.kind]) < spec.num_units)
+    def units(self) -> dict[str, int]:
+        """kind -> units in a layer, before."""
+        return {
+            kind: max(spec.num_units for layer in self.specs for spec in layer if spec.kind == kind)
+            for kind in self.widths
+        }
 
     @property
-    def num_reduced(self) -> int:
-        """How many groups of all layers lose units."""
-        return sum(
-            width < spec.num_units for spec in self.specs for width in self.widths[spec.kind]
+    def reduced(self) -> tuple[tuple[int, GroupSpec], ...]:
+        """(layer, group) of the groups that lose units."""
+        return tuple(
+            (index, spec)
+            for index, layer in enumerate(self.specs)
+            for spec in layer
+            if self.widths[spec.kind][index] < spec.num_units
         )
 
     @property
@@ -92,23 +98,30 @@ def plan_compression(
     select = find_selector(config.selector)
     check_model(model)
     architecture = find_architecture(model.config.model_type)
-    specs = architecture.groups(model.config, config.attention_unit)
     layers = decoder_layers(model, architecture)
+    specs = tuple(
+        architecture.groups(model.config, layer, config.attention_unit) for layer in layers
+    )
     names = {id(module): name for name, module in model.named_modules()}
-    groups = [[Group(layer, spec, names[id(layer)]) for spec in specs] for layer in layers]
+    groups = [
+        [Group(layer, spec, names[id(layer)]) for spec in of_layer]
+        for layer, of_layer in zip(layers, specs, strict=True)
+    ]
+    check_offered(groups, model.config.model_type, config)
     ignored = _ignored_groups(groups, config)
     budgets = {
-        group.kind: Budget(
-            group.num_units,
-            group.unit_cost,
-            fixed_cost=group.num_parameters - group.num_units * group.unit_cost,
-            step=config.multiple_of if group.kind == MLP else group.partitions,
-            layers=len(groups),
-            ignored=frozenset(layer for layer, kind in ignored if kind == group.kind),
+        kind: _budget(
+            [group for layer in groups for group in layer if group.kind == kind],
+            {layer for layer, ignored_kind in ignored if ignored_kind == kind},
+            config,
         )
-        for group in groups[0]
+        for kind in (ATTENTION, MLP)
     }
+    if architecture.per_layer is not None:
+        check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     widths = allocate(budgets, config, profiles)
+    if architecture.per_layer is not None:
+        _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
     before = sum(budget.cost(budget.num_units) for budget in budgets.values())
     after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -121,12 +134,22 @@ def plan_compression(
     biased, newly_biased = set(), set()
     if config.bias:
         newly_biased = switch_on_biases_(new_config, model.config, specs, widths)
-        biased = newly_biased | {g.kind for g in groups[0] if g.consumer.bias is not None}
+        biased = newly_biased | {
+            group.kind
+            for layer in groups
+            for group in layer
+            if group.num_units and group.bias is not None
+        }
     after += sum(
         group.missing_biases(widths[group.kind][index])
-        for index, layer_groups in enumerate(groups)
-        for group in layer_groups
+        for index, layer in enumerate(groups)
+        for group in layer
         if group.kind in newly_biased
+    )
+    norms = sum(
+        group.norm_cost * (group.num_units - widths[group.kind][index])
+        for index, layer in enumerate(groups)
+        for group in layer
     )
     return Plan(
         architecture,
@@ -138,8 +161,77 @@ def plan_compression(
         frozenset(biased),
         frozenset(newly_biased),
         (before, after),
-        (total, total - before + after),
+        (total, total - before + after - norms),
     )
+
+
+def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: GrailConfig) -> None:
+    """Raise ValueError where what is asked for is what this model type does not offer."""
+    refused = {}
+    for kind in (ATTENTION, MLP):
+        of_kind = [group.spec for layer in groups for group in layer if group.kind == kind]
+        if not any(spec.offered for spec in of_kind):
+            refused[kind] = "; ".join(dict.fromkeys(spec.refusal or "" for spec in of_kind))
+    for kind, reason in refused.items():
+        asked = getattr(config, f"{kind}_sparsity")
+        if asked:
+            raise ValueError(
+                f"{kind}_sparsity={asked:g} cannot be had: a stock {model_type} keeps its {kind} "
+                f"whole, because {reason}; use {kind}_sparsity=0, or sparsity alone"
+            )
+    if config.sparsity and len(refused) == 2:
+        raise ValueError(
+            f"sparsity={config.sparsity:g} cannot be had: a stock {model_type} can become narrower "
+            "nowhere; "
+            + "; ".join(f"its {kind} stays whole because {why}" for kind, why in refused.items())
+            + "; choose a model of another type"
+        )
+
+
+def _budget(groups: Sequence[Group], ignored: set[int], config: GrailConfig) -> Budget:
+    """Of one kind's groups, one a layer, of which those in layers `ignored` keep their width.
+
+    So do those that are not offered. Raises ValueError where the layers' units are not alike.
+    """
+    counted = [group for group in groups if group.num_units]
+    sizes = {(group.num_units, group.unit_cost) for group in counted}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the layers of {counted[0].name} and others differ in units or in their size, "
+            f"{sorted(sizes)} (units, parameters of one): compress the dense model instead"
+        )
+    ((num_units, unit_cost),) = sizes or {(1, 0)}
+    first = counted[0] if counted else groups[0]
+    return Budget(
+        num_units,
+        unit_cost,
+        fixed_cost=first.num_parameters - num_units * unit_cost,
+        step=config.multiple_of if first.kind == MLP else first.partitions,
+        layers=len(groups),
+        ignored=frozenset(ignored | {i for i, g in enumerate(groups) if not g.spec.offered}),
+        absent=frozenset(i for i, group in enumerate(groups) if not group.num_units),
+        whole_cost=sum(group.num_parameters for group in groups if not group.num_units),
+    )
+
+
+def check_one_width(config: GrailConfig, model_type: str, reason: str) -> None:
+    """Raise ValueError where the allocation gives each layer a width of its own."""
+    if find_allocation(config.allocation).per_layer:
+        raise ValueError(
+            f"allocation={config.allocation!r} gives layers widths that differ, which a "
+            f"{model_type} cannot say because {reason}: use allocation='uniform'"
+        )
+
+
+def _check_equal(widths: Mapping[str, Sequence[int]], model_type: str, reason: str) -> None:
+    for kind, numbers in widths.items():
+        different = sorted(set(numbers) - {0})
+        if len(different) > 1:
+            raise ValueError(
+                f"the layers' {kind} widths {different} differ, which a {model_type} "
+                f"cannot say because {reason}: give every layer the same width (no single layers "
+                "in ignore)"
+            )
 
 
 def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
@@ -199,7 +291,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Positions that the model was made for; None where its config names no limit."""
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 
@@ -290,12 +382,13 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     forward = gram = solve = peak = 0
     for index, layer in enumerate(layers):
         upstream = passes = 0
-        for spec in plan.specs:
-            group, width = Group(layer, spec, ""), plan.widths[spec.kind][index]
-            inputs, outputs = group.consumer.in_features, group.consumer.out_features
-            kept = width * group.columns
-            removed = inputs - kept
-            if removed:
+        groups = [Group(layer, spec, "") for spec in plan.specs[index]]
+        for group in groups:
+            width = plan.widths[group.kind][index]
+            if width < group.num_units:
+                outputs, inputs = group.weight.shape
+                kept = width * group.columns
+                removed = inputs - kept
                 passes += 1
                 forward += 2 * tokens * (upstream + group.num_parameters - inputs * outputs)
                 gram += 2 * tokens * inputs * (inputs + outputs * targeted)
@@ -309,15 +402,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 peak = max(peak, 4 * square + max(4 * solve_item * square, activations))
             upstream += group.num_parameters - (group.num_units - width) * group.unit_cost
         forward += 2 * tokens * upstream
-        attention = plan.specs[0]
-        whole = sum(Group(layer, spec, "").num_parameters for spec in plan.specs)
-        forward += 2 * tokens * whole * targeted
+        forward += 2 * tokens * sum(group.num_parameters for group in groups) * targeted
         passes += 1 + targeted
-        forward += 2 * tokens * length * attention.num_units * attention.columns * passes
+        channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
+        forward += 2 * tokens * length * channels * passes
     layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
     # With a target: the dense hidden states in front of and behind a layer, and its outputs.
-    copies = 1 + targeted * (2 + len(plan.specs))
-    hidden = tokens * model.config.hidden_size * item * copies
+    copies = 1 + targeted * (2 + len(plan.specs[0]))
+    hidden = tokens * model.config.get_text_config().hidden_size * item * copies
     weights = sum(p.numel() for p in model.parameters()) * item
     return Estimate(
         tokens,

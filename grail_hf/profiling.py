@@ -25,7 +25,7 @@ from grail_hf.groups import Group
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, check_scores, gram
-from grail_hf.stream import Block, forwards_replaced, stream
+from grail_hf.stream import Block, as_returned, forwards_replaced, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,7 @@ def profile(
         device,
         seed=config.seed,
         progress=False,
+        returns_tuple=plan.architecture.returns_tuple,
     )
     for block in tqdm(
         blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
@@ -114,7 +115,9 @@ def profile(
                 ]
         if wanted and block.index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
-    divergences = _divergences(model, layers, held, finals, variants)
+    divergences = _divergences(
+        model, layers, held, finals, variants, plan.architecture.returns_tuple
+    )
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
         measured = {**known.divergences, variant.width: divergence}
@@ -162,7 +165,7 @@ def _reduced(
     weight = group.weight.to(stats.gram.dtype)
     repaired = torch.zeros_like(weight)
     repaired[:, kept] = ridge(weight, stats, kept, _DAMPING, group.name).weight
-    with replaceable_weight(group.consumer) as put:
+    with replaceable_weight(group.projection(group.spec.consumer)) as put:
         put(repaired)
         return block.behind([batch.hidden for batch in block.batches])
 
@@ -173,6 +176,7 @@ def _divergences(
     batches: Batches,
     dense: Sequence[Tensor],
     variants: Sequence[_Variant],
+    returns_tuple: bool,
 ) -> list[float]:
     """KL(dense || variant) of the next token, nats a token, for each variant.
 
@@ -182,7 +186,8 @@ def _divergences(
 
     def log_probabilities(inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        with forwards_replaced(layers, lambda *_, **__: hidden.to(model.device)):
+        returned = as_returned(hidden.to(model.device), returns_tuple)
+        with forwards_replaced(layers, lambda *_, **__: returned):
             logits: Tensor = model(**inputs, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)
         mask = inputs.get("attention_mask")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf.gram import GramStats, damped_cholesky
-from grail_hf.groups import Group
+from grail_hf.groups import Group, Projection
 from grail_hf.stream import Block, Run, captured_input
 
 _INPUT_DAMPING = 1e-3
@@ -50,8 +50,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     """
     if group.spec.linear is None or steps == 0:
         return
-    linear = group.layer.get_submodule(group.spec.linear)
-    assert isinstance(linear, nn.Linear)
+    projection = group.projection(group.spec.linear)
+    linear = projection.module
     runs = block.runs(group)
     start = linear.weight
     factor, _ = damped_cholesky(_input_gram(block, linear, runs), _INPUT_DAMPING, group.name)
@@ -79,7 +79,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             block.progress.update()
         return to_t(total)
 
-    with replaceable_weight(linear) as put:
+    with replaceable_weight(projection) as put:
 
         def normal(t: Tensor, runs: Sequence[Run] = runs) -> Tensor:
             """A^T A t. Biases are no part of A."""
@@ -88,8 +88,9 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
         generator = torch.Generator().manual_seed(group.seed)
         probe = torch.randint(0, 2, start.shape, generator=generator).to(factor) * 2 - 1
-        share = runs[0].num_tokens / sum(run.num_tokens for run in runs)
-        rows = (probe * normal(probe, runs[:1])).mean(dim=1, keepdim=True) / share
+        longest = max(runs, key=lambda run: run.num_tokens)
+        share = longest.num_tokens / sum(run.num_tokens for run in runs)
+        rows = (probe * normal(probe, [longest])).mean(dim=1, keepdim=True) / share
         rows = rows.clamp_min(1e-6 * rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny))
 
         solution = torch.zeros_like(probe)
@@ -128,18 +129,23 @@ def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
 
 
 @contextmanager
-def replaceable_weight(linear: nn.Linear) -> Iterator[Callable[[Tensor], nn.Parameter]]:
-    """A function that puts another weight into `linear`; its own is back afterwards."""
-    own = linear.weight
+def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn.Parameter]]:
+    """A function that puts another weight [out, in] into a projection, and returns what is stored.
+
+    Its own weight is back afterwards.
+    """
+    module = projection.module
+    own = module.weight
 
     def put(weight: Tensor) -> nn.Parameter:
-        linear.weight = nn.Parameter(weight.detach().to(own.dtype))
-        return linear.weight
+        stored = nn.Parameter(projection.stored(weight).detach().to(own.dtype))
+        module.weight = stored
+        return stored
 
     try:
         yield put
     finally:
-        linear.weight = own
+        module.weight = own
 
 
 @contextmanager

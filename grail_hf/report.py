@@ -107,7 +107,7 @@ class CompressionReport:
             new_model_type=plan.config.model_type,
             config=config,
             sparsity=plan.sparsity,
-            units={spec.kind: spec.num_units for spec in plan.specs},
+            units=plan.units,
             widths=dict(plan.widths),
             projection_parameters=plan.projection_parameters,
             total_parameters=plan.total_parameters,
@@ -294,8 +294,8 @@ class CompressionReport:
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have one width, so that a stock config says everything."""
-        return all(len(set(widths)) == 1 for widths in self.widths.values())
+        """Whether all layers with units have one width: a stock config says everything."""
+        return all(len(set(widths) - {0}) <= 1 for widths in self.widths.values())
 
     def _loading(self) -> str:
         if self.export:
@@ -357,8 +357,9 @@ class CompressionReport:
 
 
 def width_range(widths: Sequence[int]) -> str:
-    """The width of all layers, or from the narrowest to the widest."""
-    low, high = min(widths), max(widths)
+    """The width of all layers that have units, or from the narrowest to the widest."""
+    having = [width for width in widths if width] or [0]
+    low, high = min(having), max(having)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 

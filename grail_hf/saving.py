@@ -10,14 +10,20 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf.architectures import GroupSpec, Rehome
-from grail_hf.modeling_grail import AUTO_MAP, has_own_widths, layer_classes, share_config_
+from grail_hf.architectures import ATTENTION, GroupSpec, Rehome
+from grail_hf.modeling_grail import (
+    AUTO_MAP,
+    LayerConfig,
+    has_own_widths,
+    layer_classes,
+    share_config_,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,18 +33,19 @@ ALLOW = "allow_global_per_layer_attribute_access"
 
 def compressed_config(
     config: PreTrainedConfig,
-    specs: Sequence[GroupSpec],
+    specs: Sequence[Sequence[GroupSpec]],
     widths: Mapping[str, Sequence[int]],
     rehome: Rehome | None = None,
 ) -> PreTrainedConfig:
     """A config that says `widths`, of the same model type or, failing that, of `rehome`'s.
 
     Where layers differ, the widest gives the config's own values, and `per_layer_config` those of
-    the others; `modeling_grail` is what reads it.
+    the others; `modeling_grail` is what reads it. Of a model with a text decoder inside, only the
+    decoder's part changes.
 
     Args:
         config: of the dense model; not changed.
-        specs: the groups of a decoder layer.
+        specs: of each decoder layer, its groups.
         widths: kind -> units kept, one width a decoder layer.
         rehome: where the model may move; None forbids it.
 
@@ -46,21 +53,32 @@ def compressed_config(
         ValueError: neither type's config can say the widths, or this transformers knows no config
             whose layers differ.
     """
+    text = config.get_text_config()
+    if text is not config:
+        decoder = compressed_config(text, specs, widths)
+        return _edited(config, {"text_config": decoder})
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
-    for spec in specs:
-        widest = max(widths[spec.kind])
-        if min(widths[spec.kind]) < spec.num_units:
-            edits |= spec.config_values(widest)
-        for index, width in enumerate(widths[spec.kind]):
+    for kind, of_kind in widths.items():
+        offered = [
+            (index, spec, of_kind[index])
+            for index, layer in enumerate(specs)
+            for spec in layer
+            if spec.kind == kind and spec.offered
+        ]
+        widest = max((width for _, _, width in offered), default=0)
+        for index, spec, width in offered:
+            if width < spec.num_units:
+                edits |= spec.config_values(widest)
             if width < widest:
                 own = {key: width * n for key, n in spec.config_per_unit.items()}
                 layers[index] = layers.get(index, {}) | own
-    return edited_config(config, edits, rehome, layers)
+    return edited_config(config, specs, edits, rehome, layers)
 
 
 def edited_config(
     config: PreTrainedConfig,
+    specs: Sequence[Sequence[GroupSpec]],
     edits: dict[str, Any],
     rehome: Rehome | None = None,
     layers: Mapping[int, Mapping[str, int]] | None = None,
@@ -69,6 +87,7 @@ def edited_config(
 
     Args:
         config: is not changed; if its layers differ, those of the result do not, but by `layers`.
+        specs: of each decoder layer, its groups, for what a refusal says.
         edits: config key -> value, of all layers.
         rehome: where the model may move; None forbids it.
         layers: the layers that differ from that -> their own values.
@@ -77,32 +96,27 @@ def edited_config(
         ValueError: neither type's config can say it, or this transformers knows no config whose
             layers differ.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     says = ", ".join(f"{key}={value}" for key, value in edits.items())
     config = uniform_config(config)
-    edited = copy.deepcopy(config)
     if layers:
-        _check_own_widths(edited)
+        _check_own_widths(config)
         # The order counts: `per_layer_config` is compared with the other values. Another auto_map
         # would name code that is not this model's.
         edits = edits | {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": dict(layers)}
     try:
-        for key, value in edits.items():
-            setattr(edited, key, value)
-        edited.validate()
-        return edited
-    except (StrictDataclassError, ValueError) as error:
-        refusal = f"a stock {config.model_type} config cannot say {says} ({_reason(error)})"
+        return _edited(config, edits)
+    except _Unsayable as error:
+        refusal = f"a stock {config.model_type} config cannot say {says} ({error})"
+        remedy = f"choose another sparsity or attention_unit; {_sayable(config, specs)}"
         if rehome is None:
             raise ValueError(
-                f"{refusal}; choose another sparsity or attention_unit, or, for a causal LM that "
-                "can be saved as another stock type, leave rehome=True"
+                f"{refusal}; {remedy}; or, for a causal LM that can be saved as another stock "
+                "type, leave rehome=True"
             ) from error
         if obstacles := rehome.obstacles(config):
             raise ValueError(
                 f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
-                f"{rehome.model_type}; choose another sparsity or attention_unit"
+                f"{rehome.model_type}; {remedy}"
             ) from error
     return rehomed_config(config, rehome, edits)
 
@@ -119,7 +133,7 @@ def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def switch_on_biases_(
     new: PreTrainedConfig,
     dense: PreTrainedConfig,
-    specs: Sequence[GroupSpec],
+    specs: Sequence[Sequence[GroupSpec]],
     widths: Mapping[str, Sequence[int]],
 ) -> set[str]:
     """Have the compressed model's config say biases for the groups that it reduces.
@@ -130,16 +144,47 @@ def switch_on_biases_(
     """
     if new.model_type != dense.model_type:
         return set()
+    new, dense = new.get_text_config(), dense.get_text_config()
+    every = [(index, spec) for index, layer in enumerate(specs) for spec in layer]
     keys = {
         spec.bias_key
-        for spec in specs
+        for index, spec in every
         if spec.bias_key
-        and min(widths[spec.kind]) < spec.num_units
+        and widths[spec.kind][index] < spec.num_units
         and not getattr(dense, spec.bias_key)
     }
     for key in keys:
         setattr(new, key, True)
-    return {spec.kind for spec in specs if spec.bias_key in keys}
+    return {spec.kind for _, spec in every if spec.bias_key in keys}
+
+
+class _Unsayable(ValueError):
+    """What a config class says of values that it does not take."""
+
+
+def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedConfig:
+    """A copy with other values. Raises `_Unsayable` where the class does not take them."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    edited = copy.deepcopy(config)
+    try:
+        for key, value in edits.items():
+            setattr(edited, key, value)
+        edited.validate()
+    except (StrictDataclassError, ValueError) as error:
+        raise _Unsayable(str(error).strip().splitlines()[-1].strip()) from error
+    return edited
+
+
+def _sayable(config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]) -> str:
+    """The attention widths that the config can say, for a message."""
+    spec = next(s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
+    said = []
+    for width in range(spec.partitions, spec.num_units + 1, spec.partitions):
+        with suppress(_Unsayable):
+            _edited(config, spec.config_values(width))
+            said.append(width)
+    return f"of {spec.num_units} attention units a layer it can keep {', '.join(map(str, said))}"
 
 
 def _check_own_widths(config: PreTrainedConfig) -> None:
@@ -168,10 +213,6 @@ def rehomed_config(
     return rehomed
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
-
-
 def is_stock_causal_lm(model: PreTrainedModel) -> bool:
     """Whether the model is just what `AutoModelForCausalLM` makes of its config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -186,15 +227,19 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         _rehome_(model, config)
         return
     # Replaced rather than edited: other models may have been built from the same config object.
-    dense = model.config
+    dense, text = model.config, config.get_text_config()
     kinds = tuple(layer_classes(type(model)))
     layers = [module for module in model.modules() if isinstance(module, kinds)]
-    for index, layer in enumerate(layers):
-        share_config_(layer, dense, config, index)
+    if text is config:
+        for index, layer in enumerate(layers):
+            share_config_(layer, dense, config, index)
     module: Any
     for module in model.modules():
-        if getattr(module, "config", None) is dense:
+        held = getattr(module, "config", None)
+        if held is dense:
             module.config = config
+        elif text is not config and isinstance(held, (type(text), LayerConfig)):
+            module.config = text  # the decoder inside may hold a copy of its part
 
 
 def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:

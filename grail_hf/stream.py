@@ -144,10 +144,11 @@ class Block:
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
         consumer = group.consumer
-        outputs = None if self.target == "self" and targets is None else consumer.out_features
-        stats = GramStats.zeros(consumer.in_features, self.device, outputs)
+        outputs, channels = group.weight.shape
+        targeted = None if self.target == "self" and targets is None else outputs
+        stats = GramStats.zeros(channels, self.device, targeted)
         if hold_out:
-            stats.held_out = GramStats.zeros(consumer.in_features, self.device, outputs)
+            stats.held_out = GramStats.zeros(channels, self.device, targeted)
         position = self.groups.index(group)
         for number, batch in enumerate(self.batches):
             with (
@@ -159,8 +160,8 @@ class Block:
                 target = self._target(batch, position, seen)
             else:
                 target = targets[number].to(self.device, torch.float32)
-            if target is not None and consumer.bias is not None:
-                target = target - consumer.bias.float()  # the bias stays: the weight's part is left
+            if target is not None and group.bias is not None:
+                target = target - group.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
             if stats.held_out is not None:
                 stats.held_out.update_(
@@ -212,8 +213,11 @@ class Block:
                 inputs, output = seen
                 norms = torch.linalg.vector_norm(behind, dim=(1, 2))
                 gradients = torch.autograd.grad(norms.sum(), output)[0]
-            for x, g in zip(inputs.detach(), gradients, strict=True):
-                squares += (g.float().mT @ x.float()).square()
+            samples = len(batch.hidden)
+            x = inputs.detach().float().reshape(samples, -1, inputs.shape[-1])
+            g = gradients.float().reshape(samples, -1, gradients.shape[-1])
+            for one in range(samples):
+                squares += (g[one].mT @ x[one]).square()
         samples = sum(len(batch.hidden) for batch in self.batches)
         return RegionalGradient((squares / samples).sqrt(), samples)
 
@@ -251,30 +255,55 @@ class Block:
 
     @torch.no_grad()
     def energies(self) -> list[float]:
-        """For each group, the sum of squares of the residual stream behind its block."""
-        energies = [0.0] * len(self.groups)
+        """For each group, what its consumer's squared error is relative to.
+
+        That is the sum of squares of the residual stream behind the block, over the gain with
+        which the consumer's output reaches the stream: the square of the block's factor or, where
+        a norm lies in between, the energy that the norm puts out over the energy that it gets,
+        since a norm changes the scale of an error as it does the output's. Where the stream itself
+        is normed behind the block, it is taken as it is before.
+        """
+        streams, given, added = ([0.0] * len(self.groups) for _ in range(3))
+        modules = []
+        for group in self.groups:
+            norm = group.spec.post_norm
+            modules += [group.consumer, self.layer.get_submodule(norm) if norm else group.consumer]
         for batch in self.batches:
-            with captured_outputs([group.consumer for group in self.groups]) as outputs:
+            with captured_outputs(list(dict.fromkeys(modules))) as outputs:
                 batch.through(self.layer, self.index, batch.hidden, self.device)
+            remaining = iter(outputs)
             behind = batch.hidden.to(self.device, torch.float32)
-            for number, output in enumerate(outputs):
-                behind = behind + output.float()
-                energies[number] += batch.rows(behind).double().square().sum().item()
-        return energies
+            for number, group in enumerate(self.groups):
+                output = next(remaining).float()
+                scale = group.spec.residual_scale
+                part = next(remaining).float() if group.spec.post_norm else output * (scale or 1.0)
+                behind = behind + part.reshape(behind.shape)
+                for sums, x in ((streams, behind), (given, output), (added, part)):
+                    sums[number] += batch.rows(x).double().square().sum().item()
+        return [
+            stream * energy / gained if gained else stream
+            for stream, energy, gained in zip(streams, given, added, strict=True)
+        ]
 
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
         "residual" adds to the dense output what the residual stream lacks in front of it: the
-        difference of the layer's inputs, and of what earlier groups have put out.
+        difference of the layer's inputs, and of what earlier groups have put out (in a parallel
+        block too, where they are added together). A block whose output is scaled by s on its way
+        makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
         """
         if self.target == "self" or batch.dense is None:
             return None
         target = batch.outputs[position].to(self.device, torch.float32)
-        if self.target == "residual":
-            target = target + (batch.dense.float() - batch.hidden.float()).to(self.device)
-            for dense, compressed in zip(batch.outputs[:position], seen, strict=False):
-                target += dense.to(self.device).float() - compressed.float()
+        groups = self.groups[: position + 1]
+        scales = [s for s in (group.spec.residual_scale for group in groups) if s is not None]
+        if self.target == "residual" and len(scales) == len(groups):
+            lack = (batch.dense.float() - batch.hidden.float()).to(self.device)
+            for scale, dense, compressed in zip(scales[:-1], batch.outputs, seen, strict=False):
+                missing = dense.to(self.device).float() - compressed.float()
+                lack += scale * missing.reshape(lack.shape)
+            target = target + lack.reshape(target.shape) / scales[-1]
         return target
 
     @torch.no_grad()
@@ -291,13 +320,14 @@ class Block:
 def stream(
     model: PreTrainedModel,
     layers_path: str,
-    specs: Sequence[GroupSpec],
+    specs: Sequence[Sequence[GroupSpec]],
     batches: Sequence[dict[str, Tensor]],
     device: torch.device,
     target: str = "self",
     seed: int = 0,
     progress: bool = True,
     group_batches: int | None = None,
+    returns_tuple: bool = False,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
 
@@ -308,7 +338,7 @@ def stream(
     Args:
         model: any decoder-only transformers model, whole on one device.
         layers_path: path of the decoder layers in `model.base_model`.
-        specs: the groups of a layer, in the order in which they run.
+        specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         device: where layers run.
         target: of the statistics, see `GrailConfig.target`.
@@ -316,13 +346,14 @@ def stream(
         progress: show a bar on standard error.
         group_batches: batches that the caller will run for groups, in all layers together, for
             the bar's estimate; by default all of them once for each group.
+        returns_tuple: the layers return a tuple whose first element is the hidden states.
     """
     layers = model.base_model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
     names = {id(module): name for name, module in model.named_modules()}
-    micro_batches = record_calls(model, layers, batches)
+    micro_batches = record_calls(model, layers, batches, returns_tuple)
     if group_batches is None:
-        group_batches = len(layers) * len(specs) * len(micro_batches)
+        group_batches = sum(map(len, specs)) * len(micro_batches)
     passes = len(layers) * (1 + (target != "self")) - 1
     with tqdm(
         total=group_batches + passes * len(micro_batches),
@@ -334,7 +365,7 @@ def stream(
             name, home = names[id(layer)], next(layer.parameters()).device
             groups = tuple(
                 Group(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
-                for number, spec in enumerate(specs)
+                for number, spec in enumerate(specs[index])
             )
             layer.to(device)
             try:
@@ -373,7 +404,10 @@ def _dense_pass(block: Block) -> list[Tensor]:
 
 @torch.no_grad()
 def record_calls(
-    model: PreTrainedModel, layers: nn.ModuleList, batches: Sequence[dict[str, Tensor]]
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    batches: Sequence[dict[str, Tensor]],
+    returns_tuple: bool = False,
 ) -> list[_MicroBatch]:
     """Every layer's arguments for every batch, and the hidden states in front of layer 0.
 
@@ -390,7 +424,7 @@ def record_calls(
             held_out,
         )
 
-        def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Tensor:
+        def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Any:
             hidden: Tensor
             if args:
                 hidden, args = args[0], args[1:]
@@ -399,7 +433,7 @@ def record_calls(
             if not batch.calls:
                 batch.hidden = hidden
             batch.calls.append(shared.store((args, kwargs)))
-            return hidden
+            return as_returned(hidden, returns_tuple)
 
         with forwards_replaced(layers, record):
             model.base_model(**inputs, use_cache=False)
@@ -429,7 +463,7 @@ def held_out_tokens(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
 
 
 @contextmanager
-def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Tensor]) -> Iterator[None]:
+def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
     """Every layer's `forward` is `forward` inside the context, and as it was after it."""
     originals = [vars(layer).get("forward") for layer in layers]
     try:
@@ -528,7 +562,7 @@ def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output)
+        seen.append(output.clone())  # some layers go on to add to it in place
 
     handles = [module.register_forward_hook(take) for module in modules]
     try:
@@ -548,13 +582,18 @@ def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.extend((inputs[0], output.detach().requires_grad_()))
-        return seen[1]
+        return seen[1].clone()  # some layers go on to add to it in place
 
     handle = module.register_forward_hook(take)
     try:
         yield seen
     finally:
         handle.remove()
+
+
+def as_returned(hidden: Tensor, returns_tuple: bool) -> Any:
+    """Hidden states the way in which a decoder layer returns them."""
+    return (hidden, None) if returns_tuple else hidden
 
 
 def _hidden_states(output: Any) -> Tensor:

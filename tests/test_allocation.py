@@ -435,3 +435,24 @@ def test_an_unknown_rule_is_refused_with_the_nearest():
     budgets = {ATTENTION: Budget(4, 100), MLP: Budget(128, 10)}
     with pytest.raises(ValueError, match="did you mean 'search'"):
         allocate(budgets, GrailConfig(sparsity=0.5, allocation="serch"))
+
+
+def test_layers_without_units_cost_what_they_cost_and_have_no_width():
+    budget = Budget(
+        8,
+        30,
+        fixed_cost=7,
+        layers=4,
+        ignored=frozenset({0, 2}),
+        absent=frozenset({2}),
+        whole_cost=11,
+    )
+    assert budget.in_all_layers(5) == (8, 5, 0, 5)
+    assert budget.cost(5) == 11 + 3 * 7 + (8 + 5 + 5) * 30
+    none = Budget(1, 0, layers=2, ignored=frozenset({0, 1}), absent=frozenset({0, 1}), whole_cost=9)
+    assert (none.widths, none.in_all_layers(1), none.cost(1)) == ([1], (0, 0), 9)
+    for rule in ("uniform", "error"):
+        budgets = {ATTENTION: none, MLP: Budget(100, 10, layers=2)}
+        widths = allocate(budgets, GrailConfig(sparsity=0.3, multiple_of=1, allocation=rule))
+        assert widths[ATTENTION] == (0, 0)
+        assert sum(widths[MLP]) == pytest.approx(140, abs=3)

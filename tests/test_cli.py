@@ -7,6 +7,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from grail_hf.architectures import architectures_table
 from grail_hf.cli import app, replaced_when_whole
 
 runner = CliRunner()
@@ -145,3 +146,8 @@ def test_bias_is_left_out_or_auto(compress_arguments):
     code, out, err = run(*compress_arguments, "--bias", "auto", "--json")
     assert code == 0, err
     assert json.loads(out)["config"]["bias"] == "auto"
+
+
+def test_architectures_are_listed():
+    code, out, _ = run("architectures")
+    assert (code, out) == (0, architectures_table() + "\n")

@@ -13,8 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_architectures import differing_
 from test_per_layer import narrowed
-from tiny_models import CASES, CASES_AND_UNITS, batches, logits, relative_error, tiny_model
+from tiny_models import (
+    CASES_AND_UNITS,
+    UNUSUAL,
+    batches,
+    logits,
+    relative_error,
+    tiny_architecture,
+    tiny_model,
+)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -51,7 +60,7 @@ found["modules"] = [name for name in sys.modules if name.split(".")[0] == "grail
 print(json.dumps(found))
 """
 
-PADDED = CASES_AND_UNITS[::3]  # one unit or the other of most cases, and every model type
+PADDED = CASES_AND_UNITS[::3]  # one unit or the other of most cases
 STOCK = ["llama-biases", "qwen2-mixed", "qwen3"]
 FULL = {"sliding_window": None}
 # case, format, what is changed in its config first, the model type that comes out.
@@ -88,6 +97,11 @@ def exported(tmp_path_factory):
         name = f"{case}-{unit}-padded"
         live[name] = narrowed(case, unit)
         live[name][0].save_pretrained(sources / name)
+        export(sources / name, out / name, "padded")
+    for case in UNUSUAL:
+        name, model = f"{case}-padded", tiny_architecture(case)
+        live[name] = (model, differing_(model))
+        model.save_pretrained(sources / name)
         export(sources / name, out / name, "padded")
     for case, format, changes, _ in MOVES:
         name = f"{case}-{format}"
@@ -129,8 +143,25 @@ def assert_same_function(exported, name, model_type):
 # Computes the same
 
 
-def test_every_type_is_padded():
-    assert {CASES[case].get("model_type", case) for case, _ in PADDED} == ARCHITECTURES.keys()
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_padded_layers_compute_the_same_whatever_the_layout(exported, case):
+    assert_same_function(exported, f"{case}-padded", case)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_decoder_inside_another_model_is_refused(tmp_path, format):
+    tiny_architecture("mistral3").save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match="lies inside another model, which cannot be exported"):
+        export(tmp_path / "in", tmp_path / "out", format)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("format", ["mistral", "granite", "gguf"])
+def test_a_type_that_is_not_known_to_be_another_is_refused(tmp_path, format):
+    tiny_architecture("gpt2").save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match="not known to"):
+        export(tmp_path / "in", tmp_path / "out", format)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize(("case", "unit"), PADDED)
@@ -265,7 +296,7 @@ def test_bad_arguments_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "gpt2"}, "architecture 'gpt2' is not known"),
+        ({"model_type": "persimmon"}, "architecture 'persimmon' is not known"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
         ({"per_layer_config": {"0": {"intermediate_size": 40}}}, "not of grail_hf"),
     ],
@@ -584,7 +615,7 @@ def test_gguf_needs_a_tokenizer_that_fits_and_the_extra(tmp_path, with_tokenizer
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("key", ARCHITECTURES)
+@pytest.mark.parametrize("key", [key for key, entry in ARCHITECTURES.items() if entry.gguf])
 def test_a_type_without_a_gguf_is_refused(tmp_path, monkeypatch, key):
     monkeypatch.setitem(ARCHITECTURES, key, replace(ARCHITECTURES[key], gguf=(), exports={}))
     tiny_model(key).save_pretrained(tmp_path / "in")

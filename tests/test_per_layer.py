@@ -19,12 +19,12 @@ import torch
 from tiny_models import (
     CASES,
     CASES_AND_UNITS,
+    all_specs_of,
     batches,
     layers_of,
     logits,
     relative_error,
     specs_of,
-    tiny_config,
     tiny_model,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -194,7 +194,10 @@ def narrowed(case, unit, widths=None, **changes):
     masked = copy.deepcopy(model)
     specs = specs_of(model, unit)
     config = compressed_config(
-        model.config, specs, widths, ARCHITECTURES[model.config.model_type].rehome
+        model.config,
+        all_specs_of(model, unit),
+        widths,
+        ARCHITECTURES[model.config.model_type].rehome,
     )
     for index, (layer, twin) in enumerate(zip(layers_of(model), layers_of(masked), strict=True)):
         for spec in specs:
@@ -296,7 +299,7 @@ def test_equal_widths_make_a_stock_config(case):
     model = tiny_model(case)
     specs = specs_of(model)
     widths = {spec.kind: [spec.num_units // 2] * 3 for spec in specs}
-    config = compressed_config(model.config, specs, widths)
+    config = compressed_config(model.config, all_specs_of(model), widths)
     assert not config.is_heterogeneous
     said = config.to_dict()
     assert not {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"} & {*said}
@@ -325,7 +328,7 @@ def test_one_kind_may_differ_alone(tmp_path, case, unit, heads, channels):
 def test_a_config_with_own_widths_can_become_one_of_equal_widths_and_back(made):
     model, _ = made["qwen3", "kv_group"]
     before = model.config.to_dict()
-    specs = specs_of(model)
+    specs = all_specs_of(model)
     equal = compressed_config(model.config, specs, {ATTENTION: [1] * 3, MLP: [30] * 3})
     assert not {"per_layer_config", "auto_map"} & equal.to_dict().keys()
     other = compressed_config(model.config, specs, {ATTENTION: (2, 1, 2), MLP: (40, 40, 50)})
@@ -336,21 +339,19 @@ def test_a_config_with_own_widths_can_become_one_of_equal_widths_and_back(made):
 
 @pytest.mark.parametrize("changes", [{"mlp_bias": True}, {"attention_bias": True}])
 def test_heads_that_no_config_can_say_are_refused(changes):
-    config = tiny_config("llama", **changes)
-    architecture = ARCHITECTURES["llama"]
+    model = tiny_model("llama", **changes)
+    rehome = ARCHITECTURES["llama"].rehome
     with pytest.raises(ValueError, match="num_attention_heads=9"):
-        compressed_config(
-            config, architecture.groups(config), WIDTHS["kv_group"], architecture.rehome
-        )
+        compressed_config(model.config, all_specs_of(model), WIDTHS["kv_group"], rehome)
 
 
 def test_a_transformers_without_per_layer_configs_is_refused(monkeypatch):
-    config = tiny_config("qwen3")
-    specs = ARCHITECTURES["qwen3"].groups(config)
+    model = tiny_model("qwen3")
+    specs = all_specs_of(model)
     owner = next(c for c in PreTrainedConfig.__mro__ if "per_layer_config" in vars(c))
     monkeypatch.delattr(owner, "per_layer_config")
     with pytest.raises(ValueError, match="update transformers"):
-        compressed_config(config, specs, WIDTHS["kv_group"])
+        compressed_config(model.config, specs, WIDTHS["kv_group"])
 
 
 # Loaded
@@ -601,7 +602,7 @@ def test_normal_models_are_saved_without_the_file(tmp_path):
 
 
 def test_a_module_that_reads_a_width_when_it_runs_sees_its_own_and_later_changes():
-    """phi3 does; it is no known architecture yet, so nothing is compressed here."""
+    """phi3 does, of its heads."""
     sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "pad_token_id": 3}
     config = AutoConfig.for_model(
         "phi3", **sizes, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3

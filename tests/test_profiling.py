@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import (
     CASES,
+    UNUSUAL,
+    all_specs_of,
     assert_state,
     at_tokens,
     batches,
@@ -13,13 +15,14 @@ from tiny_models import (
     logits,
     specs_of,
     state_of,
+    tiny_architecture,
     tiny_model,
 )
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import ALLOCATIONS, profiling
+from grail_hf import ALLOCATIONS, ARCHITECTURES, profiling
 from grail_hf.allocation import TOLERANCE
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.compensation import ridge
@@ -28,7 +31,7 @@ from grail_hf.gram import GramStats
 from grail_hf.planning import plan_compression
 from grail_hf.profiling import held_out, profile, widths_to_measure
 from grail_hf.reduction import Reduction
-from grail_hf.stream import captured_input, stream
+from grail_hf.stream import captured_input, captured_outputs, stream
 
 MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
 
@@ -50,23 +53,34 @@ def consumer_inputs(model, module, inputs):
     return at_tokens(seen, inputs).double()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "gpt2", "falcon", "lfm2", "phi3"])
 @torch.no_grad()
 def test_divergences_are_those_of_the_full_model_with_one_group_reduced(case, monkeypatch):
     """The whole model, with one consumer's columns removed and the others repaired by hand."""
     monkeypatch.setattr(profiling, "HELD_OUT_TOKENS", 100)
-    model, inputs = tiny_model(case), batches()
+    model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
     state = state_of(model)
-    plan, profiles = profiles_of(model, inputs, ignore=1)
+    share = 0.2 if case == "lfm2" else 0.4  # most of its parameters are no units
+    plan, profiles = profiles_of(model, inputs, ignore=1, sparsity=share)
     assert_state(model, state)
-    assert set(profiles) == {(kind, layer) for kind in (ATTENTION, MLP) for layer in (0, 2)}
+    layers = range(len(plan.specs))
+    assert set(profiles) == {
+        (spec.kind, layer)
+        for layer in layers
+        for spec in plan.specs[layer]
+        if spec.offered and layer != 1
+    }
 
     fit, held = held_out(inputs)
     dense = logits(model, held).log_softmax(-1)
-    for spec in specs_of(model):
-        for layer in (0, 2):
+    for layer in layers:
+        for spec in plan.specs[layer]:
+            if (spec.kind, layer) not in profiles:
+                continue
             found = profiles[spec.kind, layer]
-            assert sorted(found.divergences) == widths_to_measure(plan.budgets[spec.kind], 0.4)
+            assert sorted(found.divergences) == widths_to_measure(
+                plan.budgets[spec.kind], plan.sparsity
+            )
             for width in list(found.divergences)[:2]:
                 variant = copy.deepcopy(model)
                 consumer = layers_of(variant)[layer].get_submodule(spec.consumer)
@@ -76,9 +90,10 @@ def test_divergences_are_those_of_the_full_model_with_one_group_reduced(case, mo
                 stats = GramStats(x.T @ x, x.sum(0), len(x))
                 kept = Reduction.keep_top(found.scores, width, spec.partitions)
                 kept = kept.kept_channels(spec.columns)
-                new = torch.zeros_like(consumer.weight)
-                new[:, kept] = ridge(consumer.weight.double(), stats, kept, 1e-4).weight.float()
-                consumer.weight.copy_(new)
+                weight = consumer.weight.T if spec.transposed else consumer.weight
+                new = torch.zeros_like(weight)
+                new[:, kept] = ridge(weight.double(), stats, kept, 1e-4).weight.float()
+                weight.copy_(new)
                 q = logits(variant, held).log_softmax(-1)
                 divergence = F.kl_div(q, dense, reduction="none", log_target=True).sum(-1).mean()
                 assert found.divergences[width] == pytest.approx(divergence.item(), rel=1e-3)
@@ -92,7 +107,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
     for block in stream(
-        model, plan.architecture.layers, specs, inputs, torch.device("cpu"), progress=False
+        model, plan.architecture.layers, plan.specs, inputs, torch.device("cpu"), progress=False
     ):
         behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
         for group, spec in zip(block.groups, specs, strict=True):
@@ -109,6 +124,31 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
                 left = x @ weight.T - x[:, kept] @ ridge(weight, stats, kept, 1e-4).weight.T
                 error = left.square().sum() / behind.square().sum()
                 assert found.errors[width].item() == pytest.approx(error.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("case", ["llama", *UNUSUAL])
+@torch.no_grad()
+def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
+    """A small change of the last consumer's output by a factor, and what the layer makes of it."""
+    model, inputs = tiny_architecture(case), batches()
+    entry = ARCHITECTURES[model.config.model_type]
+    options = {"progress": False, "returns_tuple": entry.returns_tuple}
+    for block in stream(
+        model, entry.layers, all_specs_of(model), inputs, torch.device("cpu"), **options
+    ):
+        energy = block.energies()[-1]
+        consumer = block.groups[-1].consumer
+        norm = block.groups[-1].spec.post_norm
+        sums = dict.fromkeys(("behind", "given", "added"), 0.0)
+        reader = block.layer.get_submodule(norm) if norm else consumer
+        for batch in block.batches:
+            with captured_outputs([consumer, reader][: 1 + bool(norm)]) as seen:
+                behind = batch.through(block.layer, block.index, batch.hidden, block.device)
+            for name, x in (("behind", behind), ("given", seen[0]), ("added", seen[-1])):
+                sums[name] += batch.rows(x).double().square().sum().item()
+        factor = 1.0 if norm else getattr(model.config, "residual_multiplier", 1.0)
+        gain = factor**2 * sums["added"] / sums["given"]
+        assert energy == pytest.approx(sums["behind"] / gain, rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", MEASURED)

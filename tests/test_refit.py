@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import CASES, assert_state, batches, layers_of, specs_of, state_of, tiny_model
+from tiny_models import CASES, all_specs_of, assert_state, batches, layers_of, state_of, tiny_model
 
 import grail_hf
 from grail_hf import ARCHITECTURES
@@ -20,7 +20,7 @@ padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-p
 def first_group_and_block(model, kind, inputs):
     """The first layer's group, with a residual target that its block misses by far."""
     path = ARCHITECTURES[model.config.model_type].layers
-    block = next(stream(model, path, specs_of(model), inputs, CPU, "residual", progress=False))
+    block = next(stream(model, path, all_specs_of(model), inputs, CPU, "residual", progress=False))
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back
         group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5

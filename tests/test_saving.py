@@ -35,21 +35,25 @@ LOADER = """
 import json, sys
 from pathlib import Path
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
 
 torch.set_num_threads(int(sys.argv[2]))
 found = {}
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model, info = auto_class.from_pretrained(folder, output_loading_info=True)
     saved = torch.load(folder / "expected.pt")
     with torch.no_grad():
-        equal = [
-            torch.equal(model(**batch, use_cache=False).logits[mask], logits[mask])
+        pairs = [
+            (model(**batch, use_cache=False).logits[mask], logits[mask])
             for batch, logits in zip(saved["batches"], saved["logits"])
             for mask in [batch["attention_mask"].bool()]
         ]
     found[folder.name] = {
-        "equal": equal,
+        "equal": [torch.equal(*pair) for pair in pairs],
+        "errors": [((one - other).norm() / other.norm()).item() for one, other in pairs],
         "problems": {key: list(value) for key, value in info.items() if value},
         "class": type(model).__name__,
         "model_type": model.config.model_type,

@@ -177,6 +177,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
         device,
         seed=config.seed,
         progress=False,
+        returns_tuple=plan.architecture.returns_tuple,
     ):
         moments = [block.collect(group).to(config.torch_dtype) for group in block.groups]
         for group, stats in zip(block.groups, moments, strict=True):

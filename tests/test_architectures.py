@@ -1,0 +1,508 @@
+"""Every architecture, from its tiny model: streamed, pruned, repaired, saved, and its refusals.
+
+A model type is tested by being in the table; a type without a tiny model fails.
+"""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_saving import LOADER
+from tiny_models import (
+    ARCHITECTURE_CASES,
+    SIZES,
+    UNUSUAL,
+    all_specs_of,
+    assert_state,
+    at_tokens,
+    batches,
+    config_of,
+    layers_of,
+    logits,
+    random_model,
+    relative_error,
+    state_of,
+    tiny_architecture,
+)
+from transformers import AutoModelForCausalLM
+
+import grail_hf
+from grail_hf import ARCHITECTURES, GrailConfig
+from grail_hf.allocation import TOLERANCE
+from grail_hf.architectures import ATTENTION, MLP, architectures_table
+from grail_hf.config import ATTENTION_UNITS
+from grail_hf.groups import Group
+from grail_hf.planning import estimate, plan_compression
+from grail_hf.reduction import Reduction
+from grail_hf.saving import apply_config_, compressed_config
+from grail_hf.stream import stream
+
+CPU = torch.device("cpu")
+SHARES = {ATTENTION: 0.5, MLP: 0.4}
+
+every_case = pytest.mark.parametrize("case", ARCHITECTURE_CASES)
+every_unit = pytest.mark.parametrize("unit", ATTENTION_UNITS)
+
+
+def entry_of(model):
+    return ARCHITECTURES[model.config.model_type]
+
+
+def groups_of(model, unit="kv_group"):
+    """Every group of every layer: (layer, Group)."""
+    specs = all_specs_of(model, unit)
+    return [
+        (index, Group(layer, spec, f"layers.{index}"))
+        for index, (layer, of_layer) in enumerate(zip(layers_of(model), specs, strict=True))
+        for spec in of_layer
+    ]
+
+
+def offered(model):
+    """The kinds of which some layer offers units."""
+    return {group.kind for _, group in groups_of(model) if group.spec.offered}
+
+
+def narrower(model, **settings):
+    """`compress`, as far as the type offers anything; skips the test where it offers nothing."""
+    kinds = offered(model)
+    if not kinds:
+        pytest.skip("nothing is offered")
+    shares = {f"{kind}_sparsity": SHARES[kind] * (kind in kinds) for kind in SHARES}
+    settings = {"multiple_of": 1} | shares | settings
+    return grail_hf.compress(model, calibration=batches(), progress=False, **settings)
+
+
+def streamed(model, target="self"):
+    entry = entry_of(model)
+    return stream(
+        model,
+        entry.layers,
+        all_specs_of(model),
+        batches(),
+        CPU,
+        target,
+        progress=False,
+        returns_tuple=entry.returns_tuple,
+    )
+
+
+@torch.no_grad()
+def seen_by_hooks(model, modules):
+    """What a full forward pass puts into and gets out of the modules: two lists of [tokens, H]."""
+    seen = {module: ([], []) for module in modules}
+
+    def look(module, args, kwargs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        into = args[0] if args else kwargs["hidden_states"]
+        for side, tensor in zip(seen[module], (into, output), strict=True):
+            side.append(tensor.clone().reshape(shape[0], shape[1], -1))
+
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
+    for batch in batches():
+        shape = batch["input_ids"].shape
+        model.base_model(**batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [[at_tokens(sides[way], batches()) for sides in seen.values()] for way in (0, 1)]
+
+
+def test_every_type_has_a_tiny_model():
+    types = {case.get("model_type", name) for name, case in ARCHITECTURE_CASES.items()}
+    assert types == set(ARCHITECTURES)
+
+
+# Streaming
+
+
+@every_case
+def test_streamed_states_and_grams_are_the_full_models(case):
+    model = tiny_architecture(case)
+    fronts, backs = seen_by_hooks(model, layers_of(model))
+    consumers = [group.consumer for _, group in groups_of(model) if group.spec.num_units]
+    inputs = iter(seen_by_hooks(model, consumers)[0])
+    for block in streamed(model):
+        hidden = at_tokens([batch.hidden for batch in block.batches], batches())
+        assert torch.equal(hidden, fronts[block.index])
+        for group in block.groups:
+            if group.num_units:
+                x = next(inputs).double()
+                stats = block.collect(group)
+                assert stats.gram.shape[0] == group.num_units * group.columns
+                assert relative_error(stats.gram.double(), x.T @ x) < 1e-5
+    assert next(inputs, None) is None
+    block.advance()
+    hidden = at_tokens([batch.hidden for batch in block.batches], batches())
+    assert torch.equal(hidden, backs[-1])
+
+
+@every_case
+@torch.no_grad()
+def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
+    """Where nothing but a factor lies between block and stream; else the target is the dense
+    output."""
+    model = tiny_architecture(case)
+    layers, (_, behind) = layers_of(model), seen_by_hooks(model, layers_of(model))
+    consumers = [group.consumer for _, group in groups_of(model)]
+    dense = dict(zip(consumers, seen_by_hooks(model, consumers)[1], strict=True))
+    for block in streamed(model, "residual"):
+        *earlier, last = block.groups
+        assert last.kind == MLP
+        if block.index:
+            runs, done = block.runs(last), []
+            for run in runs:
+                handle = last.consumer.register_forward_hook(lambda *_, run=run: run.target)
+                done.append(
+                    run.batch.through(layers[block.index], block.index, run.batch.hidden, CPU)
+                )
+                handle.remove()
+            if last.spec.residual_scale is None:
+                target = [r.target.reshape(*r.batch.hidden.shape[:2], -1) for r in runs]
+                assert relative_error(at_tokens(target, batches()), dense[last.consumer]) < 1e-6
+            else:
+                error = relative_error(at_tokens(done, batches()), behind[block.index])
+                assert error < 1e-5
+        for group in earlier if block.index else block.groups:  # from here on the paths differ
+            for parameter in group.consumer.parameters():
+                parameter.data *= 0.6
+        if block.index == 1:
+            break
+
+
+# Pruning and repair
+
+
+@every_case
+def test_sparsity_0_changes_nothing(case):
+    model = tiny_architecture(case)
+    state = state_of(model)
+    report = grail_hf.compress(model, calibration=batches(), sparsity=0.0, progress=False)
+    assert_state(model, state)
+    assert (report.sparsity, report.groups) == (0, [])
+
+
+@every_case
+@every_unit
+def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
+    model = tiny_architecture(case)
+    zeroed, parameters = copy.deepcopy(model), model.num_parameters()
+    report = narrower(model, attention_unit=unit, selector="wanda", compensate=False)
+    assert report.total_parameters == (parameters, model.num_parameters())
+    assert {group.kind for group in report.groups} == offered(zeroed)
+    live = {(index, group.kind): group for index, group in groups_of(model, unit)}
+    for index, group in groups_of(zeroed, unit):
+        kept = live[index, group.kind]
+        if not group.spec.offered:
+            continue
+        columns = (group.weight.T[:, None] == kept.weight.T[None]).all(dim=-1).any(dim=1)
+        assert kept.num_units == report.widths[group.kind][index] < group.num_units
+        assert columns.sum() == kept.num_units * group.columns
+        group.weight[:, ~columns] = 0
+    assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    shapes = {name: tensor.shape for name, tensor in fresh.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    for module, stock in zip(model.modules(), fresh.modules(), strict=True):
+        for name, value in vars(stock).items():
+            if isinstance(value, int | float | str) and name != "training":
+                assert vars(module)[name] == value, f"{name} of {type(module).__name__}"
+
+
+@every_case
+@torch.no_grad()
+def test_the_linear_producer_is_one(case):
+    """Twice its weight, biases apart, is twice the block's output, those of its biases apart."""
+    model = tiny_architecture(case)
+    block = next(streamed(model, "dense"))
+    for group in block.groups:
+        if group.spec.linear is None:
+            continue
+        weight = group.layer.get_submodule(group.spec.linear).weight
+        (run, *_), dense = block.runs(group), weight.clone()
+        outputs = []
+        for factor in (0.0, 1.0, 2.0):
+            weight.copy_(factor * dense)
+            outputs.append(run.output())
+        nothing, once, twice = outputs
+        weight.copy_(dense)
+        assert relative_error(twice - nothing, 2 * (once - nothing)) < 1e-4
+        assert relative_error(once, nothing) > 1e-2
+
+
+@every_case
+def test_a_plan_needs_no_weights_and_says_what_will_be(case):
+    model = tiny_architecture(case)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    shares = {f"{kind}_sparsity": SHARES[kind] * (kind in offered(model)) for kind in SHARES}
+    config = GrailConfig(**shares, multiple_of=1, num_samples=8, seq_length=24)
+    plan = plan_compression(skeleton, config)
+    costs = estimate(skeleton, plan, config)
+    assert costs.operations["forward"] > 0 and costs.accelerator_bytes > 0
+    assert (costs.operations["gram"] > 0) == bool(offered(model)) == bool(plan.reduced)
+    if plan.reduced:
+        report = narrower(model, selector="magnitude", compensate=False)
+        assert report.widths == plan.widths and report.units == plan.units
+        assert report.total_parameters == plan.total_parameters
+        assert {(group.layer, group.kind) for group in report.groups} == {
+            (index, spec.kind) for index, spec in plan.reduced
+        }
+        # What stays whole counts: the same share of everything asks for the same widths.
+        asked = {"sparsity": plan.sparsity, "mlp_sparsity": None}
+        assert plan_compression(skeleton, replace(config, **asked)).widths == plan.widths
+
+
+# Saved
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every case's model, repaired and saved; what a process of plain transformers makes of it."""
+    saved = SimpleNamespace(models={}, reports={}, found={})
+    folder = tmp_path_factory.mktemp("saved")
+    for case in ARCHITECTURE_CASES:
+        try:
+            model = tiny_architecture(case)
+            saved.reports[case] = narrower(model)
+        except pytest.skip.Exception:
+            continue
+        saved.models[case] = model
+        model.save_pretrained(folder / case)
+        with torch.no_grad():
+            expected = [model(**batch, use_cache=False).logits for batch in batches()]
+        torch.save({"batches": batches(), "logits": expected}, folder / case / "expected.pt")
+    run = subprocess.run(
+        [sys.executable, "-c", LOADER, folder, str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    assert run.returncode == 0, run.stderr
+    saved.found = json.loads(run.stdout.splitlines()[-1])["found"]
+    return saved
+
+
+def of_case(saved, case):
+    if case not in saved.models:
+        pytest.skip("nothing is offered, or transformers does not know it")
+    return saved.models[case], saved.reports[case]
+
+
+@every_case
+def test_plain_transformers_loads_it(saved, case):
+    model, _ = of_case(saved, case)
+    found = saved.found[case]
+    assert found["problems"] == {}
+    # Not to the last bit: a grouped matrix product rounds as its operands are aligned in memory.
+    assert max(found["errors"]) < 1e-6
+    assert found["class"] == type(model).__name__
+    assert found["model_type"] == model.config.model_type
+
+
+@every_case
+def test_repair_is_better_than_pruning_for_every_group(saved, case):
+    """But where held-out windows have it leave the block as it was pruned."""
+    _, report = of_case(saved, case)
+    assert any(group.error < group.error_pruned for group in report.groups)
+    for group in report.groups:
+        pruned = pytest.approx(group.error_pruned)
+        left = group.damping == float("inf") and group.error == pruned
+        assert left or 0 < group.error < group.error_pruned
+
+
+@every_case
+def test_generation_with_the_cache_is_generation_without(saved, case):
+    model, _ = of_case(saved, case)
+    prompt = batches()[0]
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    cached, plain = (model.generate(**prompt, **settings, use_cache=use) for use in (True, False))
+    assert cached.shape[1] == prompt["input_ids"].shape[1] + 6
+    assert torch.equal(cached, plain)
+
+
+# Widths that differ between layers
+
+
+def differing_(model):
+    """Narrow the layers of a model, each by another width; the dense model that computes the same.
+
+    Whatever is offered becomes narrower.
+    """
+    masked, specs = copy.deepcopy(model), all_specs_of(model)
+    twins = {(index, group.kind): group for index, group in groups_of(masked)}
+    widths = {
+        kind: [
+            spec.num_units if not spec.offered else max(1, spec.num_units // 2 - index)
+            for index, layer in enumerate(specs)
+            for spec in layer
+            if spec.kind == kind
+        ]
+        for kind in SHARES
+    }
+    config = compressed_config(model.config, specs, widths, entry_of(model).rehome)
+    for index, group in groups_of(model):
+        if group.spec.offered:
+            scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(index))
+            reduction = Reduction.keep_top(scores, widths[group.kind][index])
+            columns = reduction.removed_channels(group.columns)
+            twins[index, group.kind].weight[:, columns] = 0
+            group.shrink_(reduction)
+            group.repair_(group.weight[:, reduction.kept_channels(group.columns)])
+    apply_config_(model, config)
+    return masked
+
+
+@every_case
+def test_layers_may_differ_in_width_or_say_why_not(case, tmp_path):
+    model = tiny_architecture(case)
+    entry = entry_of(model)
+    if not offered(model):
+        pytest.skip("nothing is offered")
+    if entry.per_layer:
+        for settings in ({"ignore": (0,)}, {"allocation": "flap"}):
+            with pytest.raises(ValueError, match=r"differ, which a .* cannot say because"):
+                narrower(model, **settings)
+        return
+    masked = differing_(model)
+    assert relative_error(logits(model, batches()), logits(masked, batches())) < 1e-5
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert relative_error(logits(again, batches()), logits(model, batches())) < 1e-6
+
+
+@pytest.mark.parametrize("case", [*UNUSUAL, "qwen3_next"])
+def test_a_rule_by_layer_leaves_whole_what_is_not_offered(case):
+    model = tiny_architecture(case)
+    specs, share = all_specs_of(model), 0.15
+    if case == "gemma2":  # its config takes few numbers of heads
+        settings = {"sparsity": None, "attention_sparsity": 0.0, "mlp_sparsity": share}
+    else:
+        settings = {"sparsity": share}
+    report = grail_hf.compress(
+        model, calibration=batches(), allocation="error", multiple_of=1, progress=False, **settings
+    )
+    assert report.sparsity == pytest.approx(share, abs=TOLERANCE) or case == "gemma2"
+    for index, layer in enumerate(specs):
+        for spec in layer:
+            width = report.widths[spec.kind][index]
+            assert 0 < width <= spec.num_units or width == spec.num_units == 0
+            assert spec.offered or width == spec.num_units
+    assert not report.uniform
+    for index, group in groups_of(model):
+        assert group.num_units == report.widths[group.kind][index]
+
+
+# Biases
+
+
+@pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "falcon", "phi", "opt", "starcoder2"])
+def test_biases_that_there_are_are_fitted(case):
+    plain, biased = tiny_architecture(case), tiny_architecture(case)
+    settings = {"ridge": 1e-3, "refit": 0, "attention_sparsity": 0.0}
+    errors = [
+        narrower(model, **settings, **bias).groups[0].error
+        for model, bias in ((biased, {"bias": "auto"}), (plain, {}))
+    ]
+    assert errors[0] < errors[1]
+    assert biased.num_parameters() == plain.num_parameters()
+    for (_, new), (_, old) in zip(groups_of(biased), groups_of(plain), strict=True):
+        assert torch.equal(new.bias, old.bias) == (new.kind == ATTENTION)
+
+
+# Refusals
+
+
+@every_case
+def test_what_is_not_offered_is_refused_with_the_reason(case):
+    model = tiny_architecture(case)
+    state = state_of(model)
+    for kind in SHARES.keys() - offered(model):
+        (other,) = SHARES.keys() - {kind}
+        reason = next(g.spec.refusal for _, g in groups_of(model) if g.kind == kind)
+        with pytest.raises(ValueError, match=f"^{kind}_sparsity=0.3 cannot be had") as error:
+            grail_hf.compress(
+                model, calibration=None, **{f"{kind}_sparsity": 0.3, f"{other}_sparsity": 0.0}
+            )
+        assert reason in str(error.value)
+        assert_state(model, state)
+
+
+def test_a_type_that_offers_nothing_is_refused_with_every_reason():
+    with pytest.raises(ValueError, match=r"sparsity=0.2 cannot be had.*heads.*four times"):
+        grail_hf.compress(tiny_architecture("bloom"), calibration=None, sparsity=0.2)
+
+
+def test_heads_that_a_config_cannot_say_are_refused_with_those_that_it_can():
+    with pytest.raises(ValueError, match=r"num_attention_heads=9, .* of 4 .* can keep 1, 2, 4;"):
+        narrower(tiny_architecture("gemma2"), attention_sparsity=0.25)
+
+
+def test_shared_keys_and_values_are_refused():
+    model = tiny_architecture("gemma4_text")
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match="cannot be compressed because layers that share keys"):
+        grail_hf.compress(model, calibration=None, sparsity=0.2)
+
+
+def test_a_layer_that_its_entry_does_not_describe_is_refused():
+    model = tiny_architecture("mistral")
+    model.config.model_type = "olmo2"
+    layers_of(model)[1].mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"MistralDecoderLayer has none of mlp\.down_proj"):
+        grail_hf.compress(model, calibration=None, sparsity=0.2)
+
+
+def test_layers_that_differ_already_are_refused():
+    model = tiny_architecture("qwen3")
+    narrower(model, ignore=(1,), compensate=False)
+    with pytest.raises(ValueError, match="compress the dense model"):
+        narrower(model)
+
+
+# The table
+
+
+def test_the_readme_holds_the_table():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert architectures_table() in readme
+
+
+def test_the_table_says_what_the_entries_say():
+    rows = {line.split(" |")[0][2:]: line for line in architectures_table().splitlines()[2:]}
+    assert rows.keys() == ARCHITECTURES.keys()
+    assert rows["qwen3"] == "| qwen3 | yes | yes | yes |  |"
+    assert rows["bloom"].startswith("| bloom | no | no | no | ")
+    assert rows["phi"].startswith("| phi | yes | in part | yes | no heads unless `qk_layernorm=F")
+    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention takes")
+
+
+def test_the_readmes_example_adds_a_type(monkeypatch):
+    """Fifteen lines at most; the type is not in the table."""
+    assert "persimmon" not in ARCHITECTURES
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from grail_hf\.architectures .*?)```", readme, re.DOTALL)
+    assert len(example.split("\n\n")[1].splitlines()) <= 15
+    monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
+    exec(example, {})
+    config = config_of(SIZES | {"model_type": "persimmon", "head_dim": None})
+    model = random_model(config, dtype=torch.float32)
+    before, zeroed = offered(model), copy.deepcopy(model)
+    assert before == {MLP}
+    report = narrower(model, selector="wanda", compensate=False)
+    for (_, dense), (_, pruned) in zip(groups_of(zeroed), groups_of(model), strict=True):
+        kept = (dense.weight.T[:, None] == pruned.weight.T[None]).all(dim=-1).any(dim=1)
+        dense.weight[:, ~kept] = 0
+    assert report.groups
+    assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
