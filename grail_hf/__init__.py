@@ -12,6 +12,7 @@ from grail_hf.architectures import ARCHITECTURES, Architecture
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
+from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.modeling_grail import install_hook
 from grail_hf.report import CompressionReport
 from grail_hf.selectors import SELECTORS
@@ -24,8 +25,10 @@ __all__ = [
     "CompressionReport",
     "GrailConfig",
     "PartlyCompressedError",
+    "architecture_source",
     "compress",
     "evaluate",
+    "infer_architecture",
     "perplexity",
 ]
 __version__ = version("grail-hf")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
     TokenBatches,
@@ -61,6 +62,7 @@ def compress(
     calibration: Calibration | TokenBatches = "c4",
     config: GrailConfig | dict[str, Any] | None = None,
     *,
+    architecture: Architecture | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> CompressionReport:
@@ -75,6 +77,7 @@ def compress(
             "self" needs no data: the tokens are sampled from the model, in batches of
             `config.batch_size` and where the model is (put it on an accelerator first).
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
+        architecture: the model type's entry where the table has none, see `infer_architecture`.
         progress: show a bar on standard error.
 
     Returns:
@@ -88,7 +91,7 @@ def compress(
         PartlyCompressedError: a failure after the first group was changed.
     """
     config = GrailConfig.resolve(config, **overrides)
-    plan = plan_compression(model, config)
+    plan = plan_compression(model, config, architecture)
     report = CompressionReport.begin(model, config, plan)
     if not plan.reduced:
         return report
