@@ -58,7 +58,7 @@ TOLERANCE = 1e-5
 # What cutting units must change at the least, for the comparison to mean anything.
 EFFECT = 1e-4
 WIDTHS_TRIED = 64
-LINE = 80
+LINE = 100  # characters
 HIDDEN = "the residual stream"
 
 
@@ -80,6 +80,8 @@ def infer_architecture(model: PreTrainedModel) -> Architecture:
             can become narrower.
     """
     check_model(model)
+    if getattr(model.config.get_text_config(), "is_heterogeneous", False):
+        raise ValueError("the model's config has values for single layers, which are not inferred")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device: build it with from_config elsewhere")
     model_type = model.config.model_type
@@ -162,28 +164,29 @@ class _Example:
 
 
 def _layers_path(model: PreTrainedModel) -> str:
-    """Path in the base model of the list of as many layers of one class as the config says."""
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = {
+    """Path in the base model of the list of as many blocks with projections as there are layers."""
+    config: Any = model.config.get_text_config()
+    number = getattr(config, "num_hidden_layers", None)
+    lists: dict[str, nn.ModuleList] = {
         name: module
         for name, module in model.base_model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == number
-        if len({type(layer) for layer in module}) == 1
+        if all(any(map(_is_projection, list(layer.modules())[1:])) for layer in module)
     }
-    outermost = {
-        name: module
-        for name, module in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    }
-    ran = _modules_run(model, list(outermost.values()))
-    outermost = {name: m for name, m in outermost.items() if all(layer in ran for layer in m)}
-    if len(outermost) != 1:
+    inner = {name for name in lists for other in lists if name.startswith(f"{other}.")}
+    ran = _modules_run(model, list(lists.values()))
+    found = [
+        name
+        for name, layers in lists.items()
+        if name not in inner and all(layer in ran for layer in layers)
+    ]
+    if len(found) != 1:
         raise ValueError(
-            f"{model.config.model_type!r} has no decoder layers that can be told: "
-            f"{', '.join(outermost) or 'no'} ModuleList holds num_hidden_layers={number} modules "
-            "of one class that run on text"
+            f"{model.config.model_type!r} has no decoder layers that can be told: {len(found)} "
+            f"lists ({', '.join(found) or 'none'}) hold num_hidden_layers={number} blocks of "
+            "projections that run on text"
         )
-    return next(iter(outermost))
+    return found[0]
 
 
 def _token_ids(model: PreTrainedModel) -> Tensor:
@@ -212,6 +215,8 @@ def _modules_run(
     ]
     try:
         model.base_model(input_ids=_token_ids(model), use_cache=False)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the model does not run on token ids alone: {error}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -404,7 +409,8 @@ class _Trace:
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
+    error: float = ((actual - expected).norm() / expected.norm()).item()
+    return error
 
 
 # Proposals
@@ -512,7 +518,7 @@ def _head_norms(trace: _Trace, inputs: Sequence[str]) -> tuple[str, ...]:
     """Norms with a row for each head, of queries first and then of keys."""
     norms = {}
     for path, x in trace.inputs.items():
-        weight = trace.example.layer.get_submodule(path).weight
+        weight = getattr(trace.example.layer.get_submodule(path), "weight", None)
         if path not in trace.projections and isinstance(weight, Tensor) and weight.ndim == 2:
             made_of = trace.gradients(x, torch.randn_like(x)).keys() & set(inputs)
             norms[path] = min((inputs.index(source) for source in made_of), default=len(inputs))
@@ -525,7 +531,7 @@ def _whole(kind: str, path: str, reason: str) -> Whole:
 
 def _size(trace: _Trace, path: str) -> tuple[int, int]:
     """(outputs, inputs) of a projection."""
-    rows, columns = trace.projections[path].weight.shape  # type: ignore[union-attr,misc,operator]
+    rows, columns = trace.projections[path].weight.shape
     return (columns, rows) if _transposed(trace, path) else (rows, columns)
 
 
@@ -547,7 +553,8 @@ def _keys(config: Any, value: int, usual: str, unset: bool = False) -> list[str]
 
 def _merged(blocks: Sequence[Block]) -> tuple[Any, Any, tuple[Block, ...]]:
     """Attention, MLP and the others; of each kind, the first with units is the usual one."""
-    usual, others = [], []
+    usual: list[Any] = []
+    others: list[Block] = []
     for kind in (ATTENTION, MLP):
         of_kind: dict[str, Block] = {}
         for block in blocks:
@@ -562,7 +569,8 @@ def _merged(blocks: Sequence[Block]) -> tuple[Any, Any, tuple[Block, ...]]:
         first = sorted(of_kind.values(), key=lambda block: isinstance(block, Whole))
         usual.append(first[0])
         others += first[1:]
-    return (*usual, tuple(others))
+    attention, mlp = usual
+    return attention, mlp, tuple(others)
 
 
 def _residual_scale_key(subject: _Subject, scales: Sequence[float | None]) -> str | None:
@@ -570,7 +578,7 @@ def _residual_scale_key(subject: _Subject, scales: Sequence[float | None]) -> st
     factors = [scale for scale in scales if scale is not None]
     if all(abs(factor - 1) < TOLERANCE for factor in factors):
         return None
-    keys = [
+    keys: list[str] = [
         key
         for key, value in subject.config.to_dict().items()
         if isinstance(value, float) and all(abs(f - value) < TOLERANCE for f in factors)
@@ -593,7 +601,7 @@ def _per_layer(subject: _Subject) -> Refusal | None:
     parameters = inspect.signature(layer_class.__init__).parameters.keys()
     if known and {"config", "layer_idx"} <= parameters:
         return None
-    return Refusal("its decoder layers are not built from a config and their index")
+    return Refusal("its decoder layers are not known to be built from a config and their index")
 
 
 # Checks
@@ -609,8 +617,8 @@ def _misfit(subject: _Subject, example: _Example, block: Block) -> str | None:
         try:
             cut, zeroed = _cut_and_zeroed(example, spec, spec.num_units - spec.partitions)
             error = _relative_error(example.output(cut), zeroed)
-        except (RuntimeError, IndexError) as failure:
-            return f"the layer does not run with a unit less ({str(failure).splitlines()[0]})"
+        except (RuntimeError, IndexError):
+            return "the layer does not run with a unit less"
         if not error < TOLERANCE:
             return f"cutting a unit changes what the others put out (relative error {error:.1g})"
         if not _relative_error(zeroed, example.output()) > EFFECT:
@@ -662,7 +670,7 @@ def _sayable(subject: _Subject, example: _Example, block: Block) -> bool:
         try:
             config = compressed_config(subject.model.config, specs, widths)
             built = _skeleton(subject.model, config)
-        except (ValueError, TypeError, ArithmeticError, RuntimeError):
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError):
             continue
         expected = _skeleton(subject.model, subject.model.config)
         for layer, of_layer in zip(_layers(expected, subject.layers_path), specs, strict=True):
@@ -672,10 +680,10 @@ def _sayable(subject: _Subject, example: _Example, block: Block) -> bool:
             return False
         cut, zeroed = _cut_and_zeroed(example, spec, width)
         fresh = _layers(built, subject.layers_path)[example.index].eval()
-        _fill_(fresh, cut)
         try:
+            _fill_(fresh, cut)
             return _relative_error(example.output(fresh), zeroed) < TOLERANCE
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             return False
     return False
 
@@ -686,8 +694,9 @@ def _has(layer: nn.Module, block: Block) -> bool:
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class on the meta device."""
+    model_class: Any = type(model)
     with torch.device("meta"):
-        skeleton: PreTrainedModel = type(model)._from_config(
+        skeleton: PreTrainedModel = model_class._from_config(
             config, attn_implementation=model.config._attn_implementation
         )
     return skeleton
@@ -710,34 +719,38 @@ def _fill_(layer: nn.Module, other: nn.Module) -> None:
 # As Python
 
 
-def _source(value: Any, indent: int) -> str:
-    """Python for the value, over several lines where one does not hold it."""
+def _source(value: Any, indent: int, used: int = 0) -> str:
+    """Python for the value, over several lines where one does not hold it.
+
+    Args:
+        value: of an entry.
+        indent: of the line that it is on.
+        used: characters in front of it on its line.
+    """
+    inner = indent + 4
     if isinstance(value, Mapping):
-        items = [f"{_source(key, 0)}: {_source(held, indent + 4)}" for key, held in value.items()]
-        return _bracketed("{", items, "}", indent)
+        items = [f"{json.dumps(key)}: {_source(held, inner)}" for key, held in value.items()]
+        return _bracketed("{", items, "}", indent, used)
     if isinstance(value, tuple):
-        items = [_source(held, indent + 4) for held in value]
-        if len(items) == 1:
-            items[0] += ","
-        return _bracketed("(", items, ")", indent)
+        items = [_source(held, inner) for held in value]
+        return _bracketed("(", items, ",)" if len(items) == 1 else ")", indent, used)
     if is_dataclass(value):
         items = []
         for field in fields(value):
             held = getattr(value, field.name)
-            if field.default is MISSING and field.default_factory is MISSING:
-                items.append(_source(held, indent + 4))
-            elif held != (
-                field.default if field.default_factory is MISSING else field.default_factory()
-            ):
-                items.append(f"{field.name}={_source(held, indent + 4)}")
-        return _bracketed(f"{type(value).__name__}(", items, ")", indent)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if default is MISSING:
+                items.append(_source(held, inner))
+            elif held != default:
+                name = f"{field.name}="
+                items.append(name + _source(held, inner, len(name)))
+        return _bracketed(f"{type(value).__name__}(", items, ")", indent, used)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def _bracketed(opening: str, items: Sequence[str], closing: str, indent: int) -> str:
+def _bracketed(opening: str, items: Sequence[str], closing: str, indent: int, used: int) -> str:
     line = f"{opening}{', '.join(items)}{closing}"
-    if indent + len(line) < LINE and "\n" not in line:
+    if indent + used + len(line) < LINE and "\n" not in line:
         return line
-    inner = " " * (indent + 4)
-    lines = "".join(f"{inner}{item.rstrip(',')},\n" for item in items)
-    return f"{opening}\n{lines}{' ' * indent}{closing}"
+    lines = "".join(f"{' ' * (indent + 4)}{item},\n" for item in items)
+    return f"{opening}\n{lines}{' ' * indent}{closing[-1]}"
