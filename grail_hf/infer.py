@@ -24,6 +24,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from posixpath import commonpath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +175,10 @@ def _layers_path(model: PreTrainedModel) -> str:
         if all(any(map(_is_projection, list(layer.modules())[1:])) for layer in module)
     }
     inner = {name for name in lists for other in lists if name.startswith(f"{other}.")}
+    for name, layers in lists.items():
+        if name not in inner:
+            for index, layer in enumerate(layers):
+                _check_plain(layer, f"{name}.{index}")
     ran = _modules_run(model, list(lists.values()))
     found = [
         name
@@ -208,6 +213,11 @@ def _modules_run(
             raise ValueError(f"a {type(module).__name__} runs more than once in a pass")
         hidden = args[0] if args else kwargs["hidden_states"]
         behind = output[0] if isinstance(output, tuple) else output
+        if not isinstance(behind, Tensor):
+            raise ValueError(
+                f"a {type(module).__name__} returns a {type(output).__name__}, neither hidden "
+                "states nor a tuple that begins with them"
+            )
         ran[module] = hidden.clone(), (isinstance(output, tuple), behind.clone())
 
     handles = [
@@ -249,7 +259,6 @@ def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
             )
         shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
         if shapes not in examples:
-            _check_plain(layer)
             args, kwargs = recursively_apply(
                 lambda x: x.float() if x.is_floating_point() else x, batch.calls[index]
             )
@@ -271,19 +280,22 @@ def _randomised(layer: nn.Module, generator: torch.Generator) -> nn.Module:
     return twin
 
 
-def _check_plain(layer: nn.Module) -> None:
+def _check_plain(layer: nn.Module, layer_name: str) -> None:
     """Raise ValueError for weights that are not one Linear's, as experts have them."""
-    for name, module in layer.named_modules():
+    for name, module in layer.named_modules(prefix=layer_name):
         many = isinstance(module, nn.ModuleList) and len(module) > 1
         if many and any(_is_projection(inner) for inner in module.modules()):
-            raise ValueError(f"{name} holds {len(module)} modules: experts are not offered")
+            raise ValueError(
+                f"{name} holds {len(module)} modules with projections, as of experts, which are "
+                "not offered"
+            )
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 2:
                 raise ValueError(
-                    f"{name}.{key} of shape {list(parameter.shape)} is no Linear's weight: experts "
-                    "are not offered"
+                    f"{name}.{key} of shape {list(parameter.shape)} is no Linear's weight; experts "
+                    "and the like are not offered"
                 )
 
 
@@ -397,8 +409,8 @@ class _Trace:
         weights = torch.randn_like(self.output)
         gradient = self.gradients(self.output, weights)[path]
         weights = weights.reshape(gradient.shape)
-        scale = ((gradient * weights).sum() / weights.square().sum()).item()
-        return scale if _relative_error(gradient, scale * weights) < TOLERANCE else None
+        scale = round(((gradient * weights).sum() / weights.square().sum()).item(), 5)
+        return scale if _relative_error(gradient, scale * weights) < 10 * TOLERANCE else None
 
     def norm_behind(self, path: str) -> str | None:
         """The first module with weights that reads the output of the projection at `path`."""
@@ -416,6 +428,10 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 # Proposals
 
 
+class _Unfit(Exception):
+    """Why a block stays whole, to be read after "because"."""
+
+
 def _blocks(subject: _Subject, example: _Example) -> list[tuple[Block, float | None]]:
     """The example's attention and MLP, each with the factor in front of its output."""
     trace = _Trace(example)
@@ -426,30 +442,36 @@ def _blocks(subject: _Subject, example: _Example) -> list[tuple[Block, float | N
     blocks = []
     for kind, found in consumers.items():
         if len(found) != 1:
-            what = {ATTENTION: "other tokens too", MLP: "their own token alone"}[kind]
             raise ValueError(
-                f"layer {example.index} has {len(found)} projections ({', '.join(found)}) that are "
-                f"made of {what} and of other projections' outputs: a layer of one attention and "
-                "one MLP has one"
+                f"layer {example.index} has {len(found)} blocks ({', '.join(found) or 'none'}) in "
+                f"place of one {kind}: only layers of one attention and one MLP are described"
             )
         ((path, sources),) = found.items()
         scale = trace.residual_scale(path)
+        if kind == ATTENTION and trace.residual_scale(HIDDEN) != 1:
+            scale = None  # what an earlier layer lacks does not reach the output as it is
         post_norm = trace.norm_behind(path) if scale is None else None
         if scale is None and post_norm is None:
             raise ValueError(f"what lies between {path} and the residual stream cannot be told")
         propose = _attention if kind == ATTENTION else _mlp
-        block = propose(subject, trace, path, sources)
+        try:
+            block = propose(subject, trace, path, sources)
+        except _Unfit as error:
+            parent = commonpath([name.replace(".", "/") for name in (path, *sources)])
+            block = Whole(kind, parent.replace("/", ".") or path, path, str(error))
         blocks.append((replace(block, post_norm=post_norm), scale))
     return blocks
 
 
 def _mlp(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> Block:
-    width, sizes = _size(trace, path)[1], {_size(trace, source)[0] for source in sources}
-    (rows, *differ) = sizes
-    if differ or rows % width:
-        return _whole(MLP, path, f"{', '.join(sources)} do not have rows for {width} channels each")
-    sections = rows // width
-    linear = [p for p in sources if sections == 1 and trace.linear_in(path, p)]
+    width = _size(trace, path)[1]
+    rows = {_size(trace, source)[0] for source in sources}
+    if len(rows) != 1 or min(rows) % width:
+        raise _Unfit(f"{', '.join(sources)} have {sorted(rows)} rows for {width} channels")
+    sections = min(rows) // width
+    # What is refitted lies in the consumer's module.
+    own = [source for source in sources if sections == 1 and _parent(source) == _parent(path)]
+    linear = [source for source in own if trace.linear_in(path, source)]
     block = Mlp(
         inputs=tuple(sources),
         sections=sections,
@@ -457,35 +479,22 @@ def _mlp(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tens
         output=path,
         transposed=_transposed(trace, path),
     )
-    if reason := _misfit(subject, trace.example, block):
-        return _whole(MLP, path, reason)
+    _check_fit(subject, trace.example, block)
     keys = _keys(subject.config, width, block.width_key, unset=True)
     named = [replace(block, width_key=key) for key in keys]
     reason = "no key of its config gives its MLP another width"
-    return _first_sayable(subject, trace.example, named) or replace(
-        block, refused=(Refusal(reason),)
-    )
+    return _first_sayable(subject, trace.example, named) or _refused(block, reason)
 
 
 def _attention(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> Block:
-    config = subject.config
+    config, channels = subject.config, _size(trace, path)[1]
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
-    channels = _size(trace, path)[1]
     if not head_dim or channels % head_dim:
-        return _whole(ATTENTION, path, f"{path} has {channels} inputs, in heads of {head_dim}")
-    heads, inputs = channels // head_dim, tuple(sources)
-    if len(sources) == 3:
-        queries = [p for p, gradient in sources.items() if not gradient[:-1].any()]
-        values = [p for p in sources if trace.linear_in(path, p)]
-        if len(queries) != 1 or len(values) != 1:
-            return _whole(ATTENTION, path, "what it puts out is linear in no value projection")
-        (key,) = set(sources) - {*queries, *values}
-        inputs = (*queries, key, *values)
-    if len(sources) not in (1, 3):
-        return _whole(ATTENTION, path, f"its heads are made of {', '.join(sources)}")
+        raise _Unfit(f"{path} has {channels} inputs, which are no heads of {head_dim}")
+    heads, inputs = channels // head_dim, _query_key_value(trace, path, sources)
     rows = sum(_size(trace, source)[0] for source in inputs)
-    reason = f"the {rows} rows of {', '.join(inputs)} are not those of {heads} heads"
+    misfit = _Unfit(f"the {rows} rows of {', '.join(inputs)} are not those of {heads} heads")
     for interleaved, query_rows in ((False, 1), (True, 1), (False, 2), (True, 2)):
         kv_heads, rest = divmod(rows - heads * query_rows * head_dim, 2 * head_dim)
         if rest or kv_heads < 1 or heads % kv_heads or (interleaved and len(inputs) == 3):
@@ -498,20 +507,38 @@ def _attention(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str
             head_norms=_head_norms(trace, inputs),
             transposed=_transposed(trace, path),
         )
-        misfit = _misfit(subject, trace.example, block)
-        if misfit is None:
-            named = [
-                replace(block, heads_key=heads_key, kv_heads_key=kv_heads_key)
-                for heads_key in _keys(config, heads, block.heads_key)
-                for kv_heads_key in _keys(config, kv_heads, block.kv_heads_key)
-                if kv_heads_key != heads_key
-            ]
-            reason = "no values of its config give it fewer heads of the same size"
-            return _first_sayable(subject, trace.example, named or [block]) or replace(
-                block, refused=(Refusal(reason),)
-            )
-        reason = misfit
-    return _whole(ATTENTION, path, reason)
+        try:
+            _check_fit(subject, trace.example, block)
+        except _Unfit as error:
+            misfit = error
+            continue
+        named = [
+            replace(block, heads_key=heads_key, kv_heads_key=kv_heads_key)
+            for heads_key in _keys(config, heads, block.heads_key)
+            for kv_heads_key in _keys(config, kv_heads, block.kv_heads_key)
+            if kv_heads_key != heads_key
+        ]
+        reason = "no values of its config give it fewer heads of the same size"
+        return _first_sayable(subject, trace.example, named) or _refused(block, reason)
+    raise misfit
+
+
+def _query_key_value(trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The projections in front of attention's consumer, in this order, or the one of all three."""
+    if len(sources) == 1:
+        return tuple(sources)
+    queries = [source for source, gradient in sources.items() if not gradient[:-1].any()]
+    values = [source for source in sources if trace.linear_in(path, source)]
+    if len(sources) != 3 or len(queries) != 1 or len(values) != 1:
+        raise _Unfit(
+            f"of {', '.join(sources)}, one alone should be read at its own token ("
+            f"{', '.join(queries) or 'none'} is) and what it puts out be linear in one "
+            f"({', '.join(values) or 'none'})"
+        )
+    if {_parent(source) for source in sources} != {_parent(path)}:
+        raise _Unfit("its projections lie in several modules")
+    (key,) = set(sources) - {*queries, *values}
+    return (*queries, key, *values)
 
 
 def _head_norms(trace: _Trace, inputs: Sequence[str]) -> tuple[str, ...]:
@@ -525,8 +552,12 @@ def _head_norms(trace: _Trace, inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(path for path in sorted(norms, key=norms.__getitem__) if norms[path] < 2)
 
 
-def _whole(kind: str, path: str, reason: str) -> Whole:
-    return Whole(kind, path.rpartition(".")[0] or path, path, reason)
+def _refused(block: Attention | Mlp, reason: str) -> Block:
+    return replace(block, refused=(Refusal(reason),))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _size(trace: _Trace, path: str) -> tuple[int, int]:
@@ -576,12 +607,12 @@ def _merged(blocks: Sequence[Block]) -> tuple[Any, Any, tuple[Block, ...]]:
 def _residual_scale_key(subject: _Subject, scales: Sequence[float | None]) -> str | None:
     """The config key of the factor in front of the blocks' outputs; None where that is 1."""
     factors = [scale for scale in scales if scale is not None]
-    if all(abs(factor - 1) < TOLERANCE for factor in factors):
+    if all(factor == 1 for factor in factors):
         return None
     keys: list[str] = [
         key
         for key, value in subject.config.to_dict().items()
-        if isinstance(value, float) and all(abs(f - value) < TOLERANCE for f in factors)
+        if isinstance(value, float) and all(abs(f - value) < 2 * TOLERANCE for f in factors)
     ]
     named = [key for key in keys if "residual" in key] or keys
     if len(named) != 1:
@@ -607,23 +638,22 @@ def _per_layer(subject: _Subject) -> Refusal | None:
 # Checks
 
 
-def _misfit(subject: _Subject, example: _Example, block: Block) -> str | None:
-    """Why cutting the block's units is not zeroing what they feed; None where it is."""
+def _check_fit(subject: _Subject, example: _Example, block: Block) -> None:
+    """Raise `_Unfit` where cutting the block's units is not zeroing what they feed."""
     specs = [block.group(subject.config, example.layer, unit) for unit in ATTENTION_UNITS]
     specs = [spec for spec in specs if spec.num_units > spec.partitions]
     if not specs:
-        return "it has a single unit"
+        raise _Unfit("it has a single unit")
     for spec in specs:
         try:
             cut, zeroed = _cut_and_zeroed(example, spec, spec.num_units - spec.partitions)
             error = _relative_error(example.output(cut), zeroed)
-        except (RuntimeError, IndexError):
-            return "the layer does not run with a unit less"
+        except (RuntimeError, IndexError) as failure:
+            raise _Unfit("the layer does not run with a unit less") from failure
         if not error < TOLERANCE:
-            return f"cutting a unit changes what the others put out (relative error {error:.1g})"
+            raise _Unfit(f"cutting a unit changes what the others put out (by {error:.0e})")
         if not _relative_error(zeroed, example.output()) > EFFECT:
-            return "cutting a unit changes too little for a comparison"
-    return None
+            raise _Unfit("cutting a unit changes too little for a comparison")
 
 
 @torch.no_grad()
