@@ -262,17 +262,15 @@ def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
             args, kwargs = recursively_apply(
                 lambda x: x.float() if x.is_floating_point() else x, batch.calls[index]
             )
-            generator = torch.Generator().manual_seed(index)
-            hidden = torch.randn(front.shape, generator=generator).to(front.device)
-            examples[shapes] = _Example(index, _randomised(layer, generator), args, kwargs, hidden)
+            examples[shapes] = _Example(index, _randomised(layer), args, kwargs, _noise(front))
     return returns_tuple, list(examples.values())
 
 
-def _randomised(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+def _randomised(layer: nn.Module) -> nn.Module:
     """A copy in float32, in which no weight, bias or norm is near a neutral value."""
     twin = copy.deepcopy(layer).float().requires_grad_(False)
-    for parameter in twin.parameters():
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+    for seed, parameter in enumerate(twin.parameters(), start=1):
+        noise = _noise(parameter, seed)
         if parameter.ndim < 2:
             parameter.copy_(1 + 0.3 * noise)
         else:
@@ -360,9 +358,9 @@ class _Trace:
 
         return cut
 
-    def gradients(self, x: Tensor, weights: Tensor) -> dict[str, Tensor]:
-        """Of sum(x * weights): path -> [T, …], of the leaves that `x` is made of."""
-        total = (x * weights).sum()
+    def gradients(self, x: Tensor) -> dict[str, Tensor]:
+        """Of sum(x * noise): path -> [T, …], of the leaves that `x` is made of."""
+        total = (x * _noise(x)).sum()
         if not total.requires_grad:
             return {}
         found = torch.autograd.grad(
@@ -377,13 +375,11 @@ class _Trace:
     def consumers(self) -> dict[str, dict[str, Tensor]]:
         """Path -> the gradients of its last token's input, of the projections it is made of."""
         consumers = {}
-        for path in self.gradients(self.output, torch.randn_like(self.output)):
+        for path in self.gradients(self.output):
             if path not in self.projections:
                 continue
             x = self.inputs[path].reshape(TOKENS, -1)
-            last = torch.zeros_like(x)
-            last[-1] = torch.randn_like(last[-1])
-            sources = self.gradients(x, last)
+            sources = self.gradients(x[-1])
             if sources and HIDDEN not in sources:
                 # In the order of the layer's definition.
                 consumers[path] = {p: sources[p] for p in self.projections if p in sources}
@@ -406,18 +402,23 @@ class _Trace:
 
     def residual_scale(self, path: str) -> float | None:
         """Factor with which the output of the projection at `path` reaches the layer's output."""
-        weights = torch.randn_like(self.output)
-        gradient = self.gradients(self.output, weights)[path]
-        weights = weights.reshape(gradient.shape)
+        weights = _noise(self.output).reshape(TOKENS, -1)
+        gradient = self.gradients(self.output)[path]
         scale = round(((gradient * weights).sum() / weights.square().sum()).item(), 5)
         return scale if _relative_error(gradient, scale * weights) < 10 * TOLERANCE else None
 
     def norm_behind(self, path: str) -> str | None:
         """The first module with weights that reads the output of the projection at `path`."""
         for other, x in self.inputs.items():
-            if other not in self.projections and path in self.gradients(x, torch.randn_like(x)):
+            if other not in self.projections and path in self.gradients(x):
                 return other
         return None
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers of a tensor's shape, the same at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like.device)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -547,7 +548,7 @@ def _head_norms(trace: _Trace, inputs: Sequence[str]) -> tuple[str, ...]:
     for path, x in trace.inputs.items():
         weight = getattr(trace.example.layer.get_submodule(path), "weight", None)
         if path not in trace.projections and isinstance(weight, Tensor) and weight.ndim == 2:
-            made_of = trace.gradients(x, torch.randn_like(x)).keys() & set(inputs)
+            made_of = trace.gradients(x).keys() & set(inputs)
             norms[path] = min((inputs.index(source) for source in made_of), default=len(inputs))
     return tuple(path for path in sorted(norms, key=norms.__getitem__) if norms[path] < 2)
 
