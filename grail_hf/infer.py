@@ -334,9 +334,8 @@ class _Trace:
         for path, module in self.projections.items():
             handles.append(module.register_forward_hook(self._cut(path)))
         try:
-            with torch.enable_grad():
-                # A layer may add to its input in place, which a leaf does not allow.
-                self.output = example.output(hidden=self.leaves[HIDDEN].clone())
+            # A layer may add to its input in place, which a leaf does not allow.
+            self.output = example.output(hidden=self.leaves[HIDDEN].clone())
         finally:
             for handle in handles:
                 handle.remove()
@@ -433,6 +432,7 @@ class _Unfit(Exception):
     """Why a block stays whole, to be read after "because"."""
 
 
+@torch.enable_grad()
 def _blocks(subject: _Subject, example: _Example) -> list[tuple[Block, float | None]]:
     """The example's attention and MLP, each with the factor in front of its output."""
     trace = _Trace(example)
