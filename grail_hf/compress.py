@@ -69,7 +69,8 @@ def compress(
     """Make `model` narrower in place and repair it. No gradients, no labels.
 
     Args:
-        model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`.
+        model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
+            any other with `architecture`.
         tokenizer: needed where `calibration` is text.
         calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
             `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
