@@ -13,6 +13,7 @@ from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import Export, export
+from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.modeling_grail import install_hook
 from grail_hf.report import CompressionReport
 from grail_hf.selectors import SELECTORS
@@ -26,9 +27,11 @@ __all__ = [
     "Export",
     "GrailConfig",
     "PartlyCompressedError",
+    "architecture_source",
     "compress",
     "evaluate",
     "export",
+    "infer_architecture",
     "perplexity",
 ]
 __version__ = version("grail-hf")

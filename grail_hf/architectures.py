@@ -468,7 +468,10 @@ def _shape(layer: nn.Module, path: str, transposed: bool) -> tuple[int, int]:
 def find_architecture(model_type: str) -> Architecture:
     """The entry for a config's `model_type`. Raises ValueError with the nearest known name."""
     if model_type not in ARCHITECTURES:
-        where = "ARCHITECTURES in grail_hf/architectures.py"
+        where = (
+            "ARCHITECTURES in grail_hf/architectures.py; grail_hf.infer_architecture(model) "
+            "proposes its entry, for the table or to be passed as architecture"
+        )
         raise unknown_name("architecture", model_type, ARCHITECTURES, where)
     return ARCHITECTURES[model_type]
 
@@ -546,11 +549,12 @@ GEMMA4: dict[str, Any] = {
     ),
 }
 OWN_LAYERS = Refusal("its config has per-layer values of its own")
+INNER_CONFIG = Refusal("the text decoder's config lies inside another")
 
 # Models with a text decoder inside: it is compressed, on text alone, and the rest stays as it is.
 INSIDE: dict[str, Any] = {
     "layers": "language_model.layers",
-    "per_layer": Refusal("the text decoder's config lies inside another"),
+    "per_layer": INNER_CONFIG,
     "note": "the text decoder inside; the rest stays",
 }
 

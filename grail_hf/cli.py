@@ -1,7 +1,7 @@
-"""The verbs of `grail-hf`: compress, evaluate, export, inspect, architectures.
+"""The verbs of `grail-hf`: compress, evaluate, export, inspect, architectures, infer.
 
-Results go to standard output only as `--json`, one object alone, or as the one table that
-`architectures` prints; progress, other tables and messages go to standard error.
+Results go to standard output only as `--json`, one object alone, or as what `architectures` and
+`infer` print; progress, other tables and messages go to standard error.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
+from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.planning import (
     check_weights,
     choose_device,
@@ -314,6 +315,14 @@ def architectures_command() -> None:
     sys.stdout.write(architectures_table() + "\n")
 
 
+@app.command("infer")
+def infer_command(source: Source) -> None:
+    """Propose the architecture of a type that is not known, as Python, from its config alone."""
+    with _errors_in_a_line():
+        entry = infer_architecture(_shallow_model(source))
+    sys.stdout.write(architecture_source(entry) + "\n")
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise FileExistsError where the output folder holds something that may not be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -337,6 +346,22 @@ def _meta_model(source: str) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=config.dtype or torch.float32
         )
+    return model
+
+
+def _shallow_model(source: str) -> PreTrainedModel:
+    """A random model with as few of the layers as have every kind among them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""]
+    depth = min(text.num_hidden_layers, max(1 + max(map(kinds.index, kinds)), 2))
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, key, value[:depth])
+    text.num_hidden_layers = depth
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.allocation import find_allocation
+from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
     TokenBatches,
@@ -71,13 +72,15 @@ def compress(
     calibration: Calibration | TokenBatches = "c4",
     config: GrailConfig | dict[str, Any] | None = None,
     *,
+    architecture: Architecture | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> CompressionReport:
     """Make `model` narrower in place and repair it. No training, no labels.
 
     Args:
-        model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`.
+        model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
+            any other with `architecture`.
         tokenizer: needed where `calibration` is text.
         calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
             `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
@@ -85,6 +88,7 @@ def compress(
             "self" needs no data: the tokens are sampled from the model, in batches of
             `config.batch_size` and where the model is (put it on an accelerator first).
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
+        architecture: the model type's entry where the table has none, see `infer_architecture`.
         progress: show a bar on standard error.
 
     Returns:
@@ -98,7 +102,7 @@ def compress(
         PartlyCompressedError: a failure after the first group was changed.
     """
     config = GrailConfig.resolve(config, **overrides)
-    plan = plan_compression(model, config)
+    plan = plan_compression(model, config, architecture)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
     device = choose_device(model, config.device)
@@ -108,7 +112,7 @@ def compress(
     if find_allocation(config.allocation).loss is not None:
         with evaluation_mode(model):
             profiles = profile(model, plan, tokens.batches, config, device, progress)
-        plan = plan_compression(model, config, profiles)
+        plan = plan_compression(model, config, architecture, profiles)
     report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
     if config.compensate:

@@ -80,13 +80,17 @@ class Plan:
 
 
 def plan_compression(
-    model: PreTrainedModel, config: GrailConfig, profiles: Profiles | None = None
+    model: PreTrainedModel,
+    config: GrailConfig,
+    architecture: Architecture | None = None,
+    profiles: Profiles | None = None,
 ) -> Plan:
     """Check the model against the config and settle the widths.
 
     Args:
         model: the dense model; on the meta device it will do.
         config: the settings.
+        architecture: the model type's entry; None for the table's.
         profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
 
     Raises:
@@ -97,7 +101,12 @@ def plan_compression(
     """
     select = find_selector(config.selector)
     check_model(model)
-    architecture = find_architecture(model.config.model_type)
+    architecture = architecture or find_architecture(model.config.model_type)
+    if architecture.model_type != model.config.model_type:
+        raise ValueError(
+            f"architecture is an entry for {architecture.model_type!r} and the model is a "
+            f"{model.config.model_type!r}: give that type's, or None for the table's"
+        )
     layers = decoder_layers(model, architecture)
     specs = tuple(
         architecture.groups(model.config, layer, config.attention_unit) for layer in layers

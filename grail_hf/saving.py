@@ -178,7 +178,10 @@ def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedCon
 
 def _sayable(config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]) -> str:
     """The attention widths that the config can say, for a message."""
-    spec = next(s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
+    attention = (s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
+    spec = next(attention, None)
+    if spec is None:
+        return "its attention stays whole"
     said = []
     for width in range(spec.partitions, spec.num_units + 1, spec.partitions):
         with suppress(_Unsayable):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_models import SIZES, config_of
 from typer.testing import CliRunner
 
 from grail_hf.architectures import architectures_table
@@ -151,3 +152,22 @@ def test_bias_is_left_out_or_auto(compress_arguments):
 def test_architectures_are_listed():
     code, out, _ = run("architectures")
     assert (code, out) == (0, architectures_table() + "\n")
+
+
+def test_a_proposal_is_python(tmp_path):
+    """From a config of many layers, of whose kinds each is seen."""
+    config = config_of(
+        SIZES
+        | {"model_type": "vaultgemma", "num_hidden_layers": 40, "sliding_window": 7}
+        | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 38}
+    )
+    config.save_pretrained(tmp_path)
+    code, out, err = run("infer", tmp_path)
+    assert (code, out) == (0, 'Architecture("vaultgemma")\n'), err
+
+
+def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
+    config_of(SIZES | {"model_type": "mixtral"}).save_pretrained(tmp_path)
+    code, out, err = run("infer", tmp_path)
+    assert (code, out) == (1, "")
+    assert "experts and the like are not offered" in err and "Traceback" not in err

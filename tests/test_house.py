@@ -18,7 +18,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("config", "architectures", "reduction", "gram", "selectors", "allocation", "compensation"),
     *("modeling_grail", "groups", "stream", "refit", "calibration", "checkpoint"),
-    *("saving", "planning", "profiling", "evaluation"),
+    *("saving", "planning", "profiling", "evaluation", "infer"),
     *("report", "gguf_file", "export", "compress", "__init__", "cli", "__main__"),
 ]
 FOUNDATION = ["config", "architectures", "reduction", "gram"]

@@ -168,7 +168,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     device = choose_device(model, config.device)
     if find_allocation(config.allocation).loss:
         profiles = profile(model, plan, tokens.batches, config, device, progress=False)
-        plan = plan_compression(model, config, profiles)
+        plan = plan_compression(model, config, profiles=profiles)
     for block in stream(
         model,
         plan.architecture.layers,

@@ -1,0 +1,788 @@
+"""An `Architecture` for a model type that the table does not know, read off a model and checked.
+
+How it is found. In one pass of a decoder layer every projection's output is replaced by a leaf of
+autograd, so that gradients show what is made of what, with no other projection in between:
+
+- a consumer is a projection that the layer's output is made of and whose input is made of other
+  projections' outputs alone (the projections at the front read the residual stream);
+- an MLP's consumer reads its own token, attention's reads other tokens too;
+- of three projections in front of attention, the query's alone matters at its own token only, and
+  the value's is the one that the consumer's input is linear in.
+
+How rows fall to units, and which config keys hold the widths, is proposed from shapes and values.
+
+How it is checked. With random weights, so that nothing hangs on those of the model at hand: a
+decoder layer from which units are cut must compute what the layer with these units' consumer
+columns zeroed computes, and so must the layer that the model's own class builds from the config
+that says the new width, with the cut weights in it. What fails is not offered.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from posixpath import commonpath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grail_hf.architectures import (
+    ATTENTION,
+    INNER_CONFIG,
+    MLP,
+    Architecture,
+    Attention,
+    Block,
+    GroupSpec,
+    Mlp,
+    Refusal,
+    Whole,
+)
+from grail_hf.config import ATTENTION_UNITS
+from grail_hf.evaluation import evaluation_mode
+from grail_hf.groups import Group
+from grail_hf.modeling_grail import layer_classes
+from grail_hf.planning import check_model, vocabulary_size
+from grail_hf.reduction import Reduction
+from grail_hf.saving import compressed_config
+from grail_hf.stream import record_calls
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+TOKENS = 16  # enough for an activation that is zero for half of its inputs
+TOLERANCE = 1e-5
+# What cutting units must change at the least, for the comparison to mean anything.
+EFFECT = 1e-4
+WIDTHS_TRIED = 64
+LINE = 100  # characters
+# What configs and models raise on values that they were not made for.
+UNBUILT = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError)
+HIDDEN = "the residual stream"
+
+
+def infer_architecture(model: PreTrainedModel) -> Architecture:
+    """Propose the entry for a decoder-only model whose type is not in the table, and check it.
+
+    What the check does not confirm stays whole in the proposal, with the reason. The model is not
+    changed; its weights do not matter (a model `from_config` with few layers will do), but they
+    must be there.
+
+    Returns:
+        An entry for `compress(model, …, architecture=entry)`; `architecture_source(entry)` is the
+        line for the table in `grail_hf/architectures.py`.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an encoder-decoder, a quantised model, one on the meta device; no decoder
+            layers, or layers that are not attention and an MLP (experts, for example); or nothing
+            can become narrower.
+    """
+    check_model(model)
+    if getattr(model.config.get_text_config(), "is_heterogeneous", False):
+        raise ValueError("the model's config has values for single layers, which are not inferred")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device: build it with from_config elsewhere")
+    model_type = model.config.model_type
+    with evaluation_mode(model):
+        subject = _Subject(model, _layers_path(model))
+        returns_tuple, examples = _examples(subject)
+        found = [blocks for example in examples for blocks in _blocks(subject, example)]
+    attention, mlp, others = _merged([block for block, _ in found])
+    entry = Architecture(
+        model_type,
+        layers=subject.layers_path,
+        attention=attention,
+        mlp=mlp,
+        others=others,
+        returns_tuple=returns_tuple,
+        residual_scale_key=_residual_scale_key(subject, [scale for _, scale in found]),
+        per_layer=_per_layer(subject),
+    )
+    specs = [spec for layer in subject.layers for spec in entry.groups(model.config, layer)]
+    if not any(spec.offered for spec in specs):
+        reasons = dict.fromkeys(f"its {spec.kind} because {spec.refusal}" for spec in specs)
+        raise ValueError(f"a {model_type} can become narrower nowhere; {'; '.join(reasons)}")
+    return entry
+
+
+def architecture_source(architecture: Architecture) -> str:
+    """The entry as Python for `grail_hf/architectures.py`: what differs from the defaults."""
+    return _source(architecture, indent=0)
+
+
+# The layers, and a random copy of each kind of them
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model, and where its decoder layers lie in its base model."""
+
+    model: PreTrainedModel
+    layers_path: str
+
+    @property
+    def config(self) -> Any:
+        """The text decoder's part of the config."""
+        return self.model.config.get_text_config()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return _layers(self.model, self.layers_path)
+
+
+def _layers(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    layers = model.base_model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A decoder layer with random weights in float32, and a call of it.
+
+    Attributes:
+        index: of the layer.
+        layer: the copy.
+        args, kwargs: what the model calls it with, behind the hidden states.
+        hidden: [1, T, D], random.
+    """
+
+    index: int
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: Tensor
+
+    def output(self, layer: nn.Module | None = None, hidden: Tensor | None = None) -> Tensor:
+        """[1, T, D], what this layer, or another in its place, makes of the hidden states."""
+        args, kwargs = copy.copy(self.args), copy.copy(self.kwargs)
+        out = (layer or self.layer)(self.hidden if hidden is None else hidden, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+def _layers_path(model: PreTrainedModel) -> str:
+    """Path in the base model of the list of as many blocks with projections as there are layers."""
+    config: Any = model.config.get_text_config()
+    number = getattr(config, "num_hidden_layers", None)
+    lists: dict[str, nn.ModuleList] = {
+        name: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number
+        if all(any(map(_is_projection, list(layer.modules())[1:])) for layer in module)
+    }
+    inner = {name for name in lists for other in lists if name.startswith(f"{other}.")}
+    outer = {name: layers for name, layers in lists.items() if name not in inner}
+    for name, layers in outer.items():
+        for index, layer in enumerate(layers):
+            _check_plain(layer, f"{name}.{index}")
+    ran = _modules_run(model, list(outer.values()))
+    found = [name for name, layers in outer.items() if all(layer in ran for layer in layers)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{model.config.model_type!r} has no decoder layers that can be told: {len(found)} "
+            f"lists ({', '.join(found) or 'none'}) hold num_hidden_layers={number} blocks of "
+            "projections that run on text"
+        )
+    return found[0]
+
+
+def _token_ids(model: PreTrainedModel) -> Tensor:
+    """[1, T] int64."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary_size(model), (1, TOKENS), generator=generator)
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def _modules_run(
+    model: PreTrainedModel, lists: Sequence[nn.ModuleList]
+) -> dict[nn.Module, tuple[Tensor, Any]]:
+    """The lists' modules that run on text, each with the hidden states it gets and its output."""
+    ran: dict[nn.Module, tuple[Tensor, Any]] = {}
+
+    def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module in ran:
+            raise ValueError(f"a {type(module).__name__} runs more than once in a pass")
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        behind = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor) or not isinstance(behind, Tensor):
+            raise ValueError(
+                f"a {type(module).__name__} returns a {type(output).__name__}: a decoder layer "
+                "takes hidden_states and returns them, alone or as the first of a tuple"
+            )
+        ran[module] = hidden.clone(), (isinstance(output, tuple), behind.clone())
+
+    handles = [
+        layer.register_forward_hook(look, with_kwargs=True) for layers in lists for layer in layers
+    ]
+    try:
+        model.base_model(input_ids=_token_ids(model), use_cache=False)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the model does not run on token ids alone: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran
+
+
+@torch.no_grad()
+def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
+    """Whether layers return tuples, and one example for each structure among them.
+
+    Raises ValueError where a layer cannot be run by itself on what it is called with.
+    """
+    from accelerate.utils.operations import recursively_apply
+
+    model, layers = subject.model, subject.layers
+    ran = _modules_run(model, [layers])
+    (returns_tuple,) = {is_tuple for _, (is_tuple, _) in ran.values()}
+    (batch,) = record_calls(model, layers, [{"input_ids": _token_ids(model)}], returns_tuple)
+    examples: dict[Any, _Example] = {}
+    for index, layer in enumerate(layers):
+        front, (_, behind) = ran[layer]
+        try:
+            again = batch.through(layer, index, front, front.device)
+        except (RuntimeError, LookupError, TypeError) as error:
+            raise ValueError(f"layer {index} cannot be run by itself: {error}") from error
+        if not torch.allclose(again, behind, rtol=1e-3, atol=1e-3 * behind.abs().max().item()):
+            raise ValueError(
+                f"layer {index} depends on more than what it is called with: layers cannot be "
+                "calibrated one at a time"
+            )
+        shapes = tuple((name, p.shape) for name, p in layer.named_parameters())
+        if shapes not in examples:
+            args, kwargs = recursively_apply(
+                lambda x: x.float() if x.is_floating_point() else x, batch.calls[index]
+            )
+            examples[shapes] = _Example(index, _randomised(layer), args, kwargs, _noise(front))
+    return returns_tuple, list(examples.values())
+
+
+def _randomised(layer: nn.Module) -> nn.Module:
+    """A copy in float32, in which no weight, bias or norm is near a neutral value."""
+    twin = copy.deepcopy(layer).float().requires_grad_(False)
+    for seed, parameter in enumerate(twin.parameters(), start=1):
+        noise = _noise(parameter, seed)
+        if parameter.ndim < 2:
+            parameter.copy_(1 + 0.3 * noise)
+        else:
+            parameter.copy_(noise * (2 / sum(parameter.shape)) ** 0.5)
+    return twin
+
+
+def _check_plain(layer: nn.Module, layer_name: str) -> None:
+    """Raise ValueError for weights that are not one Linear's, as experts have them."""
+    for name, module in layer.named_modules(prefix=layer_name):
+        many = isinstance(module, nn.ModuleList) and len(module) > 1
+        if many and any(_is_projection(inner) for inner in module.modules()):
+            raise ValueError(
+                f"{name} holds {len(module)} modules with projections, as of experts, which are "
+                "not offered"
+            )
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 2:
+                raise ValueError(
+                    f"{name}.{key} of shape {list(parameter.shape)} is no Linear's weight; experts "
+                    "and the like are not offered"
+                )
+
+
+# What is made of what
+
+
+def _is_projection(module: nn.Module) -> bool:
+    # transformers' Conv1D, which stores its weight transposed, is no subclass of Linear.
+    return isinstance(module, nn.Linear) or hasattr(module, "nf")
+
+
+class _Trace:
+    """A pass of an example in which every projection's output is a leaf.
+
+    Attributes:
+        example: the layer.
+        projections: path -> module, in the order of the layer's definition.
+        inputs: path of a projection, or of another module with weights -> its input, in the order
+            of the calls.
+        leaves: path of a projection -> its output; `HIDDEN` -> the layer's input.
+        output: [1, T, D].
+    """
+
+    def __init__(self, example: _Example) -> None:
+        self.example = example
+        layer = example.layer
+        weighted = {
+            path: module
+            for path, module in layer.named_modules()
+            if any(True for _ in module.parameters(recurse=False))
+        }
+        self.projections = {p: module for p, module in weighted.items() if _is_projection(module)}
+        self.inputs: dict[str, Tensor] = {}
+        self.leaves = {HIDDEN: example.hidden.clone().requires_grad_()}
+        handles = []
+        for path, module in weighted.items():
+            handles.append(module.register_forward_pre_hook(self._look(path), with_kwargs=True))
+        for path, module in self.projections.items():
+            handles.append(module.register_forward_hook(self._cut(path)))
+        try:
+            # A layer may add to its input in place, which a leaf does not allow.
+            self.output = example.output(hidden=self.leaves[HIDDEN].clone())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _look(self, path: str) -> Any:
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if tensors:
+                self.inputs[path] = tensors[0]
+
+        return look
+
+    def _cut(self, path: str) -> Any:
+        def cut(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if path in self.leaves:
+                raise ValueError(f"{path} runs more than once in a layer")
+            self.leaves[path] = output.detach().requires_grad_()
+            return self.leaves[path].clone()
+
+        return cut
+
+    def gradients(self, x: Tensor) -> dict[str, Tensor]:
+        """Of sum(x * noise): path -> [T, …], of the leaves that `x` is made of."""
+        total = (x * _noise(x)).sum()
+        if not total.requires_grad:
+            return {}
+        found = torch.autograd.grad(
+            total, list(self.leaves.values()), retain_graph=True, allow_unused=True
+        )
+        return {
+            path: gradient.reshape(TOKENS, -1)
+            for path, gradient in zip(self.leaves, found, strict=True)
+            if gradient is not None and gradient.any()
+        }
+
+    def consumers(self) -> dict[str, dict[str, Tensor]]:
+        """Path -> the gradients of its last token's input, of the projections it is made of."""
+        consumers = {}
+        for path in self.gradients(self.output):
+            if path not in self.projections:
+                continue
+            x = self.inputs[path].reshape(TOKENS, -1)
+            sources = self.gradients(x[-1])
+            if sources and HIDDEN not in sources:
+                # In the order of the layer's definition.
+                consumers[path] = {p: sources[p] for p in self.projections if p in sources}
+        return consumers
+
+    def linear_in(self, path: str, source: str) -> bool:
+        """Whether the input of the projection at `path` is linear in the output of `source`."""
+        seen: list[Tensor] = []
+        handles = [
+            self.projections[source].register_forward_hook(lambda *call: -2 * call[2]),
+            self.projections[path].register_forward_pre_hook(lambda _, x: seen.append(x[0])),
+        ]
+        try:
+            with torch.no_grad():
+                self.example.output()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _relative_error(seen[0], -2 * self.inputs[path]) < TOLERANCE
+
+    def residual_scale(self, path: str) -> float | None:
+        """Factor with which a leaf reaches the layer's output; None where it is more than one."""
+        weights = _noise(self.output).reshape(TOKENS, -1)
+        gradient = self.gradients(self.output).get(path)
+        if gradient is None or gradient.shape != weights.shape:
+            return None
+        factor = ((gradient * weights).sum() / weights.square().sum()).item()
+        scale = float(f"{factor:.5g}")  # as a config has it, without the noise of float32
+        return scale if _relative_error(gradient, scale * weights) < 10 * TOLERANCE else None
+
+    def norm_behind(self, path: str) -> str | None:
+        """The first module with weights that reads the output of the projection at `path`."""
+        for other, x in self.inputs.items():
+            if other not in self.projections and path in self.gradients(x):
+                return other
+        return None
+
+
+def _noise(like: Tensor, seed: int = 0) -> Tensor:
+    """Normal numbers of a tensor's shape, the same at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    error: float = ((actual - expected).norm() / expected.norm()).item()
+    return error
+
+
+# Proposals
+
+
+class _Unfit(Exception):
+    """Why a block stays whole, to be read after "because"."""
+
+
+@torch.enable_grad()
+def _blocks(subject: _Subject, example: _Example) -> list[tuple[Block, float | None]]:
+    """The example's attention and MLP, each with the factor in front of its output."""
+    trace = _Trace(example)
+    consumers: dict[str, dict[str, dict[str, Tensor]]] = {ATTENTION: {}, MLP: {}}
+    for path, sources in trace.consumers().items():
+        mixes = any(bool(gradient[:-1].any()) for gradient in sources.values())
+        consumers[ATTENTION if mixes else MLP][path] = sources
+    blocks = []
+    for kind, found in consumers.items():
+        if len(found) != 1:
+            raise ValueError(
+                f"layer {example.index} has {len(found)} blocks ({', '.join(found) or 'none'}) in "
+                f"place of one {kind}: only layers of one attention and one MLP are described"
+            )
+        ((path, sources),) = found.items()
+        scale = trace.residual_scale(path)
+        if kind == ATTENTION and trace.residual_scale(HIDDEN) != 1:
+            scale = None  # what an earlier layer lacks does not reach the output as it is
+        post_norm = trace.norm_behind(path) if scale is None else None
+        if scale is None and post_norm is None:
+            raise ValueError(f"what lies between {path} and the residual stream cannot be told")
+        propose = _attention if kind == ATTENTION else _mlp
+        try:
+            block = propose(subject, trace, path, sources)
+        except _Unfit as error:
+            parent = commonpath([name.replace(".", "/") for name in (path, *sources)])
+            block = Whole(kind, parent.replace("/", ".") or path, path, str(error))
+        blocks.append((replace(block, post_norm=post_norm), scale))
+    return blocks
+
+
+def _mlp(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> Block:
+    width = _size(trace, path)[1]
+    rows = {_size(trace, source)[0] for source in sources}
+    if len(rows) != 1 or min(rows) % width:
+        raise _Unfit(f"{', '.join(sources)} have {sorted(rows)} rows for {width} channels")
+    sections = min(rows) // width
+    # What is refitted lies in the consumer's module.
+    own = [source for source in sources if sections == 1 and _parent(source) == _parent(path)]
+    linear = [source for source in own if trace.linear_in(path, source)]
+    block = Mlp(
+        inputs=tuple(sources),
+        sections=sections,
+        linear=linear[-1] if linear else None,
+        output=path,
+        transposed=_transposed(trace, path),
+    )
+    _check_fit(subject, trace.example, block)
+    keys = _keys(subject.config, width, block.width_key, unset=True)
+    named = [replace(block, width_key=key) for key in keys]
+    reason = "no key of its config gives its MLP another width"
+    return _first_sayable(subject, trace.example, named) or _refused(block, reason)
+
+
+def _attention(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> Block:
+    config, channels = subject.config, _size(trace, path)[1]
+    heads = getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    if not head_dim or channels % head_dim:
+        raise _Unfit(f"{path} has {channels} inputs, which are no heads of {head_dim}")
+    heads, inputs = channels // head_dim, _query_key_value(trace, path, sources)
+    rows = sum(_size(trace, source)[0] for source in inputs)
+    misfit = _Unfit(f"the {rows} rows of {', '.join(inputs)} are not those of {heads} heads")
+    for interleaved, query_rows in ((False, 1), (True, 1), (False, 2), (True, 2)):
+        kv_heads, rest = divmod(rows - heads * query_rows * head_dim, 2 * head_dim)
+        if rest or kv_heads < 1 or heads % kv_heads or (interleaved and len(inputs) == 3):
+            continue
+        block = Attention(
+            inputs=inputs,
+            interleaved=interleaved,
+            query_rows=query_rows,
+            output=path,
+            head_norms=_head_norms(trace, inputs),
+            transposed=_transposed(trace, path),
+        )
+        try:
+            _check_fit(subject, trace.example, block)
+        except _Unfit as error:
+            misfit = error
+            continue
+        named = [
+            replace(block, heads_key=heads_key, kv_heads_key=kv_heads_key)
+            for heads_key in _keys(config, heads, block.heads_key)
+            for kv_heads_key in _keys(config, kv_heads, block.kv_heads_key)
+            if kv_heads_key != heads_key
+        ]
+        reason = "no values of its config give it fewer heads of the same size"
+        return _first_sayable(subject, trace.example, named) or _refused(block, reason)
+    raise misfit
+
+
+def _query_key_value(trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The projections in front of attention's consumer, in this order, or the one of all three."""
+    if len(sources) == 1:
+        return tuple(sources)
+    queries = [source for source, gradient in sources.items() if not gradient[:-1].any()]
+    values = [source for source in sources if trace.linear_in(path, source)]
+    if len(sources) != 3 or len(queries) != 1 or len(values) != 1:
+        raise _Unfit(
+            f"of {', '.join(sources)}, one alone should be read at its own token ("
+            f"{', '.join(queries) or 'none'} is) and what it puts out be linear in one "
+            f"({', '.join(values) or 'none'})"
+        )
+    if {_parent(source) for source in sources} != {_parent(path)}:
+        raise _Unfit("its projections lie in several modules")
+    (key,) = set(sources) - {*queries, *values}
+    return (*queries, key, *values)
+
+
+def _head_norms(trace: _Trace, inputs: Sequence[str]) -> tuple[str, ...]:
+    """Norms with a row for each head, of queries first and then of keys."""
+    norms = {}
+    for path, x in trace.inputs.items():
+        weight = getattr(trace.example.layer.get_submodule(path), "weight", None)
+        if path not in trace.projections and isinstance(weight, Tensor) and weight.ndim == 2:
+            made_of = trace.gradients(x).keys() & set(inputs)
+            norms[path] = min((inputs.index(source) for source in made_of), default=len(inputs))
+    return tuple(path for path in sorted(norms, key=norms.__getitem__) if norms[path] < 2)
+
+
+def _refused(block: Attention | Mlp, reason: str) -> Block:
+    return replace(block, refused=(Refusal(reason),))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _size(trace: _Trace, path: str) -> tuple[int, int]:
+    """(outputs, inputs) of a projection."""
+    rows, columns = trace.projections[path].weight.shape
+    return (columns, rows) if _transposed(trace, path) else (rows, columns)
+
+
+def _transposed(trace: _Trace, path: str) -> bool:
+    return not isinstance(trace.projections[path], nn.Linear)
+
+
+def _keys(config: Any, value: int, usual: str, unset: bool = False) -> list[str]:
+    """Config keys that hold `value`, the usual name first; if `unset`, then those that hold None.
+
+    Where none holds it, the usual name.
+    """
+    values = {usual: getattr(config, usual, None)} | config.to_dict()
+    keys = [key for key, held in values.items() if type(held) is int and held == value]
+    if unset:
+        keys += [key for key, held in config.to_dict().items() if held is None]
+    return keys or [usual]
+
+
+def _merged(blocks: Sequence[Block]) -> tuple[Any, Any, tuple[Block, ...]]:
+    """Attention, MLP and the others; of each kind, the first with units is the usual one."""
+    usual: list[Any] = []
+    others: list[Block] = []
+    for kind in (ATTENTION, MLP):
+        of_kind: dict[str, Block] = {}
+        for block in blocks:
+            if block.kind != kind:
+                continue
+            known = of_kind.setdefault(block.output, block)
+            # A norm that only some layers have is told by the layer.
+            post_norm = known.post_norm or block.post_norm
+            of_kind[block.output] = replace(known, post_norm=post_norm)
+            if replace(block, post_norm=post_norm) != of_kind[block.output]:
+                raise ValueError(f"{block.output} differs between layers: {known} and {block}")
+        first = sorted(of_kind.values(), key=lambda block: isinstance(block, Whole))
+        usual.append(first[0])
+        others += first[1:]
+    attention, mlp = usual
+    return attention, mlp, tuple(others)
+
+
+def _residual_scale_key(subject: _Subject, scales: Sequence[float | None]) -> str | None:
+    """The config key of the factor in front of the blocks' outputs; None where that is 1."""
+    factors = [scale for scale in scales if scale is not None]
+    if all(factor == 1 for factor in factors):
+        return None
+    keys: list[str] = [
+        key
+        for key, value in subject.config.to_dict().items()
+        if isinstance(value, float) and all(abs(f - value) < 1e-4 * abs(f) for f in factors)
+    ]
+    named = [key for key in keys if "residual" in key] or keys
+    if len(named) != 1:
+        raise ValueError(
+            f"the blocks' outputs are added with the factors {sorted(set(factors))}, which "
+            f"{'no config key holds' if not keys else ', '.join(keys) + ' all hold'}"
+        )
+    return named[0]
+
+
+def _per_layer(subject: _Subject) -> Refusal | None:
+    """Why layers cannot differ in width."""
+    if subject.config is not subject.model.config:
+        return INNER_CONFIG
+    layer_class = type(subject.layers[0])
+    known = layer_class in layer_classes(type(subject.model))
+    parameters = inspect.signature(layer_class.__init__).parameters.keys()
+    if known and {"config", "layer_idx"} <= parameters:
+        return None
+    return Refusal("its decoder layers are not known to be built from a config and their index")
+
+
+# Checks
+
+
+def _check_fit(subject: _Subject, example: _Example, block: Block) -> None:
+    """Raise `_Unfit` where cutting the block's units is not zeroing what they feed."""
+    specs = [block.group(subject.config, example.layer, unit) for unit in ATTENTION_UNITS]
+    specs = [spec for spec in specs if spec.num_units > spec.partitions]
+    if not specs:
+        raise _Unfit("it has a single unit")
+    for spec in specs:
+        try:
+            cut, zeroed = _cut_and_zeroed(example, spec, spec.num_units - spec.partitions)
+            error = _relative_error(example.output(cut), zeroed)
+        except (RuntimeError, IndexError) as failure:
+            raise _Unfit("the layer does not run with a unit less") from failure
+        if not error < TOLERANCE:
+            raise _Unfit("cutting a unit changes what the others put out")
+        if not _relative_error(zeroed, example.output()) > EFFECT:
+            raise _Unfit("cutting a unit changes too little for a comparison")
+
+
+@torch.no_grad()
+def _cut_and_zeroed(example: _Example, spec: GroupSpec, width: int) -> tuple[nn.Module, Tensor]:
+    """The layer with `width` units, and [1, T, D], what it puts out with the others' columns 0."""
+    reduction = _some_units(spec, width)
+    zeroed = Group(copy.deepcopy(example.layer), spec, "")
+    zeroed.weight[:, reduction.removed_channels(spec.columns)] = 0
+    cut = copy.deepcopy(example.layer)
+    _cut_(cut, spec, reduction)
+    return cut, example.output(zeroed.layer)
+
+
+def _some_units(spec: GroupSpec, width: int) -> Reduction:
+    scores = torch.rand(spec.num_units, generator=torch.Generator().manual_seed(width))
+    return Reduction.keep_top(scores, width, spec.partitions)
+
+
+def _cut_(layer: nn.Module, spec: GroupSpec, reduction: Reduction) -> None:
+    group = Group(layer, spec, "")
+    group.shrink_(reduction)
+    kept = reduction.kept_channels(spec.columns)
+    group.projection(spec.consumer).put_(group.weight[:, kept])
+
+
+def _first_sayable(subject: _Subject, example: _Example, blocks: Sequence[Block]) -> Block | None:
+    """The first of the blocks whose config keys say its widths."""
+    return next((block for block in blocks if _sayable(subject, example, block)), None)
+
+
+def _sayable(subject: _Subject, example: _Example, block: Block) -> bool:
+    """Whether a config of fewer units makes a model that computes what the cut one does."""
+    unit = ATTENTION_UNITS[0]
+    spec = block.group(subject.config, example.layer, unit)
+    if spec.num_units == 1:
+        unit = ATTENTION_UNITS[1]
+        spec = block.group(subject.config, example.layer, unit)
+    specs = [
+        (block.group(subject.config, layer, unit),) if _has(layer, block) else ()
+        for layer in subject.layers
+    ]
+    for width in range(spec.num_units - spec.partitions, 0, -spec.partitions)[:WIDTHS_TRIED]:
+        widths = {block.kind: [width] * len(specs)}
+        try:
+            config = compressed_config(subject.model.config, specs, widths)
+            built = _skeleton(subject.model, config)
+        except UNBUILT:
+            continue
+        expected = _skeleton(subject.model, subject.model.config)
+        for layer, of_layer in zip(_layers(expected, subject.layers_path), specs, strict=True):
+            for group in of_layer:
+                _cut_(layer, group, _some_units(group, width))
+        if _shapes(built) != _shapes(expected):
+            return False
+        cut, zeroed = _cut_and_zeroed(example, spec, width)
+        fresh = _layers(built, subject.layers_path)[example.index].eval()
+        try:
+            _fill_(fresh, cut)
+            return _relative_error(example.output(fresh), zeroed) < TOLERANCE
+        except (RuntimeError, ValueError):
+            return False
+    return False
+
+
+def _has(layer: nn.Module, block: Block) -> bool:
+    return block.output in dict(layer.named_modules())
+
+
+def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class on the meta device."""
+    model_class: Any = type(model)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = model_class._from_config(
+            config, attn_implementation=model.config._attn_implementation
+        )
+    return skeleton
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Of parameters and buffers; those of a rotary embedding tell the size of the heads."""
+    return {
+        name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+def _fill_(layer: nn.Module, other: nn.Module) -> None:
+    """Give the layer the parameters and buffers of another of the same shapes."""
+    for module, twin in zip(layer.modules(), other.modules(), strict=True):
+        module._parameters.update(twin._parameters)
+        module._buffers.update(twin._buffers)
+
+
+# As Python
+
+
+def _source(value: Any, indent: int, used: int = 0) -> str:
+    """Python for the value, over several lines where one does not hold it.
+
+    Args:
+        value: of an entry.
+        indent: of the line that it is on.
+        used: characters in front of it on its line.
+    """
+    inner = indent + 4
+    if isinstance(value, Mapping):
+        items = [f"{json.dumps(key)}: {_source(held, inner)}" for key, held in value.items()]
+        return _bracketed("{", items, "}", indent, used)
+    if isinstance(value, tuple):
+        items = [_source(held, inner) for held in value]
+        return _bracketed("(", items, ",)" if len(items) == 1 else ")", indent, used)
+    if is_dataclass(value):
+        items = []
+        for field in fields(value):
+            held = getattr(value, field.name)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if default is MISSING:
+                items.append(_source(held, inner))
+            elif held != default:
+                name = f"{field.name}="
+                items.append(name + _source(held, inner, len(name)))
+        return _bracketed(f"{type(value).__name__}(", items, ")", indent, used)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _bracketed(opening: str, items: Sequence[str], closing: str, indent: int, used: int) -> str:
+    line = f"{opening}{', '.join(items)}{closing}"
+    if indent + used + len(line) < LINE and "\n" not in line:
+        return line
+    lines = "".join(f"{' ' * (indent + 4)}{item},\n" for item in items)
+    return f"{opening}\n{lines}{' ' * indent}{closing[-1]}"
