@@ -10,9 +10,15 @@ too large for a Cholesky factorisation (K D unknowns), but not for conjugate gra
 block run with U in place, and its adjoint the derivative of that run, which is exact since A is
 linear. No loss is descended and no labels are needed.
 
-The problem is solved in the coordinates T = U L, with L L^T = X^T X over the producer's inputs,
-where a step in any direction changes the producer's outputs alike; what scale is left, that of each
-row, is measured with one random probe and divided out.
+Few steps suffice because the problem is nearly separable. In the coordinates T = U L, with
+L L^T = X^T X over the producer's inputs, a step in any direction changes the producer's outputs
+alike, and what couples the rows is nearly one matrix for all directions,
+
+    M = (W^T W) * E[g g^T]    (elementwise),
+
+with W the consumer and g what multiplies each of its inputs (the gate; the context that a head
+attends to). M preconditions the steps; as with K-FAC (arXiv 1503.05671), only their number depends
+on how good an approximation it is.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         block: the decoder layer and its calibration hidden states.
         group: already shrunk and repaired; without a linear producer, nothing is done.
         steps: conjugate gradient steps.
-        damping: of each row, relative to its own curvature.
+        damping: of each row, relative to its own curvature M_ii.
 
     Raises:
         FloatingPointError: the fitted weight is not finite.
@@ -66,9 +72,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         by_t: Tensor = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
         return by_t
 
-    def adjoint(
-        weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor], runs: Sequence[Run] = runs
-    ) -> Tensor:
+    def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
         """A^T of what `towards` makes of each run's output, as a gradient by T."""
         total = torch.zeros_like(start, dtype=factor.dtype)
         for run in runs:
@@ -81,21 +85,23 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
     with replaceable_weight(projection) as put:
 
-        def normal(t: Tensor, runs: Sequence[Run] = runs) -> Tensor:
+        def normal(t: Tensor) -> Tensor:
             """A^T A t. Biases are no part of A."""
             with without_biases(linear, group.consumer):
-                return adjoint(put(to_weight(t)), lambda run, output: output, runs)
+                return adjoint(put(to_weight(t)), lambda run, output: output)
 
+        # With one random vector for all rows, the consumer's inputs are g (r^T x).
         generator = torch.Generator().manual_seed(group.seed)
-        probe = torch.randint(0, 2, start.shape, generator=generator).to(factor) * 2 - 1
-        longest = max(runs, key=lambda run: run.num_tokens)
-        share = longest.num_tokens / sum(run.num_tokens for run in runs)
-        rows = (probe * normal(probe, [longest])).mean(dim=1, keepdim=True) / share
-        rows = rows.clamp_min(1e-6 * rows.abs().max().clamp_min(torch.finfo(rows.dtype).tiny))
+        probe = torch.randint(0, 2, (1, start.shape[1]), generator=generator).to(factor) * 2 - 1
+        put(to_weight(probe.expand(start.shape)))
+        coupling = _coupling(block, group, linear, runs) / start.shape[1]
+        rows = coupling.diagonal()[:, None]
+        rows = rows.clamp_min(1e-6 * rows.max().clamp_min(torch.finfo(rows.dtype).tiny))
+        preconditioner = torch.linalg.cholesky(coupling + (damping * rows.flatten()).diag())
 
-        solution = torch.zeros_like(probe)
+        solution = torch.zeros_like(start, dtype=factor.dtype)
         residual = adjoint(put(start), lambda run, output: run.target.to(output) - output)
-        scaled = residual / rows
+        scaled = torch.cholesky_solve(residual, preconditioner)
         direction, norm = scaled, (residual * scaled).sum()
         for _ in range(steps):
             if norm <= 0:
@@ -104,7 +110,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             length = norm / (direction * image).sum()
             solution = solution + length * direction
             residual = residual - length * image
-            scaled = residual / rows
+            scaled = torch.cholesky_solve(residual, preconditioner)
             previous, norm = norm, (residual * scaled).sum()
             direction = scaled + norm / previous * direction
         change = to_weight(solution)
@@ -126,6 +132,26 @@ def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
         stats.update_(run.rows(inputs[0]))
         block.progress.update()
     return stats.gram.double()
+
+
+def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+    """[K, K] fp64, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
+
+    Of grouped-query attention, rows of the values stand for the channels of all the query heads
+    that read them. The longest batch is taken for all.
+    """
+    longest = max(runs, key=lambda run: run.num_tokens)
+    with without_biases(linear), captured_input(group.consumer) as inputs:
+        longest.output()
+    block.progress.update()
+    z, weight = longest.rows(inputs[0]).double(), group.weight.double()
+    coupling = (weight.mT @ weight) * (z.mT @ z)
+    coupling *= sum(run.num_tokens for run in runs) / longest.num_tokens
+    rows = linear.out_features
+    own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
+    width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1
+    heads = (rows // width, len(coupling) // rows, width)
+    return coupling.reshape(*heads, *heads).sum(dim=(1, 4)).reshape(rows, rows)
 
 
 @contextmanager

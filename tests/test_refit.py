@@ -146,8 +146,9 @@ def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
     monkeypatch.setattr(
         "grail_hf.stream.tqdm", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
     )
-    model = tiny_model("qwen3")
-    grail_hf.compress(model, calibration=batches(), sparsity=0.3, multiple_of=1, **settings)
+    # Where `ridge="auto"` finds plain pruning to be best, nothing is refitted, and time is saved.
+    settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-4} | settings
+    grail_hf.compress(tiny_model("qwen3"), calibration=batches(), **settings)
     (bar,) = bars
     assert bar.done == bar.total
 
