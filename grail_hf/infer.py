@@ -111,8 +111,11 @@ def infer_architecture(model: PreTrainedModel) -> Architecture:
 
 
 def architecture_source(architecture: Architecture) -> str:
-    """The entry as Python for `grail_hf/architectures.py`: what differs from the defaults."""
-    return _source(architecture, indent=0)
+    """The entry as Python for `grail_hf/architectures.py`: what differs from the defaults.
+
+    Its `exports` and `gguf` are left out: they hold functions, and nothing infers them.
+    """
+    return _source(replace(architecture, exports={}, gguf=()), indent=0)
 
 
 # The layers, and a random copy of each kind of them

@@ -27,8 +27,8 @@ def excess_losses(tiny_llama_dir, tokenizer, jargon_train, jargon_test):
     losses = {}
     for name, settings in {
         "pruned": {"selector": "wanda", "compensate": False},
-        "wanda": {"selector": "wanda"},
-        "gram": {"selector": "gram"},
+        "wanda": {"selector": "wanda", "refit": 0},
+        "gram": {"selector": "gram", "refit": 0},
     }.items():
         model = load()
         grail_hf.compress(

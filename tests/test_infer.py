@@ -1,6 +1,7 @@
 """Entries that are inferred are the table's where it has one, and right where it has none."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,6 +99,11 @@ def assert_reloads(model, report, folder):
     assert relative_error(logits(again, batches()), logits(model, batches())) < 1e-6
 
 
+# What no module or config key of the model at hand shows: biases that its config could switch on,
+# and (in the table, not always) which norm follows a block.
+UNSEEN = ("bias_key", "post_norm")
+
+
 @inferred_case
 def test_what_is_inferred_is_what_the_table_says(case, monkeypatch):
     model = tiny_architecture(case)
@@ -114,7 +120,8 @@ def test_what_is_inferred_is_what_the_table_says(case, monkeypatch):
                 assert (spec.kind, spec.consumer) == (expected.kind, expected.consumer)
                 assert spec.residual_scale == expected.residual_scale
                 if spec.offered:
-                    assert spec == expected
+                    seen = (replace(s, **dict.fromkeys(UNSEEN)) for s in (spec, expected))
+                    assert next(seen) == next(seen)
                 elif expected.offered:
                     assert NOT_FOUND[case, spec.kind] in spec.refusal
 
@@ -201,7 +208,7 @@ def test_weights_and_dtype_do_not_matter(case):
 def test_an_entrys_source_is_the_entry(name):
     entry = ARCHITECTURES[name]
     source = architecture_source(entry)
-    assert eval(source, vars(architectures)) == entry
+    assert eval(source, vars(architectures)) == replace(entry, exports={}, gguf=())
     # A string is not split.
     assert all(len(line) <= 100 or line.count('"') == 2 for line in source.splitlines())
 
@@ -242,7 +249,7 @@ def test_units_that_cannot_be_cut_alone_stay(forward, monkeypatch):
     entry = infer_architecture(tiny_model("llama"))
     assert (entry.mlp.kind, entry.mlp.path) == (MLP, "mlp")
     assert "cutting a unit changes what the others put out" in entry.mlp.reason
-    assert entry.attention == ARCHITECTURES["llama"].attention
+    assert entry.attention == replace(ARCHITECTURES["llama"].attention, bias_key=None)
 
 
 def test_a_config_that_lies_about_the_heads_is_found_out(monkeypatch):
@@ -256,7 +263,7 @@ def test_a_config_that_lies_about_the_heads_is_found_out(monkeypatch):
     monkeypatch.setattr(modeling_llama.LlamaAttention, "__init__", scaled)
     entry = infer_architecture(tiny_model("llama"))
     assert entry.attention.refused[0].reason.startswith("no values of its config give it fewer")
-    assert entry.mlp == ARCHITECTURES["llama"].mlp
+    assert entry.mlp == replace(ARCHITECTURES["llama"].mlp, bias_key=None)
 
 
 def test_layers_that_share_more_than_the_stream_are_refused(monkeypatch):
