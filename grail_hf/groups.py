@@ -49,8 +49,10 @@ class Projection:
         """
         module = self.module
         if bias is not None:
-            module.bias = _like(module.weight if module.bias is None else module.bias, bias)
-        module.weight = _like(module.weight, self.stored(weight))
+            module.bias = parameter_like(
+                module.weight if module.bias is None else module.bias, bias
+            )
+        module.weight = parameter_like(module.weight, self.stored(weight))
         outputs, inputs = ("nf", "nx") if self.transposed else ("out_features", "in_features")
         setattr(module, outputs, weight.shape[0])
         setattr(module, inputs, weight.shape[1])
@@ -211,16 +213,19 @@ class Group:
         for norm in self.spec.norms:
             module = self.layer.get_submodule(norm.path)
             for name, parameter in list(module.named_parameters()):
-                setattr(module, name, _like(parameter, reduced_rows(parameter, norm, reduction)))
-        for path, factor in self.spec.attributes.items():
-            owner, _, name = path.rpartition(".")
-            module = self.layer.get_submodule(owner)
-            if name in vars(module):
-                setattr(module, name, int(reduction.kept.numel() * factor))
+                setattr(
+                    module,
+                    name,
+                    parameter_like(parameter, reduced_rows(parameter, norm, reduction)),
+                )
         self._show_width_(reduction.kept.numel())
 
     def _show_width_(self, width: int) -> None:
-        """Let modules that read the width from the model's config when they run see this one."""
+        """Set what modules know of their width, and what they will read of it in the config."""
+        for path, factor in self.spec.attributes.items():
+            owner, _, name = path.rpartition(".")
+            if name in vars(self.layer.get_submodule(owner)):
+                setattr(self.layer.get_submodule(owner), name, int(width * factor))
         values = self.spec.config_values(width)
         module: Any
         for module in self.layer.modules():
@@ -274,5 +279,5 @@ def reduced_rows(rows: Tensor, producer: Producer, reduction: Reduction) -> Tens
     return torch.cat([*reduced, rows[start:]])
 
 
-def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.detach().contiguous(), requires_grad=old.requires_grad)
