@@ -58,7 +58,7 @@ class GroupSpec:
         columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
         partitions: the units form this many equal runs, each of which keeps equally many.
         unshrunk: modules of the block that stay whole whatever the width.
-        norms: norms whose weight has rows for each unit, which shrink with the units.
+        norms: norms, and bare parameters, with rows for each unit: they shrink with the units.
         transposed: the projections store their weights as [in, out].
         config_per_unit: config key -> what one kept unit adds to its value.
         config_pinned: config keys that a stock config would otherwise derive from the widths.
@@ -142,6 +142,7 @@ class Attention:
         output: the projection behind the heads.
         linear_if: config values under which the output is linear in a value projection of its own.
         head_norms: norms of queries and of keys whose weights are [heads, head_dim].
+        sinks: the parameter [heads] of attention sinks, a logit a query head.
         post_norm: a norm between the output and the residual stream, in layers that have it.
         transposed: see `GroupSpec`.
         refused: why heads stay.
@@ -155,6 +156,7 @@ class Attention:
     output: str = "self_attn.o_proj"
     linear_if: Mapping[str, Any] = field(default_factory=dict)
     head_norms: tuple[str, ...] = ()
+    sinks: str | None = None
     post_norm: str | None = None
     transposed: bool = False
     refused: tuple[Refusal, ...] = ()
@@ -175,6 +177,7 @@ class Attention:
         group_size = heads // kv_heads
         linear = len(self.inputs) == 3 and _has_values(config, self.linear_if)
         norms = [path for path in self.head_norms if _has(layer, path)]
+        sinks = (self.sinks,) if self.sinks else ()
         block = self.output.rpartition(".")[0]
 
         def attributes(heads: int | Fraction, kv_heads: int, size: int | Fraction) -> Any:
@@ -194,8 +197,9 @@ class Attention:
             consumer=self.output,
             columns=group_size * head_dim,
             linear=self.inputs[2] if linear else None,
-            norms=tuple(
-                Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)
+            norms=(
+                *(Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)),
+                *(Producer(path, (group_size,)) for path in sinks),
             ),
             transposed=self.transposed,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
@@ -213,7 +217,7 @@ class Attention:
             columns=head_dim,
             partitions=kv_heads,
             unshrunk=self.inputs[1:],
-            norms=tuple(Producer(path) for path in norms[:1]),
+            norms=tuple(Producer(path) for path in (*norms[:1], *sinks)),
             config_per_unit={self.heads_key: 1},
             config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
             attributes=attributes(1, 0, Fraction(1, kv_heads)),
@@ -581,9 +585,9 @@ def architectures_table() -> str:
             if isinstance(block, Whole)
         ]
         if entry.experts:
-            tied = " and the shared ones" if entry.shared and not entry.shared.width_key else ""
+            tied = ", shared ones the same fraction" if _tied(entry) else ""
             notes.append(
-                f"of a layer's experts each keeps its own channels, all{tied} equally many"
+                f"experts: one width in a layer, own channels{tied}; uniform allocation alone"
             )
         if entry.per_layer:
             notes.append(_said("no per-layer widths", entry.per_layer))
@@ -593,6 +597,10 @@ def architectures_table() -> str:
             notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
         lines.append(f"| {name} | {offered[0]} | {offered[1]} | {own} | {'; '.join(notes)} |")
     return "\n".join(lines)
+
+
+def _tied(entry: Architecture) -> bool:
+    return entry.shared is not None and entry.shared.width_key is None
 
 
 def _refusals(block: Block) -> tuple[Refusal, ...]:
@@ -895,7 +903,7 @@ ENTRIES = (
     ),
     Architecture(
         "gpt_oss",
-        attention=Attention(refused=(Refusal("each of its heads has an attention sink"),)),
+        attention=Attention(sinks="self_attn.sinks"),
         experts=Experts(
             router="mlp.router", interleaved=True, transposed=True, width_key="intermediate_size"
         ),

@@ -189,13 +189,22 @@ class Group:
 
     @property
     def norm_cost(self) -> int:
-        """Parameters of norms that one unit holds."""
+        """Parameters of norms, and bare ones, that one unit holds."""
         return sum(
             row.numel()
             for norm in self.spec.norms
-            for parameter in self.layer.get_submodule(norm.path).parameters()
+            for _, _, parameter in self._parameters_at(norm.path)
             for row in parameter[: sum(norm.rows)]
         )
+
+    def _parameters_at(self, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """(module, name, parameter) of the parameter at `path`, or of all of the module there."""
+        owner, _, name = path.rpartition(".")
+        module = self.layer.get_submodule(owner)
+        found = getattr(module, name)
+        if isinstance(found, nn.Parameter):
+            return [(module, name, found)]
+        return [(found, own, parameter) for own, parameter in found.named_parameters()]
 
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
@@ -211,8 +220,7 @@ class Group:
                 None if bias is None else reduced_rows(bias, producer, reduction),
             )
         for norm in self.spec.norms:
-            module = self.layer.get_submodule(norm.path)
-            for name, parameter in list(module.named_parameters()):
+            for module, name, parameter in self._parameters_at(norm.path):
                 setattr(
                     module,
                     name,
