@@ -315,7 +315,8 @@ class Experts:
     def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
         """The group of all experts; `unit` is attention's."""
         weight: Any = layer.get_submodule(self.path).down_proj
-        names = ("intermediate_size", "intermediate_dim")
+        block = self.path.rpartition(".")[0]
+        names = (f"{self.path}.intermediate_size", f"{self.path}.intermediate_dim")
         return GroupSpec(
             EXPERTS,
             num_units=weight.shape[1 if self.transposed else 2],
@@ -327,7 +328,7 @@ class Experts:
             unshrunk=(self.router,),
             transposed=self.transposed,
             config_per_unit={self.width_key: 1},
-            attributes={f"{self.path}.{name}": Fraction(1) for name in names},
+            attributes=dict.fromkeys((*names, f"{block}.ffn_dim"), Fraction(1)),
             refusal=_refusal(self.refused, config),
             experts=len(weight),
             routed=config.num_experts_per_tok,
@@ -912,6 +913,15 @@ ENTRIES = (
         Architecture(name, attention=LATENT_ATTENTION, experts=Experts(), shared=SHARED_EXPERTS)
         for name in ("deepseek_v2", "deepseek_v3")
     ),
+    Architecture("phimoe", experts=Experts(router="mlp.router", width_key="intermediate_size")),
+    Architecture(
+        "qwen3_5_moe_text",
+        attention=Attention(query_rows=2),
+        experts=Experts(),
+        shared=GATED_SHARED_EXPERT,
+        shared_first=True,
+        others=(LINEAR_ATTENTION,),
+    ),
     *(
         Architecture(name, experts=Experts(), shared=SHARED_EXPERTS)
         for name in ("glm4_moe", "dots1")
@@ -943,6 +953,7 @@ ENTRIES = (
     Architecture("qwen2_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
     Architecture("qwen2_5_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
     Architecture("qwen3_vl", **INSIDE),
+    Architecture("qwen3_vl_moe", experts=Experts(), **INSIDE),
     Architecture(
         "qwen3_5", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,), **INSIDE
     ),

@@ -122,10 +122,10 @@ def plan_compression(
     ]
     check_offered(groups, model.config.model_type, config)
     ignored = _ignored_groups(groups, config)
-    check_experts(specs, select, config)
     budgets = _budgets(groups, ignored, config)
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
+    check_experts(specs, select, config)
     widths = allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:

@@ -228,6 +228,8 @@ ARCHITECTURE_CASES = {
     "gpt_oss": MIXED | {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40},
     "deepseek_v2": DEEPSEEK | LATENT | {"n_shared_experts": 2},
     "deepseek_v3": DEEPSEEK | LATENT,
+    "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "qwen3_5_moe_text": LINEAR | QWEN_MIXTURE | {"shared_expert_intermediate_size": 27},
     "glm4_moe": DEEPSEEK | {"use_qk_norm": True},
     "dots1": DEEPSEEK,
     "ernie4_5_moe": {
@@ -257,6 +259,11 @@ ARCHITECTURE_CASES = {
     "qwen2_5_vl": inside(FULL_HEADS | multimodal_rotary(1, 1, 0), QWEN_VISION, **TOKENS),
     "qwen3_vl": inside(
         multimodal_rotary(2, 2, 1), QWEN_VISION | {"deepstack_visual_indexes": [0]}, **TOKENS
+    ),
+    "qwen3_vl_moe": inside(
+        QWEN_MIXTURE | multimodal_rotary(2, 2, 1),
+        QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        **TOKENS,
     ),
     "qwen3_5": inside(LINEAR, QWEN_VISION, **TOKENS),
 }
