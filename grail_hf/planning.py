@@ -23,7 +23,7 @@ from grail_hf.architectures import (
     GroupSpec,
     find_architecture,
 )
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
@@ -458,6 +458,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     solve_item = config.torch_dtype.itemsize
 
     targeted = config.compensate and config.target != "self"
+    hold_out = config.compensate and config.ridge == AUTO
     forward = gram = solve = peak = 0
     for index, layer in enumerate(layers):
         upstream = passes = 0
@@ -483,7 +484,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 solve += experts * each
                 square = inputs**2
                 activations = batch * item * (3 * inputs + 2 * outputs)
-                statistics = 4 * experts * square
+                statistics = 4 * experts * square * (1 + hold_out)
                 peak = max(peak, statistics + max(4 * solve_item * square, activations))
             left = group.num_parameters - (group.num_units - width) * group.unit_cost
             upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/or/name")
 ```"""
+_NAMES_IN_CARD = 20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -300,11 +301,14 @@ class CompressionReport:
                 f" {self.calibration['tokens']:,} tokens, sha256 "
                 f"`{self.calibration['fingerprint'][:16]}`.",
             ]
-        if self.scarce_experts:
+        if scarce := self.scarce_experts:
+            rest = len(scarce) - _NAMES_IN_CARD
+            more = f" and {rest} more" if rest > 0 else ""
             lines += [
                 "",
                 "Experts that saw fewer calibration tokens than they keep channels, and so are "
-                f"repaired with more damping or not at all: {', '.join(self.scarce_experts)}.",
+                "repaired with more damping or not at all: "
+                f"{', '.join(scarce[:_NAMES_IN_CARD])}{more}.",
             ]
         if self.evaluation:
             lines += ["", "| measured | value |", "|---|---|"]

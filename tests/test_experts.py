@@ -234,3 +234,16 @@ def test_an_expert_is_counted_for_its_share_of_the_tokens(monkeypatch):
     assert many["select and solve"] == 2 * few["select and solve"]
     assert many["forward"] == pytest.approx(few["forward"], rel=0.02)  # the router alone
     assert costs[10].accelerator_bytes > costs[5].accelerator_bytes
+
+
+# Exported
+
+
+def test_a_mixture_is_exported_as_it_is_but_not_padded(tmp_path):
+    for name, settings in (("alike", {}), ("differing", {"ignore": (1,)})):
+        model = tiny_architecture("mixtral")
+        narrower(model, compensate=False, selector="magnitude", **settings)
+        model.save_pretrained(tmp_path / name)
+    assert grail_hf.export(tmp_path / "alike", tmp_path / "stock", "stock").error < 1e-6
+    with pytest.raises(ValueError, match="padding is not offered for a mixture of experts"):
+        grail_hf.export(tmp_path / "differing", tmp_path / "padded", "padded")
