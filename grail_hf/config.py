@@ -44,7 +44,8 @@ class GrailConfig:
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs
-            what earlier blocks lost; as "dense" where a norm lies between block and stream.
+            what earlier blocks lost; as "dense" where a norm lies between block and stream. For
+            each of a mixture's experts it is "self": what a block lacks belongs to no one expert.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
             up-projections) are refitted to the target after the consumer, on half of the
             calibration; 0 leaves them as they were cut. A step takes about three forward passes of

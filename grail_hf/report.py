@@ -301,7 +301,8 @@ class CompressionReport:
                 f" {self.calibration['tokens']:,} tokens, sha256 "
                 f"`{self.calibration['fingerprint'][:16]}`.",
             ]
-        if scarce := self.scarce_experts:
+        scarce = self.scarce_experts
+        if scarce and self.config.compensate:
             rest = len(scarce) - _NAMES_IN_CARD
             more = f" and {rest} more" if rest > 0 else ""
             lines += [

@@ -314,8 +314,8 @@ def random_model(config, **settings):
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model = auto_class.from_config(config, **settings)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # made as zeros (biases) or ones (norms)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("_bias"):  # made as zeros (biases) or ones (norms)
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model.eval()
 
