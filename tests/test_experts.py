@@ -113,6 +113,26 @@ def test_a_selector_is_told_each_units_producers():
     assert len({expert.seed for expert in group.experts}) == len(group.experts)
 
 
+# Repaired
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss"])
+@torch.no_grad()
+def test_each_expert_is_fitted_to_its_own_tokens_by_least_squares(case):
+    model = tiny_architecture(case)
+    dense = experts_of(copy.deepcopy(model))[0]
+    hidden, chosen = calls_of(model, experts_of(model)[0].consumer)
+    narrower(model, ridge=1e-7, attention_sparsity=0.0)
+    for old, new in zip(dense.experts, experts_of(model)[0].experts, strict=True):
+        rows, left = old.producers[0], new.producers[0]
+        kept = (rows[:, None] == left[None]).all(dim=-1).any(dim=1)
+        x = old.inner(hidden[(chosen == old.index).any(dim=-1)]).double()
+        fitted = torch.linalg.lstsq(x[:, kept], x @ old.weight.T.double()).solution.T
+        assert kept.sum() == new.num_units < old.num_units
+        assert relative_error(new.weight.double(), fitted) < 1e-3
+        assert relative_error(old.weight[:, kept].double(), fitted) > 0.05
+
+
 # Few tokens
 
 
