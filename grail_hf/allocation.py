@@ -38,7 +38,7 @@ class Budget:
         step: widths are multiples of this.
         layers: decoder layers.
         ignored: of these, the ones that keep their width.
-        absent: of the ignored, the ones whose block has no units; their width is 0.
+        absent: of the ignored, the ones that have no such units; their width is 0.
         whole_cost: projection parameters of the absent layers' blocks together.
     """
 
@@ -64,6 +64,15 @@ class Budget:
         """`width` in every layer that is not ignored."""
         kept = {layer: self.num_units for layer in self.ignored} | dict.fromkeys(self.absent, 0)
         return tuple(kept.get(layer, width) for layer in range(self.layers))
+
+    @property
+    def free_cost(self) -> int:
+        """Projection parameters that the units hold in the layers that are not ignored."""
+        return (self.layers - len(self.ignored)) * self.num_units * self.unit_cost
+
+    def nearest(self, fraction: float) -> int:
+        """The width that is nearest to this fraction of the units."""
+        return min(self.widths, key=lambda width: abs(width - fraction * self.num_units))
 
     @property
     def widths(self) -> list[int]:
@@ -200,22 +209,35 @@ def _in_all_layers(
 
     Of the pairs of widths that come within `TOLERANCE`, the one of least loss; without curves the
     one whose kinds keep the most equal fractions: attention units are coarse, so their number is
-    rounded to the nearest, and the MLP width takes up the difference.
+    rounded to the nearest, and the MLP width takes up the difference. In a mixture, the width is
+    that of the blocks that hold most, and the others keep the same fraction.
     """
-    attention, mlp = budgets[ATTENTION], budgets[MLP]
+    attention = budgets[ATTENTION]
+    mlps = {kind: budget for kind, budget in budgets.items() if kind != ATTENTION}
+    leader = max(mlps.values(), key=lambda budget: budget.free_cost)
     total = sum(budget.cost(budget.num_units) for budget in budgets.values())
+    attention_widths = _own_widths(ATTENTION, attention, config.attention_sparsity)
+    mlp_widths = _own_widths(MLP, leader, config.mlp_sparsity)
 
-    def reached(pair: tuple[int, int]) -> float:
-        return 1 - (attention.cost(pair[0]) + mlp.cost(pair[1])) / total
-
-    def widths(pair: tuple[int, int]) -> Widths:
+    def of_mlps(width: int) -> dict[str, int]:
         return {
-            kind: budgets[kind].in_all_layers(width)
-            for kind, width in zip((ATTENTION, MLP), pair, strict=True)
+            kind: width if budget is leader else budget.nearest(width / leader.num_units)
+            for kind, budget in mlps.items()
         }
 
-    attention_widths = _own_widths(ATTENTION, attention, config.attention_sparsity)
-    mlp_widths = _own_widths(MLP, mlp, config.mlp_sparsity)
+    attention_costs = {width: attention.cost(width) for width in attention_widths}
+    mlp_costs = {
+        width: sum(mlps[kind].cost(own) for kind, own in of_mlps(width).items())
+        for width in mlp_widths
+    }
+
+    def reached(pair: tuple[int, int]) -> float:
+        return 1 - (attention_costs[pair[0]] + mlp_costs[pair[1]]) / total
+
+    def widths(pair: tuple[int, int]) -> Widths:
+        chosen = {ATTENTION: pair[0]} | of_mlps(pair[1])
+        return {kind: budgets[kind].in_all_layers(width) for kind, width in chosen.items()}
+
     if config.sparsity is None:
         return widths((attention_widths[0], mlp_widths[0]))
 
@@ -253,7 +275,7 @@ def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
     if sparsity is None:
         return budget.widths
     _check_not_ignored(kind, budget, sparsity)
-    return [min(budget.widths, key=lambda width: abs(width - (1 - sparsity) * budget.num_units))]
+    return [budget.nearest(1 - sparsity)]
 
 
 def _check_not_ignored(kind: str, budget: Budget, sparsity: float) -> None:

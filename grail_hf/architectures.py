@@ -23,6 +23,8 @@ from grail_hf.config import unknown_name
 
 ATTENTION = "attention"
 MLP = "mlp"
+EXPERTS = "experts"
+SHARED = "shared_experts"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class GroupSpec:
     """All units in front of one consumer, resolved for one decoder layer.
 
     Attributes:
-        kind: `ATTENTION` or `MLP`.
-        num_units: units there are; 0 where the block has none that could be removed.
+        kind: `ATTENTION`, `MLP`, or of a mixture `EXPERTS` and `SHARED` experts.
+        num_units: units there are; 0 where the block has none that could be removed. Of experts,
+            those of one.
         producers: the projections that shrink with the units.
         consumer: path, inside the decoder layer, of the projection that reads the units.
         linear: the producer in whose weight the block's output is linear, all else fixed; None
@@ -55,7 +58,7 @@ class GroupSpec:
         columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
         partitions: the units form this many equal runs, each of which keeps equally many.
         unshrunk: modules of the block that stay whole whatever the width.
-        norms: norms whose weight has rows for each unit, which shrink with the units.
+        norms: norms, and bare parameters, with rows for each unit: they shrink with the units.
         transposed: the projections store their weights as [in, out].
         config_per_unit: config key -> what one kept unit adds to its value.
         config_pinned: config keys that a stock config would otherwise derive from the widths.
@@ -68,6 +71,11 @@ class GroupSpec:
             what the stream lacks.
         post_norm: norm between the block's output and the residual stream; None where there is
             none.
+        experts: experts there are, each with units of its own and all of one width; 0 where the
+            units are one block's.
+        routed: of these, the experts that a token goes to.
+        tied_to: kind whose config key says this width too, so that both keep the same fraction of
+            their units in a layer; None where there is a key of its own.
     """
 
     kind: str
@@ -87,6 +95,9 @@ class GroupSpec:
     refusal: str | None = None
     residual_scale: float | None = 1.0
     post_norm: str | None = None
+    experts: int = 0
+    routed: int = 0
+    tied_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -131,6 +142,7 @@ class Attention:
         output: the projection behind the heads.
         linear_if: config values under which the output is linear in a value projection of its own.
         head_norms: norms of queries and of keys whose weights are [heads, head_dim].
+        sinks: the parameter [heads] of attention sinks, a logit a query head.
         post_norm: a norm between the output and the residual stream, in layers that have it.
         transposed: see `GroupSpec`.
         refused: why heads stay.
@@ -144,6 +156,7 @@ class Attention:
     output: str = "self_attn.o_proj"
     linear_if: Mapping[str, Any] = field(default_factory=dict)
     head_norms: tuple[str, ...] = ()
+    sinks: str | None = None
     post_norm: str | None = None
     transposed: bool = False
     refused: tuple[Refusal, ...] = ()
@@ -164,6 +177,7 @@ class Attention:
         group_size = heads // kv_heads
         linear = len(self.inputs) == 3 and _has_values(config, self.linear_if)
         norms = [path for path in self.head_norms if _has(layer, path)]
+        sinks = (self.sinks,) if self.sinks else ()
         block = self.output.rpartition(".")[0]
 
         def attributes(heads: int | Fraction, kv_heads: int, size: int | Fraction) -> Any:
@@ -183,8 +197,9 @@ class Attention:
             consumer=self.output,
             columns=group_size * head_dim,
             linear=self.inputs[2] if linear else None,
-            norms=tuple(
-                Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)
+            norms=(
+                *(Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)),
+                *(Producer(path, (group_size,)) for path in sinks),
             ),
             transposed=self.transposed,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
@@ -202,7 +217,7 @@ class Attention:
             columns=head_dim,
             partitions=kv_heads,
             unshrunk=self.inputs[1:],
-            norms=tuple(Producer(path) for path in norms[:1]),
+            norms=tuple(Producer(path) for path in (*norms[:1], *sinks)),
             config_per_unit={self.heads_key: 1},
             config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
             attributes=attributes(1, 0, Fraction(1, kv_heads)),
@@ -224,18 +239,21 @@ class Mlp:
         sections: of each input; 2 where one projection holds [gate; up].
         linear: the input that the output is linear in, all else fixed; None where there is none.
         output: the projection behind it.
-        width_key: config key of the width.
+        width_key: config key of the width; None where the routed experts' key says it too.
         pins: config values without which the config would give the layers another width.
+        kind: `MLP`, or `SHARED` for experts that see every token, beside the routed ones.
+        gate: of shared experts, the projection that scales their output token by token.
         post_norm, transposed, refused, bias_key: as in `Attention`.
     """
 
-    kind: ClassVar[str] = MLP
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     sections: int = 1
     linear: str | None = "mlp.up_proj"
     output: str = "mlp.down_proj"
-    width_key: str = "intermediate_size"
+    width_key: str | None = "intermediate_size"
     pins: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = MLP
+    gate: str | None = None
     post_norm: str | None = None
     transposed: bool = False
     refused: tuple[Refusal, ...] = ()
@@ -245,18 +263,75 @@ class Mlp:
         """The MLP's group; `unit` is attention's."""
         block = self.output.rpartition(".")[0]
         return GroupSpec(
-            MLP,
+            self.kind,
             num_units=_shape(layer, self.output, self.transposed)[1],
             producers=tuple(Producer(path, (1,) * self.sections) for path in self.inputs),
             consumer=self.output,
             columns=1,
             linear=self.linear,
+            unshrunk=(self.gate,) if self.gate else (),
             transposed=self.transposed,
-            config_per_unit={self.width_key: 1},
+            config_per_unit={self.width_key: 1} if self.width_key else {},
             config_pinned=dict(self.pins),
             attributes={f"{block}.intermediate_size": Fraction(1)},
             bias_key=self.bias_key,
             refusal=_refusal(self.refused, config),
+            residual_scale=None if self.gate else 1.0,
+            tied_to=None if self.width_key else EXPERTS,
+        )
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Paths inside a decoder layer, and the config key, of a mixture's routed experts.
+
+    One module holds the gated MLPs of all experts in tensors whose first dimension is the expert:
+    `gate_up_proj` and `down_proj`, with or without biases.
+
+    Attributes:
+        path: of that module.
+        router: of the module that gives a token its experts.
+        interleaved: a unit's gate and up rows lie side by side, and not in [gate; up].
+        transposed: an expert's weights are stored as [in, out].
+        width_key: config key of an expert's width.
+        refused: why experts keep their width.
+        post_norm: as in `Attention`.
+    """
+
+    kind: ClassVar[str] = EXPERTS
+    path: str = "mlp.experts"
+    router: str = "mlp.gate"
+    interleaved: bool = False
+    transposed: bool = False
+    width_key: str = "moe_intermediate_size"
+    refused: tuple[Refusal, ...] = ()
+    post_norm: str | None = None
+
+    @property
+    def output(self) -> str:
+        """Path of the weights behind the activation."""
+        return f"{self.path}.down_proj"
+
+    def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
+        """The group of all experts; `unit` is attention's."""
+        weight: Any = layer.get_submodule(self.path).down_proj
+        block = self.path.rpartition(".")[0]
+        names = (f"{self.path}.intermediate_size", f"{self.path}.intermediate_dim")
+        return GroupSpec(
+            EXPERTS,
+            num_units=weight.shape[1 if self.transposed else 2],
+            producers=(
+                Producer(f"{self.path}.gate_up_proj", (2,) if self.interleaved else (1, 1)),
+            ),
+            consumer=self.output,
+            columns=1,
+            unshrunk=(self.router,),
+            transposed=self.transposed,
+            config_per_unit={self.width_key: 1},
+            attributes=dict.fromkeys((*names, f"{block}.ffn_dim"), Fraction(1)),
+            refusal=_refusal(self.refused, config),
+            experts=len(weight),
+            routed=config.num_experts_per_tok,
         )
 
 
@@ -364,7 +439,7 @@ def _unmet(requires: dict[str, Any], config: Any) -> list[str]:
     ]
 
 
-Block = Attention | Mlp | Whole
+Block = Attention | Mlp | Experts | Whole
 
 
 @dataclass(frozen=True)
@@ -375,7 +450,10 @@ class Architecture:
         model_type: of the config.
         layers: path of the decoder layers in the base model.
         attention, mlp: the blocks of a decoder layer.
-        others: blocks that some layers have in place of these.
+        experts: a mixture that some or all layers have in place of the MLP.
+        shared: experts beside these that see every token.
+        shared_first: these run before the routed ones.
+        others: blocks that some layers have in place of attention or the MLP.
         returns_tuple: a layer returns a tuple whose first element is the hidden states.
         residual_scale_key: config key of the factor with which a block's output is added to the
             residual stream.
@@ -392,6 +470,9 @@ class Architecture:
     layers: str = "layers"
     attention: Attention | Whole = Attention()
     mlp: Mlp | Whole = Mlp()
+    experts: Experts | None = None
+    shared: Mlp | None = None
+    shared_first: bool = False
     others: tuple[Block, ...] = ()
     returns_tuple: bool = False
     residual_scale_key: str | None = None
@@ -421,8 +502,21 @@ class Architecture:
         if reason := _refusal(self.refused, config):
             raise ValueError(f"this {self.model_type} cannot be compressed because {reason}")
         groups = []
-        for usual in (self.attention, self.mlp):
-            blocks = [usual, *(block for block in self.others if block.kind == usual.kind)]
+        for block in self._blocks(layer):
+            spec = block.group(config, layer, attention_unit)
+            norm = block.post_norm if block.post_norm and _has(layer, block.post_norm) else None
+            normed = norm is not None or spec.residual_scale is None
+            scale = None if normed else self._residual_scale(config)
+            groups.append(replace(spec, residual_scale=scale, post_norm=norm))
+        return tuple(groups)
+
+    def _blocks(self, layer: nn.Module) -> list[Block]:
+        """The blocks that the layer has, in the order in which they run."""
+        found: list[Block] = []
+        usual: tuple[tuple[Block | None, ...], ...] = ((self.attention,), (self.mlp, self.experts))
+        for kind, of_place in zip((ATTENTION, MLP), usual, strict=True):
+            others = (block for block in self.others if block.kind == kind)
+            blocks = [block for block in (*of_place, *others) if block is not None]
             block = next((block for block in blocks if _has(layer, block.output)), None)
             if block is None:
                 raise ValueError(
@@ -430,11 +524,10 @@ class Architecture:
                     f"{', '.join(block.output for block in blocks)}: the entry for "
                     f"{self.model_type} in grail_hf/architectures.py does not describe it"
                 )
-            spec = block.group(config, layer, attention_unit)
-            norm = block.post_norm if block.post_norm and _has(layer, block.post_norm) else None
-            scale = None if norm else self._residual_scale(config)
-            groups.append(replace(spec, residual_scale=scale, post_norm=norm))
-        return tuple(groups)
+            found.append(block)
+        if found[-1] is self.experts and self.shared and _has(layer, self.shared.output):
+            found.insert(-1 if self.shared_first else len(found), self.shared)
+        return found
 
     def _residual_scale(self, config: Any) -> float | None:
         if not _has_values(config, self.additive):
@@ -495,6 +588,11 @@ def architectures_table() -> str:
             for block in entry.others
             if isinstance(block, Whole)
         ]
+        if entry.experts:
+            tied = ", shared ones the same fraction" if _tied(entry) else ""
+            notes.append(
+                f"experts: one width in a layer, own channels{tied}; uniform allocation alone"
+            )
         if entry.per_layer:
             notes.append(_said("no per-layer widths", entry.per_layer))
         if any(block.post_norm for block in blocks.values()):
@@ -503,6 +601,10 @@ def architectures_table() -> str:
             notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
         lines.append(f"| {name} | {offered[0]} | {offered[1]} | {own} | {'; '.join(notes)} |")
     return "\n".join(lines)
+
+
+def _tied(entry: Architecture) -> bool:
+    return entry.shared is not None and entry.shared.width_key is None
 
 
 def _refusals(block: Block) -> tuple[Refusal, ...]:
@@ -531,6 +633,28 @@ SANDWICH_ATTENTION = Attention(post_norm="post_attention_layernorm")
 SANDWICH_MLP = Mlp(post_norm="post_feedforward_layernorm")
 FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear=None)
 UNGATED = Mlp(inputs=("mlp.up_proj",), linear=None)
+# Wide as a multiple of the routed experts, by the same config key.
+SHARED_EXPERTS = Mlp(
+    inputs=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+    linear="mlp.shared_experts.up_proj",
+    output="mlp.shared_experts.down_proj",
+    width_key=None,
+    kind=SHARED,
+)
+GATED_SHARED_EXPERT = Mlp(
+    inputs=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    linear="mlp.shared_expert.up_proj",
+    output="mlp.shared_expert.down_proj",
+    width_key="shared_expert_intermediate_size",
+    kind=SHARED,
+    gate="mlp.shared_expert_gate",
+)
+LATENT_ATTENTION = Whole(
+    ATTENTION,
+    "self_attn",
+    "self_attn.o_proj",
+    "its heads' keys and values are made of one latent vector",
+)
 LINEAR_ATTENTION = Whole(ATTENTION, "linear_attn", "linear_attn.out_proj", RECURRENT)
 GEMMA4: dict[str, Any] = {
     "attention": Whole(
@@ -752,7 +876,10 @@ ENTRIES = (
     Architecture(
         "qwen3_next",
         attention=Attention(query_rows=2),
-        others=(LINEAR_ATTENTION, Whole(MLP, "mlp", "mlp", "experts are not offered yet")),
+        experts=Experts(),
+        shared=GATED_SHARED_EXPERT,
+        shared_first=True,
+        others=(LINEAR_ATTENTION,),
     ),
     Architecture("qwen3_5_text", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,)),
     Architecture(
@@ -766,12 +893,71 @@ ENTRIES = (
         ),
         others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
     ),
+    Architecture("mixtral", experts=Experts(width_key="intermediate_size")),
+    Architecture(
+        "qwen2_moe",
+        experts=Experts(),
+        shared=GATED_SHARED_EXPERT,
+        shared_first=True,
+    ),
+    Architecture("qwen3_moe", experts=Experts()),
+    Architecture(
+        "olmoe",
+        attention=Attention(refused=(NORM_SPANS_HEADS,)),
+        experts=Experts(width_key="intermediate_size"),
+    ),
+    Architecture(
+        "gpt_oss",
+        attention=Attention(sinks="self_attn.sinks"),
+        experts=Experts(
+            router="mlp.router", interleaved=True, transposed=True, width_key="intermediate_size"
+        ),
+    ),
+    *(
+        Architecture(name, attention=LATENT_ATTENTION, experts=Experts(), shared=SHARED_EXPERTS)
+        for name in ("deepseek_v2", "deepseek_v3")
+    ),
+    Architecture("phimoe", experts=Experts(router="mlp.router", width_key="intermediate_size")),
+    Architecture(
+        "qwen3_5_moe_text",
+        attention=Attention(query_rows=2),
+        experts=Experts(),
+        shared=GATED_SHARED_EXPERT,
+        shared_first=True,
+        others=(LINEAR_ATTENTION,),
+    ),
+    *(
+        Architecture(name, experts=Experts(), shared=SHARED_EXPERTS)
+        for name in ("glm4_moe", "dots1")
+    ),
+    Architecture("ernie4_5_moe", experts=Experts(), shared=SHARED_EXPERTS, shared_first=True),
+    Architecture(
+        "granitemoe",
+        experts=Experts(
+            path="block_sparse_moe.experts",
+            router="block_sparse_moe.router",
+            width_key="intermediate_size",
+        ),
+        residual_scale_key="residual_multiplier",
+    ),
+    Architecture(
+        "lfm2_moe",
+        attention=Attention(output="self_attn.out_proj"),
+        mlp=Mlp(
+            inputs=("feed_forward.w1", "feed_forward.w3"),
+            linear="feed_forward.w3",
+            output="feed_forward.w2",
+        ),
+        experts=Experts(path="feed_forward.experts", router="feed_forward.gate"),
+        others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
+    ),
     Architecture("gemma3", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, **INSIDE),
     Architecture("gemma4", **GEMMA4, **INSIDE),
     Architecture("mistral3", **INSIDE),
     Architecture("qwen2_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
     Architecture("qwen2_5_vl", attention=Attention(refused=(HEADS_FILL_HIDDEN,)), **INSIDE),
     Architecture("qwen3_vl", **INSIDE),
+    Architecture("qwen3_vl_moe", experts=Experts(), **INSIDE),
     Architecture(
         "qwen3_5", attention=Attention(query_rows=2), others=(LINEAR_ATTENTION,), **INSIDE
     ),

@@ -30,6 +30,7 @@ def ridge(
     damping: float | str,
     name: str = "the group",
     intercept: bool = False,
+    least: float = 0.0,
 ) -> Repair:
     """The weight on the kept channels that calibration supports best.
 
@@ -50,6 +51,7 @@ def ridge(
         name: of the group, for messages.
         intercept: fit Y - X_S V^T - 1 b^T: V from moments about the means, with the damping
             relative to those too, and the bias b = mean y - V mean x_S, undamped.
+        least: the damping is at least this, whatever is asked or chosen.
 
     Returns:
         V, and b. More damping than asked is used, with a warning, where the Gram is singular
@@ -57,6 +59,7 @@ def ridge(
     """
     if isinstance(damping, str):
         damping, _ = choose_damping(weight, stats, kept, intercept)
+    damping = max(damping, least)
     if intercept:
         x, y = stats.mean, stats.target_total_of(weight) / stats.count
         repair = ridge(weight, stats.about(x, y), kept, damping, name)

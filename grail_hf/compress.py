@@ -30,6 +30,7 @@ from grail_hf.calibration import (
 from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.evaluation import evaluation_mode
+from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.planning import (
     Plan,
@@ -44,7 +45,7 @@ from grail_hf.profiling import profile
 from grail_hf.refit import refit_, refit_batches
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
-from grail_hf.selectors import Folding, choose
+from grail_hf.selectors import Folding, choose, magnitude
 from grail_hf.stream import Block, stream
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ logger = logging.getLogger(__name__)
 # the bundled model; with 8 it did much better.
 TOKENS_PER_CHANNEL = 4
 
+
+# With fewer tokens than channels an expert's Gram is singular, and any small damping fits noise.
+SCARCE_DAMPING = 0.1
 
 # Every second micro-batch serves a refit nearly as well as all of them, in half the time.
 REFIT_STRIDE = 2
@@ -136,7 +140,10 @@ def compress(
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
                 if width < group.num_units:
-                    narrow_(block, group, width, plan, config, report)
+                    if isinstance(group, ExpertsGroup):
+                        narrow_experts_(block, group, width, plan, config, report)
+                    else:
+                        narrow_(block, group, width, plan, config, report)
         complete_biases_(model, plan)
         apply_config_(model, plan.config)
 
@@ -150,7 +157,7 @@ def complete_biases_(model: PreTrainedModel, plan: Plan) -> None:
     for layer, specs in zip(decoder_layers(model, plan.architecture), plan.specs, strict=True):
         for spec in specs:
             if spec.kind in plan.newly_biased:
-                Group(layer, spec, plan.architecture.layers).add_biases_()
+                group_in(layer, spec, plan.architecture.layers).add_biases_()
 
 
 def narrow_(
@@ -212,6 +219,45 @@ def refit_group_(
     refitted = ridge(weight, stats, kept, repair.damping, group.name, intercept)
     report.refit(stats, refitted)
     group.repair_(refitted.weight, refitted.bias)
+
+
+def narrow_experts_(
+    block: Block,
+    group: ExpertsGroup,
+    width: int,
+    plan: Plan,
+    config: GrailConfig,
+    report: CompressionReport,
+) -> None:
+    """Cut every expert of a group to `width` units of its own, and repair its consumer.
+
+    An expert that no token came to has only its weights to go by, and no repair.
+    """
+    reductions, weights, scarce = [], [], []
+    every = block.collect_experts(group, config.compensate and config.ridge == AUTO)
+    for expert, stats in zip(group.experts, every, strict=True):
+        stats = stats.to(config.torch_dtype)
+        select = plan.select if stats.count else magnitude
+        reduction = choose(select, expert, stats, width, config.selector_name)
+        weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
+        least = 0.0
+        if stats.count < width:
+            least = SCARCE_DAMPING if stats.count else math.inf
+            scarce.append(expert.index)
+        repair = None
+        if config.compensate:
+            repair = ridge(weight, stats, kept, config.ridge, expert.name, least=least)
+        report.add(block.index, expert, weight, stats, kept, repair)
+        reductions.append(reduction)
+        weights.append(repair.weight if repair else weight[:, kept])
+    group.shrink_each_(reductions)
+    group.repair_each_(weights)
+    if scarce and config.compensate:
+        logger.warning(
+            "%s: experts %s saw fewer tokens than the %d channels that they keep, and are repaired "
+            "with damping %g or more: use more num_samples",
+            *(group.name, ", ".join(map(str, scarce)), width, SCARCE_DAMPING),
+        )
 
 
 def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:

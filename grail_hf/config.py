@@ -27,7 +27,8 @@ class GrailConfig:
         sparsity: fraction of the decoder blocks' projection parameters to remove, in [0, 1).
             It always means the total: if one of `mlp_sparsity` and `attention_sparsity` is
             given, the other kind takes what is left to remove.
-        mlp_sparsity: fraction of the MLP channels to remove, in [0, 1).
+        mlp_sparsity: fraction of the MLP channels to remove, in [0, 1); of a mixture's experts,
+            of each expert's.
         attention_sparsity: fraction of the attention units to remove, in [0, 1).
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
@@ -43,7 +44,8 @@ class GrailConfig:
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs
-            what earlier blocks lost; as "dense" where a norm lies between block and stream.
+            what earlier blocks lost; as "dense" where a norm lies between block and stream. For
+            each of a mixture's experts it is "self": what a block lacks belongs to no one expert.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
             up-projections) are refitted to the target after the consumer, on half of the
             calibration; 0 leaves them as they were cut. A step takes about three forward passes of
@@ -63,7 +65,8 @@ class GrailConfig:
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
-            parallelism; 8 is the least that keeps bf16 matrix products aligned).
+            parallelism; 8 is the least that keeps bf16 matrix products aligned, and of a mixture's
+            experts the least that there is).
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
             removes the same number of query heads from every KV group and keeps all KV heads.
         ignore: decoder layers by index, or groups by a name or pattern of whole name parts

@@ -160,11 +160,18 @@ def padded_config(config: PreTrainedConfig, architecture: Architecture) -> PreTr
     """The config that gives every layer the shape of the widest.
 
     Where layers have several numbers of KV groups and of query heads in a group, the widest has
-    the largest of both. Raises ValueError where no type can say the number of heads.
+    the largest of both. Raises ValueError where no type can say the number of heads, and for a
+    mixture of experts.
     """
     edits: dict[str, Any] = {}
     specs = layer_groups(config, architecture)
-    for group in _differing(specs):
+    differing = _differing(specs)
+    if differing and architecture.experts:
+        raise ValueError(
+            f"the layers of this {config.model_type} differ in width, and padding is not offered "
+            "for a mixture of experts: compress it without single layers in ignore"
+        )
+    for group in differing:
         widest = max(group, key=lambda spec: spec.columns)
         edits |= widest.config_values(max(spec.num_units for spec in group))
     return edited_config(config, specs, edits, architecture.rehome)
@@ -180,8 +187,10 @@ def layer_groups(
 
 def _differing(specs: Sequence[Sequence[GroupSpec]]) -> list[list[GroupSpec]]:
     """Of each kind of group whose shape differs between layers, those of the layers with units."""
-    by_kind = [[spec for spec in of_kind if spec.num_units] for of_kind in zip(*specs, strict=True)]
-    return [group for group in by_kind if len({_shape(spec) for spec in group}) > 1]
+    by_kind: dict[str, list[GroupSpec]] = {}
+    for spec in (spec for layer in specs for spec in layer if spec.num_units):
+        by_kind.setdefault(spec.kind, []).append(spec)
+    return [group for group in by_kind.values() if len({_shape(spec) for spec in group}) > 1]
 
 
 def _shape(spec: GroupSpec) -> tuple[int, int]:

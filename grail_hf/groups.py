@@ -49,8 +49,10 @@ class Projection:
         """
         module = self.module
         if bias is not None:
-            module.bias = _like(module.weight if module.bias is None else module.bias, bias)
-        module.weight = _like(module.weight, self.stored(weight))
+            module.bias = parameter_like(
+                module.weight if module.bias is None else module.bias, bias
+            )
+        module.weight = parameter_like(module.weight, self.stored(weight))
         outputs, inputs = ("nf", "nx") if self.transposed else ("out_features", "in_features")
         setattr(module, outputs, weight.shape[0])
         setattr(module, inputs, weight.shape[1])
@@ -187,13 +189,22 @@ class Group:
 
     @property
     def norm_cost(self) -> int:
-        """Parameters of norms that one unit holds."""
+        """Parameters of norms, and bare ones, that one unit holds."""
         return sum(
             row.numel()
             for norm in self.spec.norms
-            for parameter in self.layer.get_submodule(norm.path).parameters()
+            for _, _, parameter in self._parameters_at(norm.path)
             for row in parameter[: sum(norm.rows)]
         )
+
+    def _parameters_at(self, path: str) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """(module, name, parameter) of the parameter at `path`, or of all of the module there."""
+        owner, _, name = path.rpartition(".")
+        module = self.layer.get_submodule(owner)
+        found = getattr(module, name)
+        if isinstance(found, nn.Parameter):
+            return [(module, name, found)]
+        return [(found, own, parameter) for own, parameter in found.named_parameters()]
 
     @torch.no_grad()
     def shrink_(self, reduction: Reduction) -> None:
@@ -209,18 +220,20 @@ class Group:
                 None if bias is None else reduced_rows(bias, producer, reduction),
             )
         for norm in self.spec.norms:
-            module = self.layer.get_submodule(norm.path)
-            for name, parameter in list(module.named_parameters()):
-                setattr(module, name, _like(parameter, reduced_rows(parameter, norm, reduction)))
-        for path, factor in self.spec.attributes.items():
-            owner, _, name = path.rpartition(".")
-            module = self.layer.get_submodule(owner)
-            if name in vars(module):
-                setattr(module, name, int(reduction.kept.numel() * factor))
+            for module, name, parameter in self._parameters_at(norm.path):
+                setattr(
+                    module,
+                    name,
+                    parameter_like(parameter, reduced_rows(parameter, norm, reduction)),
+                )
         self._show_width_(reduction.kept.numel())
 
     def _show_width_(self, width: int) -> None:
-        """Let modules that read the width from the model's config when they run see this one."""
+        """Set what modules know of their width, and what they will read of it in the config."""
+        for path, factor in self.spec.attributes.items():
+            owner, _, name = path.rpartition(".")
+            if name in vars(self.layer.get_submodule(owner)):
+                setattr(self.layer.get_submodule(owner), name, int(width * factor))
         values = self.spec.config_values(width)
         module: Any
         for module in self.layer.modules():
@@ -274,5 +287,5 @@ def reduced_rows(rows: Tensor, producer: Producer, reduction: Reduction) -> Tens
     return torch.cat([*reduced, rows[start:]])
 
 
-def _like(old: Tensor, new: Tensor) -> nn.Parameter:
+def parameter_like(old: Tensor, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.detach().contiguous(), requires_grad=old.requires_grad)

@@ -6,8 +6,9 @@ A plan can be made of a model on the meta device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,26 @@ import torch
 from torch import nn
 
 from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
-from grail_hf.architectures import ATTENTION, MLP, Architecture, GroupSpec, find_architecture
-from grail_hf.config import GrailConfig
+from grail_hf.architectures import (
+    ATTENTION,
+    MLP,
+    Architecture,
+    GroupSpec,
+    find_architecture,
+)
+from grail_hf.config import AUTO, GrailConfig
+from grail_hf.experts import group_in
 from grail_hf.groups import Group
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
-from grail_hf.selectors import Selector, find_selector
+from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
+# of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
+EXPERTS_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -113,22 +126,17 @@ def plan_compression(
     )
     names = {id(module): name for name, module in model.named_modules()}
     groups = [
-        [Group(layer, spec, names[id(layer)]) for spec in of_layer]
+        [group_in(layer, spec, names[id(layer)]) for spec in of_layer]
         for layer, of_layer in zip(layers, specs, strict=True)
     ]
     check_offered(groups, model.config.model_type, config)
     ignored = _ignored_groups(groups, config)
-    budgets = {
-        kind: _budget(
-            [group for layer in groups for group in layer if group.kind == kind],
-            {layer for layer, ignored_kind in ignored if ignored_kind == kind},
-            config,
-        )
-        for kind in (ATTENTION, MLP)
-    }
+    budgets = _budgets(groups, ignored, config)
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
+    check_experts(specs, select, config)
     widths = allocate(budgets, config, profiles)
+    _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
     before = sum(budget.cost(budget.num_units) for budget in budgets.values())
@@ -178,7 +186,12 @@ def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: Gr
     """Raise ValueError where what is asked for is what this model type does not offer."""
     refused = {}
     for kind in (ATTENTION, MLP):
-        of_kind = [group.spec for layer in groups for group in layer if group.kind == kind]
+        of_kind = [
+            group.spec
+            for layer in groups
+            for group in layer
+            if (group.kind == ATTENTION) == (kind == ATTENTION)
+        ]
         if not any(spec.offered for spec in of_kind):
             refused[kind] = "; ".join(dict.fromkeys(spec.refusal or "" for spec in of_kind))
     for kind, reason in refused.items():
@@ -197,12 +210,54 @@ def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: Gr
         )
 
 
-def _budget(groups: Sequence[Group], ignored: set[int], config: GrailConfig) -> Budget:
-    """Of one kind's groups, one a layer, of which those in layers `ignored` keep their width.
+def check_experts(
+    specs: Sequence[Sequence[GroupSpec]], select: Selector, config: GrailConfig
+) -> None:
+    """Raise ValueError for settings that are not offered for a mixture of experts."""
+    if not any(spec.experts for layer in specs for spec in layer):
+        return
+    if find_allocation(config.allocation).loss is not None:
+        raise ValueError(
+            f"allocation={config.allocation!r} measures what each width of a block loses, which is "
+            "not known for experts, since each has tokens of its own: use allocation='uniform'"
+        )
+    if config.mlp_sparsity == 0:
+        return
+    if isinstance(select, Folding):
+        raise ValueError(
+            f"selector={config.selector_name!r} folds units together, which is not offered for "
+            "experts: choose a selector that removes them, or mlp_sparsity=0"
+        )
+    if select is wanda_plus_plus:
+        raise ValueError(
+            f"selector={config.selector_name!r} needs a gradient, which is not computed for "
+            "experts: choose another selector, for example 'wanda', or mlp_sparsity=0"
+        )
+
+
+def _budgets(
+    groups: Sequence[Sequence[Group]], ignored: set[tuple[int, str]], config: GrailConfig
+) -> dict[str, Budget]:
+    """Of each kind of group that there is, the attention's first."""
+    kinds = dict.fromkeys([ATTENTION, *(group.kind for layer in groups for group in layer)])
+    budgets: dict[str, Budget] = {}
+    for kind in kinds:
+        of_kind = [next((g for g in layer if g.kind == kind), None) for layer in groups]
+        budgets[kind] = _budget(of_kind, {i for i, own in ignored if own == kind}, config)
+    for group in (group for layer in groups for group in layer if group.spec.tied_to):
+        leader = budgets[str(group.spec.tied_to)]
+        step = leader.step * group.num_units // leader.num_units
+        budgets[group.kind] = replace(budgets[group.kind], step=step)
+    return budgets
+
+
+def _budget(groups: Sequence[Group | None], ignored: set[int], config: GrailConfig) -> Budget:
+    """Of one kind's groups, at most one a layer; those in layers `ignored` keep their width.
 
     So do those that are not offered. Raises ValueError where the layers' units are not alike.
     """
-    counted = [group for group in groups if group.num_units]
+    present = [group for group in groups if group is not None]
+    counted = [group for group in present if group.num_units]
     sizes = {(group.num_units, group.unit_cost) for group in counted}
     if len(sizes) > 1:
         raise ValueError(
@@ -210,17 +265,40 @@ def _budget(groups: Sequence[Group], ignored: set[int], config: GrailConfig) -> 
             f"{sorted(sizes)} (units, parameters of one): compress the dense model instead"
         )
     ((num_units, unit_cost),) = sizes or {(1, 0)}
-    first = counted[0] if counted else groups[0]
+    first = counted[0] if counted else present[0]
+    kept = {i for i, group in enumerate(groups) if group is None or not group.spec.offered}
     return Budget(
         num_units,
         unit_cost,
         fixed_cost=first.num_parameters - num_units * unit_cost,
-        step=config.multiple_of if first.kind == MLP else first.partitions,
+        step=_step(first, config),
         layers=len(groups),
-        ignored=frozenset(ignored | {i for i, g in enumerate(groups) if not g.spec.offered}),
-        absent=frozenset(i for i, group in enumerate(groups) if not group.num_units),
-        whole_cost=sum(group.num_parameters for group in groups if not group.num_units),
+        ignored=frozenset(ignored | kept),
+        absent=frozenset(i for i, g in enumerate(groups) if g is None or not g.num_units),
+        whole_cost=sum(group.num_parameters for group in present if not group.num_units),
     )
+
+
+def _step(group: Group, config: GrailConfig) -> int:
+    """Widths of such groups are multiples of this."""
+    if group.kind == ATTENTION:
+        return group.partitions
+    return math.lcm(config.multiple_of, EXPERTS_STEP if group.spec.experts else 1)
+
+
+def _check_tied(groups: Sequence[Sequence[Group]], widths: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError where two blocks of a layer would need two values of one config key."""
+    for index, layer in enumerate(groups):
+        units = {group.kind: group.num_units for group in layer}
+        for group in layer:
+            tied = group.spec.tied_to
+            if tied and widths[group.kind][index] * units[tied] != (
+                widths[tied][index] * units[group.kind]
+            ):
+                raise ValueError(
+                    f"{group.name} and the layer's {tied} have one width in the config, so both "
+                    "keep the same fraction: put both in ignore, or neither"
+                )
 
 
 def check_one_width(config: GrailConfig, model_type: str, reason: str) -> None:
@@ -377,8 +455,9 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     a target of the dense model (and a dense pass for it), 3 N per parameter for a step of refit
     on half of the tokens, and for the solve
     K^3/3 + 2 K^2 (H - K) + 2 O K (H - K), after a selection of at most 5/3 H^3 + 2 O H^2 (greedy
-    elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Causal
-    attention adds 2 N T per query channel and pass.
+    elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Each of a
+    mixture's experts has a Gram and a solve, and its share of the tokens. Causal attention adds
+    2 N T per query channel and pass.
     """
     layers = decoder_layers(model, plan.architecture)
     length = window_length(model, config)
@@ -388,34 +467,42 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     solve_item = config.torch_dtype.itemsize
 
     targeted = config.compensate and config.target != "self"
+    hold_out = config.compensate and config.ridge == AUTO
     forward = gram = solve = peak = 0
     for index, layer in enumerate(layers):
         upstream = passes = 0
-        groups = [Group(layer, spec, "") for spec in plan.specs[index]]
+        groups = [group_in(layer, spec, "") for spec in plan.specs[index]]
         for group in groups:
             width = plan.widths[group.kind][index]
             if width < group.num_units:
-                outputs, inputs = group.weight.shape
+                experts, routed = group.spec.experts or 1, group.spec.routed or 1
+                *_, outputs, inputs = group.weight.shape
                 kept = width * group.columns
                 removed = inputs - kept
                 passes += 1
-                forward += 2 * tokens * (upstream + group.num_parameters - inputs * outputs)
-                gram += 2 * tokens * inputs * (inputs + outputs * targeted)
-                forward += 6 * tokens * group.num_parameters * config.refit_steps // 2
-                solve += kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
-                solve += 4 * outputs * inputs**2
+                before = _parameters_per_token(group) - routed * inputs * outputs
+                forward += 2 * tokens * (upstream + before)
+                cross = outputs * (targeted and not group.spec.experts)
+                gram += 2 * tokens * routed * inputs * (inputs + cross)
+                if group.spec.linear:
+                    forward += 6 * tokens * group.num_parameters * config.refit_steps // 2
+                each = kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
+                each += 4 * outputs * inputs**2
                 if config.selector in ("gram", "slimgpt"):
-                    solve += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+                    each += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+                solve += experts * each
                 square = inputs**2
                 activations = batch * item * (3 * inputs + 2 * outputs)
-                peak = max(peak, 4 * square + max(4 * solve_item * square, activations))
-            upstream += group.num_parameters - (group.num_units - width) * group.unit_cost
+                statistics = 4 * experts * square * (1 + hold_out)
+                peak = max(peak, statistics + max(4 * solve_item * square, activations))
+            left = group.num_parameters - (group.num_units - width) * group.unit_cost
+            upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)
         forward += 2 * tokens * upstream
-        forward += 2 * tokens * sum(group.num_parameters for group in groups) * targeted
+        forward += 2 * tokens * sum(map(_parameters_per_token, groups)) * targeted
         passes += 1 + targeted
         channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
         forward += 2 * tokens * length * channels * passes
-    layer_bytes = sum(p.numel() for p in layers[0].parameters()) * item
+    layer_bytes = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * item
     # With a target: the dense hidden states in front of and behind a layer, and its outputs.
     copies = 1 + targeted * (2 + len(plan.specs[0]))
     hidden = tokens * model.config.get_text_config().hidden_size * item * copies
@@ -425,4 +512,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
         accelerator_bytes=layer_bytes + peak,
         host_bytes=weights + hidden,
         operations={"forward": forward, "gram": gram, "select and solve": solve},
+    )
+
+
+def _parameters_per_token(group: Group) -> int:
+    """Parameters of the group's projections that a token meets: of experts, those routed to."""
+    spec = group.spec
+    return (
+        group.num_parameters * spec.routed // spec.experts
+        if spec.experts
+        else (group.num_parameters)
     )

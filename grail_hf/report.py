@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
+from grail_hf.experts import Expert
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
@@ -35,18 +36,20 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/or/name")
 ```"""
+_NAMES_IN_CARD = 20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class GroupReport:
-    """One group: its width and its relative squared reconstruction error on calibration tokens.
+    """One group, or expert: its width and its relative squared reconstruction error.
 
-    `error_pruned` is of plain pruning (or folding), `error` of what the model now holds; `damping`
-    is the ridge that the solve took, relative to the Gram's mean diagonal (None without
-    compensation; infinite, "inf" in JSON, where `ridge="auto"` found plain pruning to be best). Of
-    folded units that are repaired, `error_measured` and `error_linear` are what the two ways of
-    `GrailConfig.fold` leave, before any refit.
+    All errors are on calibration tokens. `error_pruned` is of plain pruning (or folding), `error`
+    of what the model now holds; `damping` is the ridge that the solve took, relative to the Gram's
+    mean diagonal (None without compensation; infinite, "inf" in JSON, where `ridge="auto"` found
+    plain pruning to be best, or no token came to an expert). Of folded units that are repaired,
+    `error_measured` and `error_linear` are what the two ways of `GrailConfig.fold` leave, before
+    any refit. `tokens` are those that were routed to an expert.
     """
 
     name: str
@@ -59,6 +62,12 @@ class GroupReport:
     damping: float | None
     error_measured: float | None = None
     error_linear: float | None = None
+    tokens: int | None = None
+
+    @property
+    def scarce(self) -> bool:
+        """Whether it is an expert that saw fewer tokens than channels were kept."""
+        return self.tokens is not None and self.tokens < self.width
 
 
 @dataclass
@@ -74,7 +83,7 @@ class CompressionReport:
         units: kind -> units in a layer, before.
         widths: kind -> units after, one number a layer.
         projection_parameters, total_parameters: before and after.
-        groups: one entry a group, in the order of the work.
+        groups: one entry a group, of experts one each, in the order of the work.
         calibration: source, samples, tokens and fingerprint of the calibration set.
         evaluation: measurements that were added, for example by the command line's `--eval`.
         seconds: wall time of the layer loop.
@@ -120,7 +129,7 @@ class CompressionReport:
     def add(
         self,
         layer: int,
-        group: Group,
+        group: Group | Expert,
         weight: Tensor,
         stats: GramStats,
         kept: Tensor,
@@ -140,6 +149,7 @@ class CompressionReport:
                 if repair
                 else pruned,
                 repair.damping if repair else None,
+                tokens=stats.count if isinstance(group, Expert) else None,
             )
         )
 
@@ -162,6 +172,11 @@ class CompressionReport:
         kept = torch.arange(repair.weight.shape[1], device=repair.weight.device)
         error = reconstruction_error(repair.weight, repair.weight, stats, kept, repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
+
+    @property
+    def scarce_experts(self) -> tuple[str, ...]:
+        """Names of the experts that saw fewer calibration tokens than they keep channels."""
+        return tuple(group.name for group in self.groups if group.scarce)
 
     @property
     def rehomed(self) -> bool:
@@ -285,6 +300,16 @@ class CompressionReport:
                 f"Calibration: {self.calibration['source']}; {self.calibration['samples']} samples,"
                 f" {self.calibration['tokens']:,} tokens, sha256 "
                 f"`{self.calibration['fingerprint'][:16]}`.",
+            ]
+        scarce = self.scarce_experts
+        if scarce and self.config.compensate:
+            rest = len(scarce) - _NAMES_IN_CARD
+            more = f" and {rest} more" if rest > 0 else ""
+            lines += [
+                "",
+                "Experts that saw fewer calibration tokens than they keep channels, and so are "
+                "repaired with more damping or not at all: "
+                f"{', '.join(scarce[:_NAMES_IN_CARD])}{more}.",
             ]
         if self.evaluation:
             lines += ["", "| measured | value |", "|---|---|"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from grail_hf.architectures import GroupSpec
+from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.reduction import Reduction
@@ -171,6 +172,44 @@ class Block:
             self.progress.update()
         stats.check_finite(group.name)
         return stats
+
+    @torch.no_grad()
+    def collect_experts(self, group: ExpertsGroup, hold_out: bool = False) -> list[GramStats]:
+        """Second moments of what each expert's consumer reads, as the layer is now.
+
+        An expert's tokens are those that are routed to it, padding not among them. Its target is
+        its own output: what a block's output lacks belongs to no one expert.
+
+        Args:
+            group: of this layer.
+            hold_out: as in `collect`.
+
+        Raises:
+            FloatingPointError: an input is NaN or Inf.
+        """
+        self.progress.set_postfix_str(f"{group.name} Grams")
+        channels = group.weight.shape[2]
+        every = [GramStats.zeros(channels, self.device) for _ in group.experts]
+        if hold_out:
+            for stats in every:
+                stats.held_out = GramStats.zeros(channels, self.device)
+        for batch in self.batches:
+            with captured_call(group.consumer) as calls:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            hidden, chosen = group.routed(*calls[0])
+            held_out = batch.held_out.to(hidden.device)
+            for expert, stats in zip(group.experts, every, strict=True):
+                own = (chosen == expert.index).any(dim=-1)
+                if batch.tokens is not None:
+                    own &= batch.tokens.to(own.device)
+                x = expert.inner(hidden[own])
+                stats.update_(x)
+                if stats.held_out is not None:
+                    stats.held_out.update_(x[held_out[own]])
+            self.progress.update()
+        for expert, stats in zip(group.experts, every, strict=True):
+            stats.check_finite(expert.name)
+        return every
 
     def collect_folded(
         self, group: Group, reduction: Reduction, hold_out: bool = False
@@ -364,7 +403,7 @@ def stream(
         for index, layer in enumerate(layers):
             name, home = names[id(layer)], next(layer.parameters()).device
             groups = tuple(
-                Group(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
+                group_in(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
                 for number, spec in enumerate(specs[index])
             )
             layer.to(device)

@@ -37,16 +37,16 @@ from transformers import AutoModelForCausalLM
 import grail_hf
 from grail_hf import ARCHITECTURES, GrailConfig
 from grail_hf.allocation import TOLERANCE
-from grail_hf.architectures import ATTENTION, MLP, architectures_table
+from grail_hf.architectures import ATTENTION, EXPERTS, MLP, architectures_table
 from grail_hf.config import ATTENTION_UNITS
-from grail_hf.groups import Group
+from grail_hf.experts import group_in
 from grail_hf.planning import estimate, plan_compression
 from grail_hf.reduction import Reduction
 from grail_hf.saving import apply_config_, compressed_config
 from grail_hf.stream import stream
 
 CPU = torch.device("cpu")
-SHARES = {ATTENTION: 0.5, MLP: 0.4}
+SHARES = {ATTENTION: 0.5, MLP: 0.4}  # the second of everything that is not attention
 
 every_case = pytest.mark.parametrize("case", ARCHITECTURE_CASES)
 every_unit = pytest.mark.parametrize("unit", ATTENTION_UNITS)
@@ -60,7 +60,7 @@ def groups_of(model, unit="kv_group"):
     """Every group of every layer: (layer, Group)."""
     specs = all_specs_of(model, unit)
     return [
-        (index, Group(layer, spec, f"layers.{index}"))
+        (index, group_in(layer, spec, f"layers.{index}"))
         for index, (layer, of_layer) in enumerate(zip(layers_of(model), specs, strict=True))
         for spec in of_layer
     ]
@@ -71,13 +71,17 @@ def offered(model):
     return {group.kind for _, group in groups_of(model) if group.spec.offered}
 
 
+def shares(model):
+    """The sparsities of `SHARES`, as far as the type offers anything."""
+    kinds = {ATTENTION if kind == ATTENTION else MLP for kind in offered(model)}
+    return {f"{kind}_sparsity": SHARES[kind] * (kind in kinds) for kind in SHARES}
+
+
 def narrower(model, **settings):
-    """`compress`, as far as the type offers anything; skips the test where it offers nothing."""
-    kinds = offered(model)
-    if not kinds:
+    """`compress` by these shares; skips the test where the type offers nothing."""
+    if not offered(model):
         pytest.skip("nothing is offered")
-    shares = {f"{kind}_sparsity": SHARES[kind] * (kind in kinds) for kind in SHARES}
-    settings = {"multiple_of": 1} | shares | settings
+    settings = {"multiple_of": 1} | shares(model) | settings
     return grail_hf.compress(model, calibration=batches(), progress=False, **settings)
 
 
@@ -127,13 +131,17 @@ def test_every_type_has_a_tiny_model():
 def test_streamed_states_and_grams_are_the_full_models(case):
     model = tiny_architecture(case)
     fronts, backs = seen_by_hooks(model, layers_of(model))
-    consumers = [group.consumer for _, group in groups_of(model) if group.spec.num_units]
+    consumers = [
+        group.consumer
+        for _, group in groups_of(model)
+        if group.spec.num_units and not group.spec.experts
+    ]
     inputs = iter(seen_by_hooks(model, consumers)[0])
     for block in streamed(model):
         hidden = at_tokens([batch.hidden for batch in block.batches], batches())
         assert torch.equal(hidden, fronts[block.index])
         for group in block.groups:
-            if group.num_units:
+            if group.num_units and not group.spec.experts:
                 x = next(inputs).double()
                 stats = block.collect(group)
                 assert stats.gram.shape[0] == group.num_units * group.columns
@@ -155,7 +163,10 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
     dense = dict(zip(consumers, seen_by_hooks(model, consumers)[1], strict=True))
     for block in streamed(model, "residual"):
         *earlier, last = block.groups
-        assert last.kind == MLP
+        if last.spec.experts:
+            assert all(stats.cross is None for stats in block.collect_experts(last))
+            continue
+        assert last.kind != ATTENTION
         if block.index:
             runs, done = block.runs(last), []
             for run in runs:
@@ -189,6 +200,12 @@ def test_sparsity_0_changes_nothing(case):
     assert (report.sparsity, report.groups) == (0, [])
 
 
+def consumer_pairs(group, other):
+    """The consumers' weights of a group and of its twin: of experts, one each."""
+    both = group.weight, other.weight
+    return zip(*both, strict=True) if group.spec.experts else [both]
+
+
 @every_case
 @every_unit
 def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
@@ -202,10 +219,11 @@ def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
         kept = live[index, group.kind]
         if not group.spec.offered:
             continue
-        columns = (group.weight.T[:, None] == kept.weight.T[None]).all(dim=-1).any(dim=1)
         assert kept.num_units == report.widths[group.kind][index] < group.num_units
-        assert columns.sum() == kept.num_units * group.columns
-        group.weight[:, ~columns] = 0
+        for dense, pruned in consumer_pairs(group, kept):
+            columns = (dense.T[:, None] == pruned.T[None]).all(dim=-1).any(dim=1)
+            assert columns.sum() == kept.num_units * group.columns
+            dense[:, ~columns] = 0
     assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
     with torch.device("meta"):
         fresh = type(model)(model.config)
@@ -243,8 +261,7 @@ def test_a_plan_needs_no_weights_and_says_what_will_be(case):
     model = tiny_architecture(case)
     with torch.device("meta"):
         skeleton = type(model)(model.config)
-    shares = {f"{kind}_sparsity": SHARES[kind] * (kind in offered(model)) for kind in SHARES}
-    config = GrailConfig(**shares, multiple_of=1, num_samples=8, seq_length=24)
+    config = GrailConfig(**shares(model), multiple_of=1, num_samples=8, seq_length=24)
     plan = plan_compression(skeleton, config)
     costs = estimate(skeleton, plan, config)
     assert costs.operations["forward"] > 0 and costs.accelerator_bytes > 0
@@ -340,18 +357,34 @@ def differing_(model):
     """
     masked, specs = copy.deepcopy(model), all_specs_of(model)
     twins = {(index, group.kind): group for index, group in groups_of(masked)}
+    kinds = dict.fromkeys(spec.kind for layer in specs for spec in layer)
+
+    def width(index, spec):
+        if not spec.offered:
+            return spec.num_units
+        if spec.experts or spec.tied_to:
+            return spec.num_units * (3 - index % 3) // 5
+        return max(1, spec.num_units // 2 - index)
+
     widths = {
         kind: [
-            spec.num_units if not spec.offered else max(1, spec.num_units // 2 - index)
+            sum(width(index, spec) for spec in layer if spec.kind == kind)
             for index, layer in enumerate(specs)
-            for spec in layer
-            if spec.kind == kind
         ]
-        for kind in SHARES
+        for kind in kinds
     }
     config = compressed_config(model.config, specs, widths, entry_of(model).rehome)
     for index, group in groups_of(model):
-        if group.spec.offered:
+        if group.spec.experts:
+            chosen = []
+            for expert, twin in zip(group.experts, twins[index, group.kind].experts, strict=True):
+                scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(index))
+                chosen.append(Reduction.keep_top(scores.roll(expert.index), widths[EXPERTS][index]))
+                twin.weight[:, chosen[-1].removed] = 0
+            kept = [e.weight[:, r.kept] for e, r in zip(group.experts, chosen, strict=True)]
+            group.shrink_each_(chosen)
+            group.repair_each_(kept)
+        elif group.spec.offered:
             scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(index))
             reduction = Reduction.keep_top(scores, widths[group.kind][index])
             columns = reduction.removed_channels(group.columns)
@@ -382,7 +415,7 @@ def test_layers_may_differ_in_width_or_say_why_not(case, tmp_path):
     assert relative_error(logits(again, batches()), logits(model, batches())) < 1e-6
 
 
-@pytest.mark.parametrize("case", [*UNUSUAL, "qwen3_next"])
+@pytest.mark.parametrize("case", [*UNUSUAL, "olmo_hybrid"])
 def test_a_rule_by_layer_leaves_whole_what_is_not_offered(case):
     model = tiny_architecture(case)
     specs, share = all_specs_of(model), 0.15
@@ -428,7 +461,7 @@ def test_biases_that_there_are_are_fitted(case):
 def test_what_is_not_offered_is_refused_with_the_reason(case):
     model = tiny_architecture(case)
     state = state_of(model)
-    for kind in SHARES.keys() - offered(model):
+    for kind in (kind for kind in SHARES if not shares(model)[f"{kind}_sparsity"]):
         (other,) = SHARES.keys() - {kind}
         reason = next(g.spec.refusal for _, g in groups_of(model) if g.kind == kind)
         with pytest.raises(ValueError, match=f"^{kind}_sparsity=0.3 cannot be had") as error:

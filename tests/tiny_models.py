@@ -115,6 +115,32 @@ def multimodal_rotary(*sections):
 
 
 SCALES = {"embedding_multiplier": 2.0, "attention_multiplier": 0.4, "residual_multiplier": 0.3}
+# The first layer is dense. Five experts, so that with two a token some see few of the tokens.
+QWEN_MIXTURE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "mlp_only_layers": [0],
+}
+DEEPSEEK = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+LATENT = {
+    "q_lora_rank": 9,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": None,
+    "num_key_value_heads": 12,
+}
 GEMMA4 = MIXED | {
     "sliding_window": 7,
     "rope_parameters": None,
@@ -189,12 +215,38 @@ ARCHITECTURE_CASES = {
     | {
         "num_experts": 4,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
+        "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 13,
         "mlp_only_layers": [0, 1, 3],
     },
     "qwen3_5_text": LINEAR,
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 7},
+    "mixtral": {"num_local_experts": 5, "intermediate_size": 40, "sliding_window": 7},
+    "qwen2_moe": QWEN_MIXTURE | {"shared_expert_intermediate_size": 27},
+    "qwen3_moe": QWEN_MIXTURE,
+    "olmoe": FULL_HEADS | {"num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "gpt_oss": MIXED | {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "deepseek_v2": DEEPSEEK | LATENT | {"n_shared_experts": 2},
+    "deepseek_v3": DEEPSEEK | LATENT,
+    "phimoe": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 40},
+    "qwen3_5_moe_text": LINEAR | QWEN_MIXTURE | {"shared_expert_intermediate_size": 27},
+    "glm4_moe": DEEPSEEK | {"use_qk_norm": True},
+    "dots1": DEEPSEEK,
+    "ernie4_5_moe": {
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_num_shared_experts": 2,
+        "moe_intermediate_size": 40,
+        "moe_layer_start_index": 1,
+    },
+    "granitemoe": SCALES | {"num_local_experts": 5, "intermediate_size": 40},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+    },
     "gemma3": inside(
         MIXED | {"sliding_window": 7, "rope_parameters": None},
         VISION,
@@ -207,6 +259,11 @@ ARCHITECTURE_CASES = {
     "qwen2_5_vl": inside(FULL_HEADS | multimodal_rotary(1, 1, 0), QWEN_VISION, **TOKENS),
     "qwen3_vl": inside(
         multimodal_rotary(2, 2, 1), QWEN_VISION | {"deepstack_visual_indexes": [0]}, **TOKENS
+    ),
+    "qwen3_vl_moe": inside(
+        QWEN_MIXTURE | multimodal_rotary(2, 2, 1),
+        QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        **TOKENS,
     ),
     "qwen3_5": inside(LINEAR, QWEN_VISION, **TOKENS),
 }
@@ -257,8 +314,8 @@ def random_model(config, **settings):
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model = auto_class.from_config(config, **settings)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:  # made as zeros (biases) or ones (norms)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or name.endswith("_bias"):  # made as zeros (biases) or ones (norms)
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model.eval()
 
