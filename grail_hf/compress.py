@@ -139,7 +139,7 @@ def compress(
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
-                if width < group.num_units:
+                if width < group.num_units or (block.index, group.kind) in plan.mended:
                     if isinstance(group, ExpertsGroup):
                         narrow_experts_(block, group, width, plan, config, report)
                     else:
@@ -168,7 +168,10 @@ def narrow_(
     config: GrailConfig,
     report: CompressionReport,
 ) -> None:
-    """Cut or fold a group to `width` units, and repair its consumer."""
+    """Cut or fold a group to `width` units, and repair its consumer.
+
+    A group that keeps them all is repaired too, where groups in front of it have lost some.
+    """
     dtype = config.torch_dtype
     hold_out = config.compensate and config.ridge == AUTO
     intercept = group.kind in plan.biased
@@ -266,9 +269,9 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
     if isinstance(plan.select, Folding):
         folding = 1 if config.compensate and config.target != "self" else 2
     total = 0
-    for _, spec in plan.reduced:
+    for index, spec in plan.repaired:
         refits = config.refit_steps > 0 and spec.linear is not None
-        each = number * (1 + folding + refits)
+        each = number * (1 + folding * ((index, spec.kind) not in plan.mended) + refits)
         if refits:
             each += refit_batches(config.refit_steps, len(range(0, number, REFIT_STRIDE)))
         total += each

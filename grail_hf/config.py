@@ -40,7 +40,9 @@ class GrailConfig:
             own widths, by the reconstruction error, by the measured divergence from the dense
             model, or by standardised scores; such a checkpoint loads with `import grail_hf` or
             `trust_remote_code=True`.
-        compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning.
+        compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
+            a target of the dense model, consumers whose group keeps all its units are repaired too,
+            behind the first that lost some, unless `ignore` names them.
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs

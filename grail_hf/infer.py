@@ -485,6 +485,7 @@ def _mlp(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tens
         transposed=_transposed(trace, path),
     )
     _check_fit(subject, trace.example, block)
+    assert block.width_key is not None
     keys = _keys(subject.config, width, block.width_key, unset=True)
     named = [replace(block, width_key=key) for key in keys]
     reason = "no key of its config gives its MLP another width"

@@ -23,6 +23,7 @@ from grail_hf.architectures import (
     GroupSpec,
     find_architecture,
 )
+from grail_hf.compensation import DAMPINGS
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
@@ -49,6 +50,8 @@ class Plan:
         budgets: what the units of each kind cost.
         widths: kind -> units kept, one number a layer, 0 where a layer has no units; a forecast
             until the allocation's profiles are measured.
+        mended: (layer, kind) of the groups that keep all units and are repaired all the same,
+            because of what the groups in front of them lost.
         config: of the compressed model.
         biased: kinds of group whose consumer's bias is fitted.
         newly_biased: kinds whose projections have biases in `config`, and did not have them.
@@ -61,6 +64,7 @@ class Plan:
     select: Selector
     budgets: dict[str, Budget]
     widths: Widths
+    mended: frozenset[tuple[int, str]]
     config: PreTrainedConfig
     biased: frozenset[str]
     newly_biased: frozenset[str]
@@ -83,6 +87,16 @@ class Plan:
             for index, layer in enumerate(self.specs)
             for spec in layer
             if self.widths[spec.kind][index] < spec.num_units
+        )
+
+    @property
+    def repaired(self) -> tuple[tuple[int, GroupSpec], ...]:
+        """(layer, group) of the groups that lose units or are mended."""
+        return tuple(
+            (index, spec)
+            for index, layer in enumerate(self.specs)
+            for spec in layer
+            if self.widths[spec.kind][index] < spec.num_units or (index, spec.kind) in self.mended
         )
 
     @property
@@ -174,12 +188,32 @@ def plan_compression(
         select,
         budgets,
         widths,
+        _mended(specs, widths, ignored, config),
         new_config,
         frozenset(biased),
         frozenset(newly_biased),
         (before, after),
         (total, total - before + after - norms),
     )
+
+
+def _mended(
+    specs: Sequence[Sequence[GroupSpec]],
+    widths: Widths,
+    ignored: set[tuple[int, str]],
+    config: GrailConfig,
+) -> frozenset[tuple[int, str]]:
+    """(layer, kind) of the groups that lose nothing, and can make up for what others lost."""
+    mended: set[tuple[int, str]] = set()
+    lost = False
+    for index, layer in enumerate(specs):
+        for spec in layer:
+            slot = (index, spec.kind)
+            if widths[spec.kind][index] < spec.num_units:
+                lost = True
+            elif lost and spec.num_units and not spec.experts and slot not in ignored:
+                mended.add(slot)
+    return frozenset(mended) if config.compensate and config.target != "self" else frozenset()
 
 
 def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: GrailConfig) -> None:
@@ -452,12 +486,12 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
 
     With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
     parameter for the pass up to its consumer, 2 N H^2 for the Gram and 2 N O H for the moments with
-    a target of the dense model (and a dense pass for it), 3 N per parameter for a step of refit
-    on half of the tokens, and for the solve
-    K^3/3 + 2 K^2 (H - K) + 2 O K (H - K), after a selection of at most 5/3 H^3 + 2 O H^2 (greedy
-    elimination: factor, inverse and update) and 4 O H^2 for the two errors in the report. Each of a
-    mixture's experts has a Gram and a solve, and its share of the tokens. Causal attention adds
-    2 N T per query channel and pass.
+    a target of the dense model (and a dense pass for it); for a refit, all this once more, and 3 N
+    per parameter for a step on half of the tokens. A solve is K^3/3 + 2 O K^2, the choice of the
+    ridge that and 2 O K^2 more for each damping tried, a selection at most 5/3 H^3 + 2 O H^2
+    (greedy elimination: factor, inverse and update), and the two errors in the report 4 O H^2.
+    Causal attention adds 2 N T per query channel and pass. What a measured allocation takes before
+    all this is not counted.
     """
     layers = decoder_layers(model, plan.architecture)
     length = window_length(model, config)
@@ -468,27 +502,31 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
 
     targeted = config.compensate and config.target != "self"
     hold_out = config.compensate and config.ridge == AUTO
+    dampings = len(DAMPINGS) if hold_out else 0
+    repaired = {(index, spec.kind) for index, spec in plan.repaired}
     forward = gram = solve = peak = 0
     for index, layer in enumerate(layers):
         upstream = passes = 0
         groups = [group_in(layer, spec, "") for spec in plan.specs[index]]
         for group in groups:
             width = plan.widths[group.kind][index]
-            if width < group.num_units:
+            if (index, group.kind) in repaired:
                 experts, routed = group.spec.experts or 1, group.spec.routed or 1
                 *_, outputs, inputs = group.weight.shape
                 kept = width * group.columns
                 removed = inputs - kept
-                passes += 1
+                refits = config.refit_steps > 0 and group.spec.linear is not None
+                collects = 1 + refits
+                passes += collects
                 before = _parameters_per_token(group) - routed * inputs * outputs
-                forward += 2 * tokens * (upstream + before)
+                forward += 2 * tokens * (upstream + before) * collects
                 cross = outputs * (targeted and not group.spec.experts)
-                gram += 2 * tokens * routed * inputs * (inputs + cross)
-                if group.spec.linear:
+                gram += 2 * tokens * routed * inputs * (inputs + cross) * collects
+                if refits:
                     forward += 6 * tokens * group.num_parameters * config.refit_steps // 2
-                each = kept**3 // 3 + 2 * kept**2 * removed + 2 * outputs * kept * removed
-                each += 4 * outputs * inputs**2
-                if config.selector in ("gram", "slimgpt"):
+                each = (kept**3 // 3 + 2 * outputs * kept**2) * (collects + dampings)
+                each += 2 * outputs * kept**2 * dampings + 4 * outputs * inputs**2
+                if removed and config.selector in ("gram", "slimgpt"):
                     each += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
                 solve += experts * each
                 square = inputs**2

@@ -44,7 +44,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 class GroupReport:
     """One group, or expert: its width and its relative squared reconstruction error.
 
-    All errors are on calibration tokens. `error_pruned` is of plain pruning (or folding), `error`
+    A group that keeps all its units is here if it was repaired for what those before it lost. All
+    errors are on calibration tokens. `error_pruned` is of plain pruning (or folding), `error`
     of what the model now holds; `damping` is the ridge that the solve took, relative to the Gram's
     mean diagonal (None without compensation; infinite, "inf" in JSON, where `ridge="auto"` found
     plain pruning to be best, or no token came to an expert). Of folded units that are repaired,

@@ -441,6 +441,9 @@ def choose(select: Selector, group: Units, stats: GramStats, width: int, name: s
 
     Raises ValueError, by the selector's `name`, where it does not give what it must.
     """
+    units = group.weight.shape[1] // group.columns
+    if width == units:
+        return Reduction(torch.arange(units, device=group.weight.device), units)
     if isinstance(select, Folding):
         return check_clusters(select(group, stats, width), group, width, name)
     scores = check_scores(select(group, stats), group, name)

@@ -265,14 +265,34 @@ def test_ignoring_a_kind_leaves_it_bit_for_bit_and_removes_from_the_other_alone(
     dense = tiny_model(case)
     model, alone = copy.deepcopy(dense), copy.deepcopy(dense)
     shares = {f"{kind}_sparsity": 0.3 * (kind != ignored) for kind in (ATTENTION, MLP)}
-    removed = compress(alone, unit, selector="wanda", sparsity=None, **shares).sparsity
+    # With its own output as target, a group that loses nothing has nothing to make up for.
+    settings = {"selector": "wanda", "target": "self"}
+    removed = compress(alone, unit, sparsity=None, **shares, **settings).sparsity
     name = {spec.kind: spec.name for spec in specs_of(model)}[ignored]
-    report = compress(model, unit, selector="wanda", sparsity=removed, ignore=(name,))
+    report = compress(model, unit, sparsity=removed, ignore=(name,), **settings)
     assert {group.kind for group in report.groups} == {ATTENTION, MLP} - {ignored}
     for before, after in zip(layers_of(dense), layers_of(model), strict=True):
         old, new = (layer.get_submodule(name).state_dict() for layer in (before, after))
         torch.testing.assert_close(new, old, rtol=0, atol=0)
     assert_state(model, state_of(alone))
+
+
+@every_case
+def test_a_group_that_keeps_all_makes_up_for_what_others_lost(case):
+    """Behind the first that lost something; never one that is ignored."""
+    dense = tiny_model(case)
+    settings = {"sparsity": None, "mlp_sparsity": 0.5, "attention_sparsity": 0, "ignore": (2,)}
+    model = copy.deepcopy(dense)
+    report = compress(model, **settings)
+    (mended,) = (group for group in report.groups if group.width == group.units)
+    assert (mended.layer, mended.kind) == (1, ATTENTION)
+    assert mended.error < mended.error_pruned
+    outputs = [[layer.self_attn.o_proj for layer in layers_of(m)] for m in (dense, model)]
+    changed = [not torch.equal(old.weight, new.weight) for old, new in zip(*outputs, strict=True)]
+    assert changed == [False, True, False]
+    for other in ({"target": "self"}, {"compensate": False}):
+        report = compress(copy.deepcopy(dense), **settings | other)
+        assert all(group.width < group.units for group in report.groups)
 
 
 def test_the_other_kind_takes_the_sparsity_that_an_ignored_one_leaves():

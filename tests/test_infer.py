@@ -31,11 +31,18 @@ from grail_hf.infer import architecture_source
 from grail_hf.planning import plan_compression
 
 # Why a case of the table is refused.
+MIXTURES = [
+    case
+    for case, changes in ARCHITECTURE_CASES.items()
+    if ARCHITECTURES[changes.get("model_type", case)].experts is not None
+]
 REFUSED = {
     "gemma4_text": "values for single layers",
     "gemma4": "values for single layers",
     "bloom": "can become narrower nowhere; its attention because the layer does not run with",
-    "qwen3_next": r"mlp\.experts\.gate_up_proj of shape .* experts and the like are not offered",
+    **dict.fromkeys(
+        MIXTURES, r"experts\.gate_up_proj of shape .* experts and the like are not offered"
+    ),
 }
 # What the table offers and inference does not find.
 NOT_FOUND = {
@@ -132,7 +139,8 @@ def test_an_inferred_type_is_compressed_and_reloads(case, monkeypatch, tmp_path)
     found, _ = inferred(model, monkeypatch)
     report = narrower(model, found, selector="wanda")
     assert report.model_type == report.new_model_type == model.config.model_type
-    assert {group.kind for group in report.groups} == offered_by(found, model)
+    narrowed = {group.kind for group in report.groups if group.width < group.units}
+    assert narrowed == offered_by(found, model)
     assert_reloads(model, report, tmp_path)
 
 
@@ -167,7 +175,8 @@ def test_a_type_that_the_table_does_not_know(name, tmp_path):
     assert relative_error(logits(model, batches()), logits(zeroed, batches())) < 1e-5
     assert_reloads(model, report, tmp_path / "pruned")
     report = narrower(whole, entry)
-    assert all(0 < group.error < group.error_pruned for group in report.groups)
+    assert all(0 < group.error <= group.error_pruned for group in report.groups)
+    assert any(group.error < group.error_pruned for group in report.groups)
     assert_reloads(whole, report, tmp_path / "repaired")
 
 
