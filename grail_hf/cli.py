@@ -63,6 +63,16 @@ SelectorName = Annotated[str, typer.Option(help=f"One of {', '.join(SELECTORS)}.
 AllocationName = Annotated[
     str, typer.Option("--allocation", help=f"How widths differ: {', '.join(ALLOCATIONS)}.")
 ]
+Compensate = Annotated[bool, typer.Option(help="Repair by ridge regression.")]
+Target = Annotated[
+    str, typer.Option(help="What a repaired block should put out: self, dense or residual.")
+]
+Refit = Annotated[
+    int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
+]
+Ridge = Annotated[
+    str, typer.Option(help='Damping of the repair; "auto" chooses it on held-out windows.')
+]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLength = Annotated[int, typer.Option(help="Tokens in a window.")]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
@@ -95,19 +105,13 @@ def compress_command(
     attention_sparsity: AttentionSparsity = None,
     selector: SelectorName = _DEFAULTS.selector_name,
     allocation: AllocationName = _DEFAULTS.allocation,
-    compensate: Annotated[bool, typer.Option(help="Repair by ridge regression.")] = True,
-    target: Annotated[
-        str, typer.Option(help="What a repaired block should put out: self, dense or residual.")
-    ] = _DEFAULTS.target,
-    refit: Annotated[
-        int, typer.Option(help="Conjugate gradient steps of further repair; 6 is thorough.")
-    ] = _DEFAULTS.refit,
+    compensate: Compensate = _DEFAULTS.compensate,
+    target: Target = _DEFAULTS.target,
+    refit: Refit = _DEFAULTS.refit,
     fold: Annotated[
         str, typer.Option(help="What the repair of folded units goes by: measured or linear.")
     ] = _DEFAULTS.fold,
-    ridge: Annotated[
-        str, typer.Option(help='Damping of the repair; "auto" chooses it on held-out windows.')
-    ] = str(_DEFAULTS.ridge),
+    ridge: Ridge = str(_DEFAULTS.ridge),
     bias: Annotated[
         str | None, typer.Option(help='"auto" fits biases too, where the stock config has them.')
     ] = None,
@@ -262,6 +266,10 @@ def inspect_command(
     attention_sparsity: AttentionSparsity = None,
     selector: SelectorName = _DEFAULTS.selector_name,
     allocation: AllocationName = _DEFAULTS.allocation,
+    compensate: Compensate = _DEFAULTS.compensate,
+    target: Target = _DEFAULTS.target,
+    refit: Refit = _DEFAULTS.refit,
+    ridge: Ridge = str(_DEFAULTS.ridge),
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,

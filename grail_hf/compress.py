@@ -42,7 +42,7 @@ from grail_hf.planning import (
     vocabulary_size,
 )
 from grail_hf.profiling import profile
-from grail_hf.refit import refit_, refit_batches
+from grail_hf.refit import refit_, refit_batches, refit_stride
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import Folding, choose, magnitude
@@ -60,9 +60,6 @@ TOKENS_PER_CHANNEL = 4
 
 # With fewer tokens than channels an expert's Gram is singular, and any small damping fits noise.
 SCARCE_DAMPING = 0.1
-
-# Every second micro-batch serves a refit nearly as well as all of them, in half the time.
-REFIT_STRIDE = 2
 
 
 class PartlyCompressedError(RuntimeError):
@@ -213,7 +210,7 @@ def refit_group_(
     With the damping that the consumer took before: on tokens that the refit has seen, less would
     seem to do.
     """
-    part = replace(block, batches=block.batches[::REFIT_STRIDE])
+    part = replace(block, batches=block.batches[:: refit_stride(config.refit_steps)])
     refit_(part, group, config.refit_steps)
     stats = block.collect(group).to(config.torch_dtype)
     weight = group.weight.to(config.torch_dtype)
@@ -273,7 +270,9 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
         refits = config.refit_steps > 0 and spec.linear is not None
         each = number * (1 + folding * ((index, spec.kind) not in plan.mended) + refits)
         if refits:
-            each += refit_batches(config.refit_steps, len(range(0, number, REFIT_STRIDE)))
+            each += refit_batches(
+                config.refit_steps, len(range(0, number, refit_stride(config.refit_steps)))
+            )
         total += each
     return total
 

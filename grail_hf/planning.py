@@ -27,6 +27,7 @@ from grail_hf.compensation import DAMPINGS
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
+from grail_hf.refit import refit_stride
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
 from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
 
@@ -486,8 +487,9 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
 
     With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
     parameter for the pass up to its consumer, 2 N H^2 for the Gram and 2 N O H for the moments with
-    a target of the dense model (and a dense pass for it); for a refit, all this once more, and 3 N
-    per parameter for a step on half of the tokens. A solve is K^3/3 + 2 O K^2, the choice of the
+    a target of the dense model (and a dense pass for it); for a refit, all this once more at
+    the new width, and 6 N per parameter for a step (half as much for one or two steps). Moments of
+    the quarter that is held out for the ridge are a quarter more. A solve is K^3/3 + 2 O K^2, the choice of the
     ridge that and 2 O K^2 more for each damping tried, a selection at most 5/3 H^3 + 2 O H^2
     (greedy elimination: factor, inverse and update), and the two errors in the report 4 O H^2.
     Causal attention adds 2 N T per query channel and pass. What a measured allocation takes before
@@ -521,9 +523,11 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 before = _parameters_per_token(group) - routed * inputs * outputs
                 forward += 2 * tokens * (upstream + before) * collects
                 cross = outputs * (targeted and not group.spec.experts)
-                gram += 2 * tokens * routed * inputs * (inputs + cross) * collects
+                moments = inputs * (inputs + cross) * (4 + hold_out) // 4
+                gram += 2 * tokens * routed * (moments + refits * kept * (kept + cross))
                 if refits:
-                    forward += 6 * tokens * group.num_parameters * config.refit_steps // 2
+                    steps = config.refit_steps / refit_stride(config.refit_steps)
+                    forward += int(6 * tokens * group.num_parameters * steps)
                 each = (kept**3 // 3 + 2 * outputs * kept**2) * (collects + dampings)
                 each += 2 * outputs * kept**2 * dampings + 4 * outputs * inputs**2
                 if removed and config.selector in ("gram", "slimgpt"):

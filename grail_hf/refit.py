@@ -34,6 +34,13 @@ from grail_hf.groups import Group, Projection
 from grail_hf.stream import Block, Run, captured_input
 
 _INPUT_DAMPING = 1e-3
+# For a few steps every second micro-batch serves nearly as well as all of them.
+_QUICK_STEPS = 2
+
+
+def refit_stride(steps: int) -> int:
+    """A refit of so many steps goes by every so-manieth micro-batch."""
+    return 2 if steps <= _QUICK_STEPS else 1
 
 
 def refit_batches(steps: int, number: int) -> int:

@@ -443,7 +443,7 @@ def test_a_rule_by_layer_leaves_whole_what_is_not_offered(case):
 @pytest.mark.parametrize("case", ["gpt2", "gpt_neox", "falcon", "phi", "opt", "starcoder2"])
 def test_biases_that_there_are_are_fitted(case):
     plain, biased = tiny_architecture(case), tiny_architecture(case)
-    settings = {"ridge": 1e-3, "refit": 0, "attention_sparsity": 0.0}
+    settings = {"ridge": 1e-3, "refit": 0, "target": "self", "attention_sparsity": 0.0}
     errors = [
         narrower(model, **settings, **bias).groups[0].error
         for model, bias in ((biased, {"bias": "auto"}), (plain, {}))

@@ -246,7 +246,8 @@ def test_an_expert_is_counted_for_its_share_of_the_tokens(monkeypatch):
     for experts in (5, 10):
         monkeypatch.setitem(ARCHITECTURE_CASES["mixtral"], "num_local_experts", experts)
         model = tiny_architecture("mixtral")
-        config = GrailConfig(attention_sparsity=0.0, mlp_sparsity=0.4, num_samples=8, seq_length=24)
+        shares = {"attention_sparsity": 0.0, "mlp_sparsity": 0.4, "target": "self", "ridge": 1e-4}
+        config = GrailConfig(num_samples=8, seq_length=24, **shares)
         costs[experts] = estimate(model, plan_compression(model, config), config)
     few, many = costs[5].operations, costs[10].operations
     (channels,) = {spec.num_units for layer in all_specs_of(model) for spec in layer[1:]}

@@ -1,7 +1,6 @@
 """Folding: k-means against brute force, folded blocks against full ones with like units."""
 
 import copy
-import sys
 from itertools import product
 
 import pytest
@@ -143,7 +142,7 @@ def test_clusters_stay_in_their_partition(partitions):
     spec = specs_of(model, "query_head")[0]
     group = Group(layers_of(model)[0], spec, "layers.0", seed=3)
     group.layer.self_attn.q_proj.weight.data[:] = 1  # nothing to tell the units by
-    for width in range(partitions, 13, partitions):
+    for width in range(partitions, 12, partitions):
         reduction = choose(fold, group, GramStats.zeros(120), width, "fold")
         runs = reduction.labels.reshape(partitions, -1)
         assert [len(run.unique()) for run in runs] == [width // partitions] * partitions
@@ -292,7 +291,8 @@ def test_each_section_of_a_producer_is_averaged(monkeypatch, case, unit):
 def test_what_folded_units_put_out_is_measured_whatever_the_layout(case):
     report = narrower(tiny_architecture(case), selector="fold", ridge=1e-9, refit=0)
     for group in report.groups:
-        assert 0 < group.error_measured < min(group.error_linear, group.error_pruned)
+        if group.width < group.units:
+            assert 0 < group.error_measured < min(group.error_linear, group.error_pruned)
 
 
 @pytest.mark.parametrize("compensate", [True, False])
@@ -402,7 +402,7 @@ def test_the_linear_form_is_the_paper_s():
 @every_unit
 def test_a_refit_does_better_than_the_fold_that_it_starts_from(unit, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
-    monkeypatch.setattr(sys.modules["grail_hf.compress"], "REFIT_STRIDE", 1)
+    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
     report = compress(tiny_model("qwen3"), unit, selector="fold", refit=4, ridge=1e-4)
     assert all(group.error < group.error_measured for group in report.groups)
 
