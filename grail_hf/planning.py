@@ -487,13 +487,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
 
     With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
     parameter for the pass up to its consumer, 2 N H^2 for the Gram and 2 N O H for the moments with
-    a target of the dense model (and a dense pass for it); for a refit, all this once more at
-    the new width, and 6 N per parameter for a step (half as much for one or two steps). Moments of
-    the quarter that is held out for the ridge are a quarter more. A solve is K^3/3 + 2 O K^2, the choice of the
-    ridge that and 2 O K^2 more for each damping tried, a selection at most 5/3 H^3 + 2 O H^2
-    (greedy elimination: factor, inverse and update), and the two errors in the report 4 O H^2.
-    Causal attention adds 2 N T per query channel and pass. What a measured allocation takes before
-    all this is not counted.
+    a target of the dense model (and a dense pass for it), and a quarter of the moments more for the
+    tokens held out; for a refit, all this once more at the new width, and 6 N per parameter for a
+    step (half as much for one or two steps). A solve is K^3/3 + 2 O K^2, the choice of the ridge
+    that and 2 O K^2 more for each damping tried, a selection at most 5/3 H^3 + 2 O H^2 (greedy
+    elimination: factor, inverse and update), and the two errors in the report 4 O H^2. Each of a
+    mixture's experts has a Gram and a solve, and its share of the tokens. Causal attention adds
+    2 N T per query channel and pass. What a measured allocation takes before all this is not
+    counted.
     """
     layers = decoder_layers(model, plan.architecture)
     length = window_length(model, config)
