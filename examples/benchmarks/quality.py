@@ -232,7 +232,7 @@ def results_table(rows: list[dict], texts: list[str]) -> Table:
 
 
 def plot(rows: list[dict], dense: dict[str, float], path: Path) -> None:
-    """Perplexity against kept parameters, a panel a text: the best selector and the range."""
+    """Perplexity against kept parameters, a panel a text: the best selector's, and all others'."""
     figure, panels = plt.subplots(
         1, len(dense), figsize=(4.2 * len(dense), 4.0), layout="constrained", squeeze=False
     )
@@ -248,11 +248,12 @@ def plot(rows: list[dict], dense: dict[str, float], path: Path) -> None:
                 found = [by_sparsity[sparsity] for sparsity in sorted(by_sparsity)]
                 lowest, highest = ([end(values) for values in found] for end in (min, max))
                 axes.fill_between(kept, lowest, highest, color=f"C{number}", alpha=0.15, lw=0)
-                axes.plot(kept, lowest, "o-", color=f"C{number}", ms=4, label=f"{repair}, best")
+                axes.plot(kept, lowest, "o-", color=f"C{number}", ms=4, label=repair)
         axes.axhline(math.exp(loss), color="0.5", lw=0.8, ls=":", label="dense")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.set_xticks(sorted({1 - row["sparsity"] for row in rows}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel("decoder block parameters kept")
         axes.set_title(text, fontsize=10)
