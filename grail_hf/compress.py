@@ -28,7 +28,7 @@ from grail_hf.calibration import (
     token_batches,
 )
 from grail_hf.compensation import Repair, fold_linearly, ridge
-from grail_hf.config import AUTO, GrailConfig
+from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
@@ -121,7 +121,7 @@ def compress(
 
     with evaluation_mode(model), says_what_is_left(report):
         layers = plan.architecture.layers
-        target = config.target if config.compensate else "self"
+        target = config.target if config.targeted else "self"
         for block in stream(
             model,
             layers,
@@ -169,8 +169,7 @@ def narrow_(
 
     A group that keeps them all is repaired too, where groups in front of it have lost some.
     """
-    dtype = config.torch_dtype
-    hold_out = config.compensate and config.ridge == AUTO
+    dtype, hold_out = config.torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
 
     stats = block.collect(group, hold_out).to(dtype)
@@ -234,7 +233,7 @@ def narrow_experts_(
     An expert that no token came to has only its weights to go by, and no repair.
     """
     reductions, weights, scarce = [], [], []
-    every = block.collect_experts(group, config.compensate and config.ridge == AUTO)
+    every = block.collect_experts(group, config.holds_out)
     for expert, stats in zip(group.experts, every, strict=True):
         stats = stats.to(config.torch_dtype)
         select = plan.select if stats.count else magnitude
@@ -264,7 +263,7 @@ def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
     """Batches that `narrow_` runs in all layers together, with `number` of calibration."""
     folding = 0
     if isinstance(plan.select, Folding):
-        folding = 1 if config.compensate and config.target != "self" else 2
+        folding = 1 if config.targeted else 2
     total = 0
     for index, spec in plan.repaired:
         refits = config.refit_steps > 0 and spec.linear is not None

@@ -178,9 +178,19 @@ class GrailConfig:
             object.__setattr__(self, "device", _device_name(self.device))
 
     @property
+    def targeted(self) -> bool:
+        """Whether repair goes by what the dense model puts out, which takes a pass of it."""
+        return self.compensate and self.target != "self"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some calibration tokens are left out of a fit, to choose its ridge by."""
+        return self.compensate and self.ridge == AUTO
+
+    @property
     def refit_steps(self) -> int:
         """`refit`, or 0 where it has no effect."""
-        return self.refit if self.compensate and self.target != "self" else 0
+        return self.refit if self.targeted else 0
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -24,7 +24,7 @@ from grail_hf.architectures import (
     find_architecture,
 )
 from grail_hf.compensation import DAMPINGS
-from grail_hf.config import AUTO, GrailConfig
+from grail_hf.config import GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
 from grail_hf.refit import refit_stride
@@ -84,10 +84,7 @@ class Plan:
     def reduced(self) -> tuple[tuple[int, GroupSpec], ...]:
         """(layer, group) of the groups that lose units."""
         return tuple(
-            (index, spec)
-            for index, layer in enumerate(self.specs)
-            for spec in layer
-            if self.widths[spec.kind][index] < spec.num_units
+            (index, spec) for index, spec in self.repaired if (index, spec.kind) not in self.mended
         )
 
     @property
@@ -214,7 +211,7 @@ def _mended(
                 lost = True
             elif lost and spec.num_units and not spec.experts and slot not in ignored:
                 mended.add(slot)
-    return frozenset(mended) if config.compensate and config.target != "self" else frozenset()
+    return frozenset(mended) if config.targeted else frozenset()
 
 
 def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: GrailConfig) -> None:
@@ -503,8 +500,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
     item = model.dtype.itemsize
     solve_item = config.torch_dtype.itemsize
 
-    targeted = config.compensate and config.target != "self"
-    hold_out = config.compensate and config.ridge == AUTO
+    targeted, hold_out = config.targeted, config.holds_out
     dampings = len(DAMPINGS) if hold_out else 0
     repaired = {(index, spec.kind) for index, spec in plan.repaired}
     forward = gram = solve = peak = 0
