@@ -30,8 +30,9 @@ from grail_hf.calibration import (
 from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
-from grail_hf.experts import ExpertsGroup, group_in
+from grail_hf.experts import ExpertsGroup
 from grail_hf.groups import Group
+from grail_hf.offload import Homes, Place
 from grail_hf.planning import (
     Plan,
     check_weights,
@@ -110,28 +111,48 @@ def compress(
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     start = time.perf_counter()
+    homes = Homes(decoder_layers(model, plan.architecture), device)
+    place = None
     if find_allocation(config.allocation).loss is not None:
         with evaluation_mode(model):
-            profiles = profile(model, plan, tokens.batches, config, device, progress)
+            profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
         plan = plan_compression(model, config, architecture, profiles)
     report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
+
+    with says_what_is_left(report):
+        narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
+        apply_config_(model, plan.config)
+
+    model.add_model_tags(list(TAGS))
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def narrow_layers_(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: TokenBatches,
+    config: GrailConfig,
+    homes: Homes,
+    place: Place | None,
+    report: CompressionReport,
+    progress: bool = True,
+) -> None:
+    """Cut and repair the groups of every decoder layer that is not done yet, in their order."""
     if config.compensate:
         warn_of_few_tokens(tokens, plan, config)
-
-    with evaluation_mode(model), says_what_is_left(report):
-        layers = plan.architecture.layers
-        target = config.target if config.targeted else "self"
+    with evaluation_mode(model):
         for block in stream(
             model,
-            layers,
+            homes,
             plan.specs,
             tokens.batches,
-            device,
-            target,
+            place,
+            config.target if config.targeted else "self",
             config.seed,
             progress,
-            group_batches=group_batches(plan, config, len(tokens.batches)),
+            group_batches=group_batches(plan, config, len(tokens.batches), homes.first),
             returns_tuple=plan.architecture.returns_tuple,
         ):
             for group in block.groups:
@@ -141,20 +162,8 @@ def compress(
                         narrow_experts_(block, group, width, plan, config, report)
                     else:
                         narrow_(block, group, width, plan, config, report)
-        complete_biases_(model, plan)
-        apply_config_(model, plan.config)
-
-    model.add_model_tags(list(TAGS))
-    report.seconds = time.perf_counter() - start
-    return report
-
-
-def complete_biases_(model: PreTrainedModel, plan: Plan) -> None:
-    """Give zero biases to projections that the new config says have some, and that have none."""
-    for layer, specs in zip(decoder_layers(model, plan.architecture), plan.specs, strict=True):
-        for spec in specs:
-            if spec.kind in plan.newly_biased:
-                group_in(layer, spec, plan.architecture.layers).add_biases_()
+                if group.kind in plan.newly_biased:
+                    group.add_biases_()
 
 
 def narrow_(
@@ -259,13 +268,15 @@ def narrow_experts_(
         )
 
 
-def group_batches(plan: Plan, config: GrailConfig, number: int) -> int:
-    """Batches that `narrow_` runs in all layers together, with `number` of calibration."""
+def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) -> int:
+    """Batches that `narrow_` runs from layer `first` on, with `number` of calibration."""
     folding = 0
     if isinstance(plan.select, Folding):
         folding = 1 if config.targeted else 2
     total = 0
     for index, spec in plan.repaired:
+        if index < first:
+            continue
         refits = config.refit_steps > 0 and spec.linear is not None
         each = number * (1 + folding * ((index, spec.kind) not in plan.mended) + refits)
         if refits:

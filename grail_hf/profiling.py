@@ -22,6 +22,7 @@ from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
 from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.offload import Homes, Place
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, check_scores, gram
@@ -57,7 +58,8 @@ def profile(
     plan: Plan,
     batches: Batches,
     config: GrailConfig,
-    device: torch.device,
+    homes: Homes,
+    place: Place | None = None,
     progress: bool = True,
 ) -> Profiles:
     """Measure every group that may lose units. The model is as it was afterwards.
@@ -67,7 +69,8 @@ def profile(
         plan: its forecast; gives the groups and their budgets.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         config: the settings; the divergences are measured near the widths of its sparsity.
-        device: where layers run.
+        homes: where the decoder layers lie, and where they work.
+        place: where hidden states are kept; by default where the model is.
         progress: show a bar on standard error.
     """
     wanted = find_allocation(config.allocation).divergences
@@ -77,14 +80,13 @@ def profile(
     profiles: dict[tuple[str, int], Profile] = {}
     variants: list[_Variant] = []
     finals: list[Tensor] = []
-    layers = model.base_model.get_submodule(plan.architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = homes.layers
     blocks = stream(
         model,
-        plan.architecture.layers,
+        homes,
         plan.specs,
         [*fit, *held],
-        device,
+        place,
         seed=config.seed,
         progress=False,
         returns_tuple=plan.architecture.returns_tuple,
@@ -115,9 +117,10 @@ def profile(
                 ]
         if wanted and block.index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
-    divergences = _divergences(
-        model, layers, held, finals, variants, plan.architecture.returns_tuple
-    )
+    with homes.surroundings():
+        divergences = _divergences(
+            model, layers, held, finals, variants, plan.architecture.returns_tuple
+        )
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
         measured = {**known.divergences, variant.width: divergence}

@@ -23,6 +23,7 @@ from grail_hf.architectures import GroupSpec
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.offload import HiddenStates, Homes, Place
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
 
@@ -31,23 +32,20 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class _MicroBatch:
+class _MicroBatch(HiddenStates):
     """The hidden states of some samples, and every layer's other arguments for them.
 
     Attributes:
-        hidden: [b, T, D] in front of the layer, on the compressed path.
         tokens: [b * T] bool, those that are not padding; None where all count.
         held_out: [b * T] bool, those on which a damping is judged; no padding.
         calls: every layer's other arguments.
-        dense: [b, T, D] in front of the layer in the dense model, where the target needs it.
-        outputs: of each of the layer's consumers in the dense model, [b, T, O], likewise.
+        outputs: of each of the layer's consumers in the dense model, [b, T, O], where the target
+            needs them.
     """
 
-    hidden: Tensor
     tokens: Tensor | None
     held_out: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    dense: Tensor | None = None
     outputs: list[Tensor] = field(default_factory=list)
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor, device: torch.device) -> Tensor:
@@ -79,7 +77,7 @@ class Run:
 
     Attributes:
         module: the attention or the MLP.
-        args, kwargs: what the layer calls it with, where the hidden states are.
+        args, kwargs: what the layer calls it with, where hidden states are kept.
         target: [b, T, O], what it should put out, likewise.
         batch: the micro-batch.
         device: where the module runs.
@@ -123,6 +121,7 @@ class Block:
     layer: nn.Module
     groups: tuple[Group, ...]
     device: torch.device
+    place: Place
     target: str
     batches: Sequence[_MicroBatch]
     progress: tqdm[Any]
@@ -226,13 +225,13 @@ class Block:
 
     @torch.no_grad()
     def outputs(self, group: Group) -> list[Tensor]:
-        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept on its device."""
+        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept."""
         self.progress.set_postfix_str(f"{group.name} output")
         outputs = []
         for batch in self.batches:
             with captured_input(group.consumer) as inputs:
                 batch.through(self.layer, self.index, batch.hidden, self.device)
-            outputs.append(group.consumer(inputs[0]).to(batch.hidden.device))
+            outputs.append(self.place.keep(group.consumer(inputs[0])))
             self.progress.update()
         return outputs
 
@@ -263,8 +262,6 @@ class Block:
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
         """The group's block as a function of its weights alone: its calls, and their targets."""
-        from accelerate.utils import send_to_device
-
         self.progress.set_postfix_str(f"{group.name} refit")
         position = self.groups.index(group)
         module = self.layer.get_submodule(group.spec.name)
@@ -278,8 +275,8 @@ class Block:
             target = self._target(batch, position, seen)
             if target is None:
                 raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
-            args, kwargs = send_to_device(calls[0], batch.hidden.device)
-            target = target.to(batch.hidden.device)
+            args, kwargs = self.place.keep_all(calls[0])
+            target = self.place.keep(target)
             runs.append(Run(module, args, kwargs, target, batch, self.device))
             self.progress.update()
         return runs
@@ -288,7 +285,7 @@ class Block:
     def behind(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """What the layer makes of other hidden states: one tensor [b, T, D] a micro-batch."""
         return [
-            batch.through(self.layer, self.index, states, self.device).to(states.device)
+            self.place.keep(batch.through(self.layer, self.index, states, self.device))
             for batch, states in zip(self.batches, hidden, strict=True)
         ]
 
@@ -351,35 +348,34 @@ class Block:
         self.progress.set_postfix_str(f"{self.name} forward")
         for batch in self.batches:
             hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
-            batch.hidden = hidden.to(batch.hidden.device)
+            batch.hidden = self.place.keep(hidden)
             self.progress.update()
 
 
 @torch.no_grad()
 def stream(
     model: PreTrainedModel,
-    layers_path: str,
+    homes: Homes,
     specs: Sequence[Sequence[GroupSpec]],
     batches: Sequence[dict[str, Tensor]],
-    device: torch.device,
+    place: Place | None = None,
     target: str = "self",
     seed: int = 0,
     progress: bool = True,
     group_batches: int | None = None,
     returns_tuple: bool = False,
 ) -> Iterator[Block]:
-    """Yield each decoder layer as a `Block` on `device`; what follows sees what it has become.
+    """Yield each decoder layer as a `Block` at work; what follows sees what it has become.
 
-    The hidden states stay where the model is; a layer is moved to `device` while its block is
-    out and moved back afterwards. Targets of the dense model ("dense", "residual") take a second
-    set of hidden states, which runs through each layer before it is changed.
+    Targets of the dense model ("dense", "residual") take a second set of hidden states, which runs
+    through each layer before it is changed.
 
     Args:
-        model: any decoder-only transformers model, whole on one device.
-        layers_path: path of the decoder layers in `model.base_model`.
+        model: any decoder-only transformers model.
+        homes: where its decoder layers lie, and where they work.
         specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
-        device: where layers run.
+        place: where hidden states are kept; by default where the model is.
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
@@ -387,40 +383,43 @@ def stream(
             the bar's estimate; by default all of them once for each group.
         returns_tuple: the layers return a tuple whose first element is the hidden states.
     """
-    layers = model.base_model.get_submodule(layers_path)
-    assert isinstance(layers, nn.ModuleList)
+    layers = homes.layers
     names = {id(module): name for name, module in model.named_modules()}
-    micro_batches = record_calls(model, layers, batches, returns_tuple)
+    with homes.surroundings():
+        place = place or Place(model.device)
+        micro_batches = record_calls(model, layers, batches, place, returns_tuple)
+    homes.start(micro_batches)
+    left = range(homes.first, len(layers))
     if group_batches is None:
-        group_batches = sum(map(len, specs)) * len(micro_batches)
-    passes = len(layers) * (1 + (target != "self")) - 1
+        group_batches = sum(len(specs[index]) for index in left) * len(micro_batches)
+    passes = len(left) * (1 + (target != "self")) - 1
     with tqdm(
         total=group_batches + passes * len(micro_batches),
         desc="Calibrating",
         unit="batch",
         disable=not progress,
     ) as bar:
-        for index, layer in enumerate(layers):
-            name, home = names[id(layer)], next(layer.parameters()).device
+        for index in left:
+            layer, name = layers[index], names[id(layers[index])]
             groups = tuple(
                 group_in(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
                 for number, spec in enumerate(specs[index])
             )
-            layer.to(device)
-            try:
-                block = Block(index, name, layer, groups, device, target, micro_batches, bar)
+            with homes.at_work(index) as device:
+                block = Block(index, name, layer, groups, device, place, target, micro_batches, bar)
                 for group in groups:
                     group.differentiate = partial(block.regional_gradient, group)
-                following = _dense_pass(block) if target != "self" else []
-                yield block
-                if index + 1 < len(layers):
-                    block.advance()
+                try:
+                    following = _dense_pass(block) if target != "self" else []
+                    yield block
+                    if index + 1 < len(layers):
+                        block.advance()
+                finally:
+                    for group in groups:
+                        group.differentiate = None  # it holds the hidden states
                 for batch, hidden in zip(micro_batches, following, strict=False):
                     batch.dense = hidden
-            finally:
-                for group in groups:
-                    group.differentiate = None  # it holds the hidden states
-                layer.to(home)
+            homes.done(index, micro_batches)
 
 
 def _dense_pass(block: Block) -> list[Tensor]:
@@ -432,11 +431,10 @@ def _dense_pass(block: Block) -> list[Tensor]:
     following = []
     for batch in block.batches:
         hidden = batch.hidden if batch.dense is None else batch.dense
-        home = hidden.device
         with captured_outputs([group.consumer for group in block.groups]) as outputs:
             behind = batch.through(block.layer, block.index, hidden, block.device)
-        batch.dense, batch.outputs = hidden, [output.to(home) for output in outputs]
-        following.append(behind.to(home))
+        batch.dense, batch.outputs = hidden, [block.place.keep(output) for output in outputs]
+        following.append(block.place.keep(behind))
         block.progress.update()
     return following
 
@@ -446,19 +444,26 @@ def record_calls(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     batches: Sequence[dict[str, Tensor]],
+    place: Place | None = None,
     returns_tuple: bool = False,
 ) -> list[_MicroBatch]:
     """Every layer's arguments for every batch, and the hidden states in front of layer 0.
 
-    Masks and rotary embeddings that are equal between layers or batches are stored once.
+    Masks and rotary embeddings that are equal between layers or batches are stored once. They stay
+    where the model is, and so do the hidden states, unless they have a `place`.
     """
     shared = _Shared()
+    place = place or Place(model.device)
     micro_batches = []
-    for inputs, held_out in zip(batches, held_out_tokens(batches), strict=True):
+    for number, (inputs, held_out) in enumerate(
+        zip(batches, held_out_tokens(batches), strict=True)
+    ):
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
+            number,
             torch.empty(0),
+            None,
             mask.flatten().bool() if mask is not None and not mask.all() else None,
             held_out,
         )
@@ -470,7 +475,7 @@ def record_calls(
             else:
                 hidden = kwargs.pop("hidden_states")
             if not batch.calls:
-                batch.hidden = hidden
+                batch.hidden = place.keep(hidden)
             batch.calls.append(shared.store((args, kwargs)))
             return as_returned(hidden, returns_tuple)
 

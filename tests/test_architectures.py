@@ -25,6 +25,7 @@ from tiny_models import (
     at_tokens,
     batches,
     config_of,
+    homes_of,
     layers_of,
     logits,
     random_model,
@@ -89,11 +90,10 @@ def streamed(model, target="self"):
     entry = entry_of(model)
     return stream(
         model,
-        entry.layers,
+        homes_of(model),
         all_specs_of(model),
         batches(),
-        CPU,
-        target,
+        target=target,
         progress=False,
         returns_tuple=entry.returns_tuple,
     )

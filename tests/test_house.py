@@ -17,7 +17,16 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # A module may import those before it. The package itself is what `compress` and all before it make.
 ORDER = [
     *("config", "architectures", "reduction", "gram", "selectors", "allocation", "compensation"),
-    *("modeling_grail", "groups", "experts", "stream", "refit", "calibration", "checkpoint"),
+    *(
+        "modeling_grail",
+        "groups",
+        "experts",
+        "offload",
+        "stream",
+        "refit",
+        "calibration",
+        "checkpoint",
+    ),
     *("saving", "planning", "profiling", "evaluation", "infer"),
     *("report", "gguf_file", "export", "compress", "__init__", "cli", "__main__"),
 ]

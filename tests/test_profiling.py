@@ -11,6 +11,7 @@ from tiny_models import (
     assert_state,
     at_tokens,
     batches,
+    homes_of,
     layers_of,
     logits,
     specs_of,
@@ -39,8 +40,7 @@ MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
 def profiles_of(model, inputs, **settings):
     config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
     plan = plan_compression(model, config)
-    device = torch.device("cpu")
-    return plan, profile(model, plan, inputs, config, device, progress=False)
+    return plan, profile(model, plan, inputs, config, homes_of(model), progress=False)
 
 
 def consumer_inputs(model, module, inputs):
@@ -106,9 +106,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     _, profiles = profiles_of(model, inputs, allocation="error")
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
-    for block in stream(
-        model, plan.architecture.layers, plan.specs, inputs, torch.device("cpu"), progress=False
-    ):
+    for block in stream(model, homes_of(model), plan.specs, inputs, progress=False):
         behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
         for group, spec in zip(block.groups, specs, strict=True):
             x = consumer_inputs(model, group.consumer, inputs)
@@ -133,9 +131,7 @@ def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
     model, inputs = tiny_architecture(case), batches()
     entry = ARCHITECTURES[model.config.model_type]
     options = {"progress": False, "returns_tuple": entry.returns_tuple}
-    for block in stream(
-        model, entry.layers, all_specs_of(model), inputs, torch.device("cpu"), **options
-    ):
+    for block in stream(model, homes_of(model), all_specs_of(model), inputs, **options):
         energy = block.energies()[-1]
         consumer = block.groups[-1].consumer
         norm = block.groups[-1].spec.post_norm

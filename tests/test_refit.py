@@ -4,10 +4,18 @@ import copy
 
 import pytest
 import torch
-from tiny_models import CASES, all_specs_of, assert_state, batches, layers_of, state_of, tiny_model
+from tiny_models import (
+    CASES,
+    all_specs_of,
+    assert_state,
+    batches,
+    homes_of,
+    layers_of,
+    state_of,
+    tiny_model,
+)
 
 import grail_hf
-from grail_hf import ARCHITECTURES
 from grail_hf.refit import refit_
 from grail_hf.stream import stream
 
@@ -18,8 +26,8 @@ padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-p
 
 def first_group_and_block(model, kind, inputs):
     """The first layer's group, with a residual target that its block misses by far."""
-    path = ARCHITECTURES[model.config.model_type].layers
-    block = next(stream(model, path, all_specs_of(model), inputs, CPU, "residual", progress=False))
+    options = {"target": "residual", "progress": False}
+    block = next(stream(model, homes_of(model), all_specs_of(model), inputs, **options))
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back
         group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5

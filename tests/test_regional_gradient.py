@@ -6,6 +6,7 @@ from tiny_models import (
     UNUSUAL,
     all_specs_of,
     batches,
+    homes_of,
     layers_of,
     relative_error,
     specs_of,
@@ -22,7 +23,7 @@ from grail_hf.stream import Block, stream
 def blocks_of(model, inputs, unit="kv_group"):
     entry, specs = ARCHITECTURES[model.config.model_type], all_specs_of(model, unit)
     options = {"progress": False, "returns_tuple": entry.returns_tuple}
-    return stream(model, entry.layers, specs, inputs, torch.device("cpu"), **options)
+    return stream(model, homes_of(model), specs, inputs, **options)
 
 
 def one_by_one(inputs):

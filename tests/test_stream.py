@@ -7,13 +7,13 @@ from tiny_models import (
     all_specs_of,
     at_tokens,
     batches,
+    homes_of,
     layers_of,
     relative_error,
     specs_of,
     tiny_model,
 )
 
-from grail_hf import ARCHITECTURES
 from grail_hf.stream import _Shared, held_out_tokens, record_calls, stream
 
 CPU = torch.device("cpu")
@@ -24,8 +24,7 @@ every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 
 
 def blocks_of(model, inputs):
-    path = ARCHITECTURES[model.config.model_type].layers
-    return stream(model, path, all_specs_of(model), inputs, CPU, progress=False)
+    return stream(model, homes_of(model), all_specs_of(model), inputs, progress=False)
 
 
 def hidden_of(block, inputs):
@@ -114,11 +113,11 @@ def test_replaying_the_first_layers_arguments_would_be_wrong_where_layers_differ
 
 def test_every_group_has_a_name_and_a_seed_of_its_own():
     model, inputs = tiny_model("llama"), batches()
-    path, specs = ARCHITECTURES["llama"].layers, all_specs_of(model)
+    specs = all_specs_of(model)
     groups = [
         group
         for seed in (0, 1)
-        for block in stream(model, path, specs, inputs, CPU, seed=seed, progress=False)
+        for block in stream(model, homes_of(model), specs, inputs, seed=seed, progress=False)
         for group in block.groups
     ]
     assert len({group.seed for group in groups}) == len(groups) == 2 * 3 * 2
@@ -176,10 +175,10 @@ def test_tensors_that_differ_in_value_shape_or_dtype_are_stored_apart():
 def test_targets_lead_back_to_the_dense_model(case, target):
     """Y^T X and ||Y||^2 against hooks on a dense model and on one whose first layer is pruned."""
     model, dense = tiny_model(case), tiny_model(case)
-    path = ARCHITECTURES[model.config.model_type].layers
     specs, inputs = specs_of(model), batches()
     found = {}
-    for block in stream(model, path, all_specs_of(model), inputs, CPU, target, progress=False):
+    options = {"target": target, "progress": False}
+    for block in stream(model, homes_of(model), all_specs_of(model), inputs, **options):
         for group in block.groups:
             found[block.index, group.kind] = block.collect(group)
             if block.index == 0:  # from here on the two paths differ
@@ -255,9 +254,10 @@ def test_the_held_out_moments_are_those_of_the_held_out_samples_alone(padded, ta
         {key: rows[mask.reshape(rows.shape).any(dim=1)] for key, rows in batch.items()}
         for batch, mask in zip(inputs, held_out_tokens(inputs), strict=True)
     ]
-    path, specs = ARCHITECTURES["qwen2"].layers, all_specs_of(model)
+    options = {"target": target, "progress": False}
+    homes, specs = homes_of(model), all_specs_of(model)
     for blocks in zip(
-        *(stream(model, path, specs, b, CPU, target, progress=False) for b in (inputs, held)),
+        *(stream(model, homes, specs, b, **options) for b in (inputs, held)),
         strict=True,
     ):
         for group, same in zip(*(block.groups for block in blocks), strict=True):

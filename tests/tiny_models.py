@@ -20,6 +20,7 @@ from transformers import (
 
 from grail_hf import ARCHITECTURES
 from grail_hf.config import ATTENTION_UNITS
+from grail_hf.offload import Homes
 
 SIZES = {
     "vocab_size": 97,
@@ -367,6 +368,11 @@ def specs_of(model, unit="kv_group"):
 
 def layers_of(model):
     return model.base_model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
+
+
+def homes_of(model):
+    """The decoder layers, which work where they are."""
+    return Homes(layers_of(model), torch.device("cpu"))
 
 
 def state_of(model):

@@ -34,7 +34,8 @@ from grail_hf.allocation import find_allocation
 from grail_hf.calibration import TokenBatches, token_batches, token_windows
 from grail_hf.compensation import fold_linearly, ridge
 from grail_hf.config import GrailConfig
-from grail_hf.planning import check_weights, choose_device, plan_compression
+from grail_hf.offload import Homes
+from grail_hf.planning import check_weights, choose_device, decoder_layers, plan_compression
 from grail_hf.profiling import profile
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import choose
@@ -166,15 +167,15 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     plan = plan_compression(model, config)
     model.eval()
     device = choose_device(model, config.device)
+    homes = Homes(decoder_layers(model, plan.architecture), device)
     if find_allocation(config.allocation).loss:
-        profiles = profile(model, plan, tokens.batches, config, device, progress=False)
+        profiles = profile(model, plan, tokens.batches, config, homes, progress=False)
         plan = plan_compression(model, config, profiles=profiles)
     for block in stream(
         model,
-        plan.architecture.layers,
+        homes,
         plan.specs,
         tokens.batches,
-        device,
         seed=config.seed,
         progress=False,
         returns_tuple=plan.architecture.returns_tuple,
