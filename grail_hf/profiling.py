@@ -106,7 +106,7 @@ def profile(
                 continue
             stats = fitted.collect(group).to(config.torch_dtype)
             scores = check_scores(score(group, stats), group, config.selector_name)
-            weight = group.weight.to(stats.gram.dtype)
+            weight = group.weight.to(stats.dtype)
             order = expand_units(best_first(scores, group.partitions), group.columns)
             errors = error_curve(weight, stats, order, _DAMPING, group.name)
             profiles[slot] = Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
@@ -165,7 +165,7 @@ def _reduced(
     """Behind the layer, [b, T, D] each, with the group cut to `width` units and repaired."""
     reduction = Reduction.keep_top(scores, width, group.partitions)
     kept = reduction.kept_channels(group.columns)
-    weight = group.weight.to(stats.gram.dtype)
+    weight = group.weight.to(stats.dtype)
     repaired = torch.zeros_like(weight)
     repaired[:, kept] = ridge(weight, stats, kept, _DAMPING, group.name).weight
     with replaceable_weight(group.projection(group.spec.consumer)) as put:
