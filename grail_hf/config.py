@@ -78,7 +78,9 @@ class GrailConfig:
         rehome: allow the result to be saved under another stock model type that computes the
             same function, where the model's own cannot say the new shape.
         device: where layers run ("cuda", "cuda:1", "cpu"); by default the model's device if it
-            is an accelerator, else the machine's accelerator if there is one, else the CPU.
+            is an accelerator, else the machine's accelerator if there is one, else the CPU. With
+            a `device_map`, by default where that has them run; layers that it puts on an
+            accelerator run there in any case.
         dtype: of selection and solve, "float64" or "float32".
         hidden_states: where the calibration tokens' hidden states are kept between layers; the
             result is the same. "accelerator": where layers run. "host": in host memory. "disk": in

@@ -25,9 +25,11 @@ from grail_hf.config import AUTO
 # Smaller tensors are not worth a file.
 _LEAST_MAPPED = 2**20
 
-# Of the memory that is free, what "auto" lets hidden states have.
+# Of the memory that is free, what "auto" lets hidden states have, and what a layer that is read
+# ahead may take of the accelerator's: Grams and solves come after it.
 ACCELERATOR_SHARE = 1 / 4
 HOST_SHARE = 1 / 2
+AHEAD_SHARE = 1 / 8
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Place:
             raise OSError(
                 error.errno,
                 f"hidden states cannot be kept in {self.folder} ({error.strerror}): name a folder "
-                "with more room in the environment variable TMPDIR, or use less num_samples",
+                "with more room in the environment variable TMPDIR, or lower num_samples",
             ) from error
         return mapped.view(tensor.shape)
 
@@ -121,17 +123,19 @@ def _free_bytes(device: torch.device) -> int:
 class Courier:
     """Brings tensors to a CUDA device while it computes: in a thread, and a stream of its own.
 
-    They go through pinned memory, from which the device reads at full speed. No other device has
-    anything brought.
+    They go through pinned memory, from which the device reads at full speed. Nothing is brought to
+    other devices, or to one that has little room.
     """
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._under_way: dict[int, Future[list[Tensor]]] = {}
 
-    def send(self, label: int, reads: Sequence[Callable[[], Tensor]], device: torch.device) -> None:
-        """Begin to read tensors and to bring them to the device."""
-        if device.type == "cuda" and reads:
+    def send(
+        self, label: int, reads: Sequence[Callable[[], Tensor]], size: int, device: torch.device
+    ) -> None:
+        """Begin to read tensors, of `size` bytes together, and to bring them to the device."""
+        if device.type == "cuda" and reads and size <= AHEAD_SHARE * _free_bytes(device):
             self._thread = self._thread or ThreadPoolExecutor(1, "read-ahead")
             self._under_way[label] = self._thread.submit(_bring, reads, device)
 
@@ -194,16 +198,22 @@ class Homes:
         """
         layer = self.layers[index]
         home = next(layer.parameters()).device
-        for tensor, brought in zip(self._at_home(index), self.courier.receive(index), strict=False):
-            tensor.data = brought
+        self._receive_(index)
         layer.to(self.device)
         if index + 1 < len(self.layers):
-            reads = [tensor.detach for tensor in self._at_home(index + 1)]
-            self.courier.send(index + 1, reads, self.device)
+            following = self._at_home(index + 1)
+            size = sum(tensor.nbytes for tensor in following)
+            reads = [tensor.detach for tensor in following]
+            self.courier.send(index + 1, reads, size, self.device)
         try:
             yield self.device
         finally:
             layer.to(home)
+
+    def _receive_(self, index: int) -> None:
+        """Give the layer's tensors the values that were read ahead, if any were."""
+        for tensor, brought in zip(self._at_home(index), self.courier.receive(index), strict=False):
+            tensor.data = brought
 
     def _at_home(self, index: int) -> list[Tensor]:
         """The layer's tensors that lie in host memory."""
@@ -268,19 +278,17 @@ class DispatchedHomes(Homes):
             layer.to(device)
             if index + 1 < len(self.layers):
                 following = _offloaded(self.model, set(self.layers[index + 1].modules()))
+                size = sum(one.tensor.nbytes for one in following)
                 reads = [one.read for one in following]
-                self.courier.send(index + 1, reads, self._works_on(index + 1))
+                self.courier.send(index + 1, reads, size, self._works_on(index + 1))
             with _quiet(_hooks(layer), device):
                 yield device
         finally:
             offloaded = _offloaded(self.model, set(layer.modules()))
+            here = [one for one in offloaded if not one.tensor.is_meta]
+            known = [arrived.get((one.owner, one.name)) for one in here]
             self._write(
-                [
-                    one
-                    for one in offloaded
-                    if not one.tensor.is_meta
-                    and not one.is_still(arrived.get((one.owner, one.name)))
-                ]
+                [one for one, old in zip(here, known, strict=True) if not one.is_still(old)]
             )
             for one in offloaded:
                 one.put_(one.tensor.detach().to("meta"))
@@ -494,7 +502,8 @@ def _save(tensors: dict[str, Tensor], folder: Path) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    file = Path(tempfile.mkstemp(dir=folder, suffix=".safetensors")[1])
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors", delete=False) as new:
+        file = Path(new.name)
     try:
         save_file(tensors, file)
     except (OSError, SafetensorError) as error:
