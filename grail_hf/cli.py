@@ -34,7 +34,7 @@ from grail_hf.planning import (
     plan_compression,
     window_length,
 )
-from grail_hf.report import REPORT_FILE, width_range
+from grail_hf.report import check_output, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
@@ -329,20 +329,6 @@ def infer_command(source: Source) -> None:
     with _errors_in_a_line():
         entry = infer_architecture(_shallow_model(source))
     sys.stdout.write(architecture_source(entry) + "\n")
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where the output folder holds something that may not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / REPORT_FILE).is_file()
-    if ours and overwrite:
-        return
-    raise FileExistsError(
-        f"{output} holds an earlier compressed model: pass --overwrite to replace it"
-        if ours
-        else f"{output} exists and is not a compressed model: choose another folder"
-    )
 
 
 def _meta_model(source: str) -> PreTrainedModel:

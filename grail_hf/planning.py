@@ -109,6 +109,7 @@ def plan_compression(
     config: GrailConfig,
     architecture: Architecture | None = None,
     profiles: Profiles | None = None,
+    widths: Widths | None = None,
 ) -> Plan:
     """Check the model against the config and settle the widths.
 
@@ -117,6 +118,7 @@ def plan_compression(
         config: the settings.
         architecture: the model type's entry; None for the table's.
         profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
+        widths: those of a plan made earlier from the same.
 
     Raises:
         TypeError: not a transformers model.
@@ -147,7 +149,7 @@ def plan_compression(
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
-    widths = allocate(budgets, config, profiles)
+    widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
@@ -431,7 +433,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
         return device
-    if model.device.type != "cpu":
+    if model.device.type not in ("cpu", "meta"):
         return model.device
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
