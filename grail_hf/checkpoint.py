@@ -38,6 +38,10 @@ _CHUNK = 2**24
 _DIGEST = 64  # hexadecimal digits of sha256
 
 
+class NoSafetensorsError(FileNotFoundError):
+    """There is a checkpoint, and its weights are in another format."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint's folder, and the file of each of its tensors.
@@ -71,7 +75,7 @@ class Checkpoint:
         elif (folder / WEIGHTS).is_file():
             files = {}
         else:
-            raise FileNotFoundError(
+            raise NoSafetensorsError(
                 f"{source} has neither {WEIGHTS} nor {INDEX}: load the model, save it by "
                 "save_pretrained, and take that folder"
             )
