@@ -93,7 +93,8 @@ def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
 
 def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
     """A process of its own gets the signal that Ctrl+C sends, when its first layer is done."""
-    arguments = [str(argument) for argument in (*compress_arguments, "--disk-to-disk")]
+    longer = ("--disk-to-disk", "--num-samples", 24, "--seq-length", 128)  # to be in time for it
+    arguments = [str(argument) for argument in (*compress_arguments, *longer)]
     journal = tmp_path / ".out.partial" / ".grail" / "journal.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "grail_hf", *arguments], stderr=subprocess.PIPE, text=True
