@@ -499,6 +499,16 @@ def test_hidden_states_on_disk_are_mapped_files_without_a_name(place, folder):
     assert set(maps) == {place == "disk"}
 
 
+def test_from_disk_to_disk_the_place_changes_no_bit_either(saved, folder, tmp_path_factory):
+    settings = {"calibration": batches(), "sparsity": 0.3, "multiple_of": 1, "progress": False}
+    weights = []
+    for place in ("host", "disk"):
+        output = tmp_path_factory.mktemp("compressed") / place
+        grail_hf.compress_checkpoint(saved("llama"), output, hidden_states=place, **settings)
+        weights.append({path.name: path.read_bytes() for path in output.glob("*.safetensors")})
+    assert weights[0] == weights[1] != {}
+
+
 @pytest.mark.parametrize(("short", "mapped"), [(0, False), (1, True)])
 def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatch):
     """Of 8 x 24 and 7 x 21 tokens: compressed, dense in front and behind, two dense outputs."""
