@@ -27,6 +27,7 @@ from grail_hf.compensation import DAMPINGS
 from grail_hf.config import GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
+from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_stride
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
 from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
@@ -109,6 +110,7 @@ def plan_compression(
     config: GrailConfig,
     architecture: Architecture | None = None,
     profiles: Profiles | None = None,
+    widths: Widths | None = None,
 ) -> Plan:
     """Check the model against the config and settle the widths.
 
@@ -117,12 +119,13 @@ def plan_compression(
         config: the settings.
         architecture: the model type's entry; None for the table's.
         profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
+        widths: those of a plan made earlier from the same.
 
     Raises:
         TypeError: not a transformers model.
         ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
-            be reached, an `ignore` entry that matches nothing, widths that no config can say.
+            be compressed (encoder-decoder, quantised), a sparsity that cannot be reached, an
+            `ignore` entry that matches nothing, widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -147,7 +150,7 @@ def plan_compression(
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
-    widths = allocate(budgets, config, profiles)
+    widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
@@ -381,20 +384,15 @@ def check_model(model: object) -> None:
         raise ValueError(
             "the model is quantised: compress the full-precision model, then quantise the result"
         )
-    device_map = getattr(model, "hf_device_map", None) or {}
-    if len(set(device_map.values())) > 1:
-        raise ValueError(
-            f"the model is spread over {sorted(map(str, set(device_map.values())))}; load it "
-            "without device_map: one layer at a time is moved to the accelerator anyway"
-        )
 
 
 def check_weights(model: PreTrainedModel) -> None:
     """Raise FloatingPointError naming the first parameter that holds NaN or Inf.
 
-    Raises ValueError where a parameter has no values (it is on the meta device).
+    Raises ValueError where a parameter has no values (it is on the meta device, and no hook of
+    accelerate's knows them).
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights_of(model):
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model with its weights")
         if not torch.isfinite(parameter).all():
@@ -422,6 +420,8 @@ def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
+    A model that accelerate has dispatched runs where it takes its inputs, a CPU too.
+
     Raises ValueError where this machine does not have the wanted device.
     """
     if wanted is not None:
@@ -431,8 +431,9 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
         return device
-    if model.device.type != "cpu":
-        return model.device
+    own = input_device(model)
+    if own.type not in ("cpu", "meta") or is_dispatched(model):
+        return own
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
@@ -542,9 +543,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
         channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
         forward += 2 * tokens * length * channels * passes
     layer_bytes = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * item
-    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
-    copies = 1 + targeted * (2 + len(plan.specs[0]))
-    hidden = tokens * model.config.get_text_config().hidden_size * item * copies
+    hidden = hidden_state_bytes(model, plan, config, tokens)
     weights = sum(p.numel() for p in model.parameters()) * item
     return Estimate(
         tokens,
@@ -552,6 +551,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
         host_bytes=weights + hidden,
         operations={"forward": forward, "gram": gram, "select and solve": solve},
     )
+
+
+def hidden_state_bytes(model: PreTrainedModel, plan: Plan, config: GrailConfig, tokens: int) -> int:
+    """What hidden states take together, of so many tokens."""
+    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
+    copies = 1 + config.targeted * (2 + len(plan.specs[0]))
+    each: int = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return tokens * each * copies
 
 
 def _parameters_per_token(group: Group) -> int:

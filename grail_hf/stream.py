@@ -23,7 +23,7 @@ from grail_hf.architectures import GroupSpec
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
-from grail_hf.offload import HiddenStates, Homes, Place
+from grail_hf.offload import HiddenStates, Homes, Place, input_device
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
 
@@ -375,7 +375,7 @@ def stream(
         homes: where its decoder layers lie, and where they work.
         specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
-        place: where hidden states are kept; by default where the model is.
+        place: where hidden states are kept; by default where the model takes its inputs.
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
@@ -386,7 +386,7 @@ def stream(
     layers = homes.layers
     names = {id(module): name for name, module in model.named_modules()}
     with homes.surroundings():
-        place = place or Place(model.device)
+        place = place or Place(input_device(model))
         micro_batches = record_calls(model, layers, batches, place, returns_tuple)
     homes.start(micro_batches)
     left = range(homes.first, len(layers))
@@ -450,15 +450,16 @@ def record_calls(
     """Every layer's arguments for every batch, and the hidden states in front of layer 0.
 
     Masks and rotary embeddings that are equal between layers or batches are stored once. They stay
-    where the model is, and so do the hidden states, unless they have a `place`.
+    where the model takes its inputs, and so do the hidden states, unless they have a `place`.
     """
     shared = _Shared()
-    place = place or Place(model.device)
+    device = input_device(model)
+    place = place or Place(device)
     micro_batches = []
     for number, (inputs, held_out) in enumerate(
         zip(batches, held_out_tokens(batches), strict=True)
     ):
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
             number,
