@@ -39,6 +39,7 @@ from grail_hf.planning import (
     choose_device,
     context_length,
     decoder_layers,
+    estimate,
     hidden_state_bytes,
     plan_compression,
     vocabulary_size,
@@ -115,19 +116,23 @@ def compress(
     layers = decoder_layers(model, plan.architecture)
     homes = homes_of(model, layers, device, asked=config.device is not None)
     size = sum(batch["input_ids"].numel() for batch in tokens.batches)
+    costs = estimate(model, plan, config, device, batches=tokens.batches)
     place = choose_place(
         config.hidden_states, hidden_state_bytes(model, plan, config, size), device
     )
-    if find_allocation(config.allocation).loss is not None:
-        with evaluation_mode(model):
-            profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
-        plan = plan_compression(model, config, architecture, profiles)
-    report = CompressionReport.begin(model, config, plan)
-    report.calibration = tokens.summary()
+    with homes.meter.on():
+        if find_allocation(config.allocation).loss is not None:
+            with evaluation_mode(model):
+                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
+            plan = plan_compression(model, config, architecture, profiles)
+        report = CompressionReport.begin(model, config, plan)
+        report.calibration = tokens.summary()
 
-    with says_what_is_left(report):
-        narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
-        apply_config_(model, plan.config)
+        with says_what_is_left(report):
+            narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
+            apply_config_(model, plan.config)
+    report.estimate = costs.phases_to_dict()
+    report.measured = homes.meter.measured
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
@@ -164,7 +169,8 @@ def narrow_layers_(
                 width = plan.widths[group.kind][block.index]
                 if width < group.num_units or (block.index, group.kind) in plan.mended:
                     if isinstance(group, ExpertsGroup):
-                        narrow_experts_(block, group, width, plan, config, report)
+                        with block.meter.phase("select and solve"):
+                            narrow_experts_(block, group, width, plan, config, report)
                     else:
                         narrow_(block, group, width, plan, config, report)
                 if group.kind in plan.newly_biased:
@@ -183,10 +189,12 @@ def narrow_(
 
     A group that keeps them all is repaired too, where groups in front of it have lost some.
     """
-    damping = repair_(block, group, width, plan, config, report)
+    with block.meter.phase("select and solve"):
+        damping = repair_(block, group, width, plan, config, report)
     # Infinite damping says that nothing fitted to these tokens holds on others.
     if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
-        refit_group_(block, group, damping, group.kind in plan.biased, config, report)
+        with block.meter.phase("refit"):
+            refit_group_(block, group, damping, group.kind in plan.biased, config, report)
 
 
 def repair_(
@@ -204,13 +212,15 @@ def repair_(
     dtype, hold_out = config.torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
 
-    stats = block.collect(group, hold_out).to(dtype)
+    with block.meter.phase("gram"):
+        stats = block.collect(group, hold_out).to(dtype)
     reduction = choose(plan.select, group, stats, width, config.selector_name)
     weight, kept = group.weight, reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:
         linear = fold_linearly(weight.to(dtype), stats, reduction, group.columns)
-        stats = block.collect_folded(group, reduction, hold_out).to(dtype)
+        with block.meter.phase("gram"):
+            stats = block.collect_folded(group, reduction, hold_out).to(dtype)
         weight = reduction.of_consumer(weight.to(dtype), group.columns)
         kept = torch.arange(kept.numel(), device=kept.device)
     # What was removed is done with: its moments are not held during the solve.
@@ -266,7 +276,8 @@ def narrow_experts_(
     An expert that no token came to has only its weights to go by, and no repair.
     """
     reductions, weights, scarce = [], [], []
-    every = block.collect_experts(group, config.holds_out)
+    with block.meter.phase("gram"):
+        every = block.collect_experts(group, config.holds_out)
     for expert, stats in zip(group.experts, every, strict=True):
         stats = stats.to(config.torch_dtype)
         select = plan.select if stats.count else magnitude
