@@ -169,7 +169,7 @@ def narrow_layers_(
                 width = plan.widths[group.kind][block.index]
                 if width < group.num_units or (block.index, group.kind) in plan.mended:
                     if isinstance(group, ExpertsGroup):
-                        with block.meter.phase("select and solve"):
+                        with block.meter.phase("solve"):
                             narrow_experts_(block, group, width, plan, config, report)
                     else:
                         narrow_(block, group, width, plan, config, report)
@@ -189,7 +189,7 @@ def narrow_(
 
     A group that keeps them all is repaired too, where groups in front of it have lost some.
     """
-    with block.meter.phase("select and solve"):
+    with block.meter.phase("solve"):
         damping = repair_(block, group, width, plan, config, report)
     # Infinite damping says that nothing fitted to these tokens holds on others.
     if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
@@ -214,7 +214,8 @@ def repair_(
 
     with block.meter.phase("gram"):
         stats = block.collect(group, hold_out).to(dtype)
-    reduction = choose(plan.select, group, stats, width, config.selector_name)
+    with block.meter.phase("select"):
+        reduction = choose(plan.select, group, stats, width, config.selector_name)
     weight, kept = group.weight, reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:

@@ -273,7 +273,7 @@ class GramStats:
     def missing_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X - W G, where `weight` falls short of least squares; there is a target."""
         assert self.cross is not None
-        return self.moments.times(weight).neg_().add_(self.cross)
+        return add_(self.moments.times(weight).neg_(), self.cross)
 
     def cross_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X; for the weight's own output it is W G."""
@@ -320,6 +320,13 @@ class GramStats:
             )
 
 
+def add_(wide: Tensor, other: Tensor) -> Tensor:
+    """Add a matrix of another dtype to the first, and return that; it is not converted whole."""
+    for start in range(0, len(wide), _PART):
+        wide[start : start + _PART] += other[start : start + _PART]
+    return wide
+
+
 def sum_of_products(wide: Tensor, other: Tensor) -> float:
     """Over all entries of two matrices of one shape, in the dtype of the first."""
     parts = (slice(start, start + _PART) for start in range(0, len(wide), _PART))
@@ -345,7 +352,7 @@ def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tu
     system = gram()
     scale = system.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    dead = not system.any()
+    dead = not system.diagonal().any()
     used = 1.0 if dead else damping
     while (factor := sound_cholesky_(system, used * scale)) is None:
         if used >= _LARGEST_DAMPING:

@@ -45,8 +45,11 @@ EXPERTS_STEP = 8
 HELD_OUT_TOKENS = 4096
 LEAST_WINDOWS = 4  # to hold one out
 
-_PHASES = ("profile", "embed", "forward", "gram", "select and solve", "refit")
+_PHASES = ("profile", "embed", "forward", "gram", "select", "solve", "refit")
 _PANEL = 128  # of greedy elimination
+# On a CPU: what matrix products pack their arguments into, and what the C library has not given
+# back yet.
+_SCRATCH = 2**25
 
 
 @dataclass(frozen=True)
@@ -492,7 +495,7 @@ class Estimate:
     Attributes:
         tokens: of calibration.
         phases: phase -> its cost, in the order of the work: "profile" (where an allocation is
-            measured), "embed", "forward", "gram", "select and solve", "refit", "write" (from disk
+            measured), "embed", "forward", "gram", "select", "solve", "refit", "write" (from disk
             to disk).
         weights_bytes: of the dense model, where it is in host memory as a whole; else 0.
         hidden_bytes: of the hidden states, in host memory or wherever they are kept; the phases'
@@ -631,9 +634,10 @@ def estimate(
                     operations["refit"] += int(6 * tokens * group.num_parameters * steps)
                 each = (kept**3 // 3 + 2 * outputs * kept**2) * (collects + dampings)
                 each += outputs * kept**2 * dampings + 2 * outputs * inputs**2
+                operations["solve"] += experts * each
                 if removed and eliminates:
-                    each += 5 * inputs**3 // 3 + 2 * outputs * inputs**2
-                operations["select and solve"] += experts * each
+                    greedy = 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+                    operations["select"] += experts * greedy
 
                 fold = 1 + hold_out
                 sums = fold * (_half_square(inputs, 4) + 4 * targets * inputs)
@@ -645,16 +649,15 @@ def estimate(
                     select = square + entries + solve_item * 2 * _PANEL * (inputs + outputs)
                 solve = experts * sums * (experts > 1) + fewer + kept_square + 3 * kept_entries
                 solve += solve_item * kept**2 // 2 * hold_out
-                at_peak(
-                    "select and solve",
-                    held + max(experts * sums + max(select, fewer + entries), solve),
-                )
+                at_peak("select", held + experts * sums + select)
+                at_peak("solve", held + max(experts * sums + fewer + entries, solve))
                 changed += left * item
+                held += left * item * disk_to_disk * one_memory
                 if refits:
                     linear = group.projection(str(group.spec.linear)).weight
                     rows = linear.shape[0] * kept // inputs
                     vectors = solve_item * (rows**2 + 4 * rows * linear.shape[1])
-                    vectors += solve_item * linear.shape[1] ** 2
+                    vectors += solve_item * linear.shape[1] ** 2 + 3 * item * rows * linear.shape[1]
                     at_peak("refit", held + max(vectors + pass_bytes, solve - kept_square // 2))
                     part = tokens // refit_stride(config.refit_steps)
                     inputs_of_refit = part * (linear.shape[1] * item + outputs * 4)
@@ -665,7 +668,8 @@ def estimate(
         channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
         operations["forward"] += 2 * tokens * length * channels * passes
         widest = max([width_of_stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
-        at_peak("forward", (0 if one_memory else whole) + batch * item * 6 * widest)
+        held = changed * disk_to_disk if one_memory else whole
+        at_peak("forward", held + batch * item * 6 * widest)
         at_peak("write", 2 * (changed if one_memory else whole))
     total = sum(p.numel() for p in model.parameters()) * item
     outside = total - sum(p.numel() for layer in layers for p in layer.parameters()) * item
@@ -685,6 +689,7 @@ def estimate(
     for name in (*_PHASES, *(["write"] * disk_to_disk)):
         if not peaks[name] and not operations[name]:
             continue
+        peaks[name] += _SCRATCH * one_memory
         kept_states = {"embed": generation // (1 + targeted), "profile": generation + variants}.get(
             name, hidden + inputs_of_refit * (name == "refit")
         )

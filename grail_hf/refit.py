@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from grail_hf.gram import (
     Symmetric,
+    add_,
     cholesky_,
     cholesky_solve_,
     damped_cholesky,
@@ -96,7 +97,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             with torch.enable_grad():
                 output = run.output()
             goal = run.without_padding(towards(run, output.detach()))
-            total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
+            add_(total, torch.autograd.grad(output, weight, goal)[0])
             block.progress.update()
         return to_t_(total)
 
@@ -132,7 +133,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             direction.mul_(norm / previous).add_(scaled)
             del image, scaled  # before the next step makes its own
         change = to_weight(solution)
-    fitted = change.add_(start).to(start.dtype).contiguous()
+    fitted = add_(change, start).to(start.dtype).contiguous()
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(
             f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "

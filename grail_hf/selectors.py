@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grail_hf.config import unknown_name
-from grail_hf.gram import GramStats, cholesky_inverse_, cholesky_solve_, damped_cholesky
+from grail_hf.gram import GramStats, add_, cholesky_inverse_, cholesky_solve_, damped_cholesky
 from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
 _PANEL = 128
@@ -185,9 +185,7 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     if missing is None:
         weight = group.weight.to(stats.dtype, copy=True, memory_format=torch.contiguous_format)
     else:
-        weight = cholesky_solve_(missing, factor)
-        for start in range(0, len(weight), _PART):
-            weight[start : start + _PART] += group.weight[start : start + _PART]
+        weight = add_(cholesky_solve_(missing, factor), group.weight)
     inverse = cholesky_inverse_(factor)
     order = elimination_order_(weight, inverse, group.columns, group.partitions)
     scores = torch.empty_like(order)

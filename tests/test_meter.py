@@ -63,7 +63,7 @@ def test_a_meter_that_is_off_measures_nothing():
 
 
 SHAPES = {
-    **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 64},
+    **{"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 64},
     **{"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2},
 }
 SETTINGS = {"sparsity": 0.3, "batch_size": 1, "device": "cpu", "progress": False}
@@ -82,10 +82,10 @@ def test_a_report_sets_what_was_measured_beside_the_estimate():
     tokens = torch.randint(64, (8, 128))
     report = grail_hf.compress(model, calibration=tokens, **SETTINGS)
     assert report.measured.keys() <= report.estimate.keys()
-    assert report.measured.keys() >= {"embed", "forward", "gram", "select and solve", "refit"}
+    assert report.measured.keys() >= {"embed", "forward", "gram", "select", "solve", "refit"}
     estimated = max(cost["host_bytes"] for cost in report.estimate.values())
     measured = max(peaks["host_bytes"] for peaks in report.measured.values())
-    assert 0.5 * measured < estimated < 2 * measured
+    assert 0.5 * measured < estimated < 2.5 * measured
     again = grail_hf.CompressionReport.from_dict(report.to_dict())
     assert (again.estimate, again.measured) == (report.estimate, report.measured)
     assert "Peak memory" in report.card()
@@ -104,7 +104,7 @@ def test_from_disk_to_disk_no_peak_grows_with_the_number_of_layers():
         disks.append(one.disk_bytes - 4 * plan.total_parameters[1])
     assert peaks[0] == peaks[1]
     # Two generations, each of the compressed path and the dense model's.
-    assert disks == [4 * 8 * 64 * 512 * 4] * 2
+    assert disks == [4 * 8 * 64 * 256 * 4] * 2
 
 
 @pytest.mark.parametrize(
