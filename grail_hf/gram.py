@@ -128,16 +128,18 @@ class Symmetric:
     def times(self, weight: Tensor) -> Tensor:
         """[O, H], W G."""
         product = torch.zeros_like(weight, dtype=self.dtype, memory_format=torch.contiguous_format)
-        for start, end, rows in self.spans:
-            rows, left = rows.to(self.dtype), weight.to(self.dtype)
-            product[:, start:end].addmm_(left[:, :end], rows.T)
-            product[:, :start].addmm_(left[:, start:end], rows[:, :start])
+        weight = weight.to(self.dtype)
+        # The largest first: what is converted next fits where the last one was.
+        for start, end, rows in reversed(list(self.spans)):
+            rows = rows.to(self.dtype)
+            product[:, start:end].addmm_(weight[:, :end], rows.T)
+            product[:, :start].addmm_(weight[:, start:end], rows[:, :start])
         return product
 
     def quadratic(self, weight: Tensor) -> Tensor:
         """[], tr(W G W^T) for W [O, H] in the dtype of the matrix."""
         total = weight.new_zeros(())
-        for start, end, rows in self.spans:
+        for start, end, rows in reversed(list(self.spans)):
             rows, own = rows.to(self.dtype), weight[:, start:end].T
             half = rows[:, :start] @ weight[:, :start].T
             total += ((2 * half).addmm_(rows[:, start:], own) * own).sum()
