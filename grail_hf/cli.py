@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, token_windows
@@ -34,7 +36,7 @@ from grail_hf.planning import (
     plan_compression,
     window_length,
 )
-from grail_hf.report import REPORT_FILE, width_range
+from grail_hf.report import REPORT_FILE, CompressionReport, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
@@ -91,7 +93,10 @@ SolveDtype = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-_MENDABLE = (ValueError, OSError, FloatingPointError, ImportError, PartlyCompressedError)
+_MENDABLE = (
+    *(ValueError, OSError, FloatingPointError, ImportError),
+    *(PartlyCompressedError, processes.ProcessGroupError),
+)
 _DEFAULTS = GrailConfig(sparsity=0.0)
 
 
@@ -140,7 +145,8 @@ def compress_command(
     """Compress a model and save it as an ordinary checkpoint."""
     with _errors_in_a_line():
         config = _config(context)
-        check_output(output, overwrite)
+        processes.start(config.device)
+        processes.once(partial(check_output, output, overwrite), "the output folder")
         # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
         skeleton = _meta_model(source)
         plan_compression(skeleton, config)
@@ -164,10 +170,9 @@ def compress_command(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        with replaced_when_whole(output) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            report.save(folder)
+        processes.once(partial(_save, model, tokenizer, report, output), "the output folder")
+    if not processes.is_first():
+        return
     _console.print(report.table())
     if report.rehomed:
         _console.print(
@@ -395,9 +400,25 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
-    """Perplexity where layers would run."""
-    with _at_work(model, config):
-        return perplexity(model, None, windows, batch_size=config.batch_size)
+    """Perplexity where layers would run, measured by the first process."""
+
+    def measure() -> float:
+        with _at_work(model, config):
+            return perplexity(model, None, windows, batch_size=config.batch_size)
+
+    return processes.once(measure, "the evaluation")
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: CompressionReport,
+    output: Path,
+) -> None:
+    with replaced_when_whole(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        report.save(folder)
 
 
 @contextmanager
@@ -440,5 +461,7 @@ def _errors_in_a_line() -> Iterator[None]:
         yield
     except _MENDABLE as error:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"error: {error}", style="red")
+        number = processes.count()
+        where = f" in process {processes.index()} of {number}" if number > 1 else ""
+        console.print(f"error{where}: {error}", style="red")
         raise typer.Exit(1) from error

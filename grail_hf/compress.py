@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grail_hf import processes
 from grail_hf.allocation import find_allocation
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
@@ -31,6 +33,7 @@ from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
 from grail_hf.experts import ExpertsGroup
+from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place
 from grail_hf.planning import (
@@ -80,6 +83,11 @@ def compress(
 ) -> CompressionReport:
     """Make `model` narrower in place and repair it. No training, no labels.
 
+    Where `accelerate launch` or `torchrun` has started several processes, or the program has joined
+    some by accelerate or torch.distributed, they share the calibration's batches: all of them must
+    make this call, with the same model and settings, and all end with the same model and report.
+    The calibration of the first counts.
+
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
             any other with `architecture`.
@@ -89,9 +97,10 @@ def compress(
             tensor of token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
             "self" needs no data: the tokens are sampled from the model, in batches of
             `config.batch_size` and where the model is (put it on an accelerator first).
+            Several processes need a batch each.
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
         architecture: the model type's entry where the table has none, see `infer_architecture`.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, of the first process alone.
 
     Returns:
         What was done and what it cost. `model.save_pretrained(d)` and `report.save(d)` write a
@@ -102,11 +111,14 @@ def compress(
         FloatingPointError: NaN or Inf in weights or in the first activations, before anything is
             changed.
         PartlyCompressedError: a failure after the first group was changed.
+        ProcessGroupError: another process has ended, before anything is changed.
     """
     config = GrailConfig.resolve(config, **overrides)
     plan = plan_compression(model, config, architecture)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
+    processes.start(config.device)
+    progress = progress and processes.is_first()
     device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
@@ -119,6 +131,7 @@ def compress(
         plan = plan_compression(model, config, architecture, profiles)
     report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
+    report.processes = processes.count()
 
     with says_what_is_left(report):
         narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
@@ -126,6 +139,9 @@ def compress(
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
+    report.groups, report.seconds = processes.once(
+        lambda: (report.groups, report.seconds), "the report"
+    )
     return report
 
 
@@ -152,8 +168,11 @@ def narrow_layers_(
             config.target if config.targeted else "self",
             config.seed,
             progress,
-            group_batches=group_batches(plan, config, len(tokens.batches), homes.first),
+            group_batches=group_batches(
+                plan, config, len(processes.share(len(tokens.batches))), homes.first
+            ),
             returns_tuple=plan.architecture.returns_tuple,
+            dtype=config.torch_dtype,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
@@ -181,22 +200,26 @@ def narrow_(
     dtype, hold_out = config.torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
 
-    stats = block.collect(group, hold_out).to(dtype)
-    reduction = choose(plan.select, group, stats, width, config.selector_name)
+    stats = block.collect(group, hold_out)
+    reduction = block.once(
+        group, partial(choose, plan.select, group, stats, width, config.selector_name)
+    )
     weight, kept = group.weight.to(dtype), reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:
         linear = fold_linearly(weight, stats, reduction, group.columns)
-        stats = block.collect_folded(group, reduction, hold_out).to(dtype)
+        stats = block.collect_folded(group, reduction, hold_out)
         weight = reduction.of_consumer(weight, group.columns)
         kept = torch.arange(kept.numel(), device=kept.device)
 
-    repair = None
-    if config.compensate:
-        repair = ridge(weight, stats, kept, config.ridge, group.name, intercept)
+    def solve(stats: GramStats) -> Repair:
+        settings = config.ridge, group.name, intercept
+        return processes.once(partial(ridge, weight, stats, kept, *settings), group.name)
+
+    repair = solve(stats) if config.compensate else None
     report.add(block.index, group, weight, stats, kept, repair)
     if repair and linear:
-        other = ridge(weight, linear, kept, config.ridge, group.name, intercept)
+        other = solve(linear)
         report.fold(weight, stats, other, used=config.fold == "linear")
         repair = other if config.fold == "linear" else repair
 
@@ -218,13 +241,16 @@ def refit_group_(
     With the damping that the consumer took before: on tokens that the refit has seen, less would
     seem to do.
     """
-    part = replace(block, batches=block.batches[:: refit_stride(config.refit_steps)])
+    stride = refit_stride(config.refit_steps)
+    part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
     refit_(part, group, config.refit_steps)
-    stats = block.collect(group).to(config.torch_dtype)
+    stats = block.collect(group)
     weight = group.weight.to(config.torch_dtype)
     kept = torch.arange(weight.shape[1], device=weight.device)
     intercept = repair.bias is not None
-    refitted = ridge(weight, stats, kept, repair.damping, group.name, intercept)
+    refitted = processes.once(
+        partial(ridge, weight, stats, kept, repair.damping, group.name, intercept), group.name
+    )
     report.refit(stats, refitted)
     group.repair_(refitted.weight, refitted.bias)
 
@@ -244,9 +270,10 @@ def narrow_experts_(
     reductions, weights, scarce = [], [], []
     every = block.collect_experts(group, config.holds_out)
     for expert, stats in zip(group.experts, every, strict=True):
-        stats = stats.to(config.torch_dtype)
         select = plan.select if stats.count else magnitude
-        reduction = choose(select, expert, stats, width, config.selector_name)
+        reduction = processes.once(
+            partial(choose, select, expert, stats, width, config.selector_name), expert.name
+        )
         weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
         least = 0.0
         if stats.count < width:
@@ -254,7 +281,8 @@ def narrow_experts_(
             scarce.append(expert.index)
         repair = None
         if config.compensate:
-            repair = ridge(weight, stats, kept, config.ridge, expert.name, least=least)
+            solve = partial(ridge, weight, stats, kept, config.ridge, expert.name, least=least)
+            repair = processes.once(solve, expert.name)
         report.add(block.index, expert, weight, stats, kept, repair)
         reductions.append(reduction)
         weights.append(repair.weight if repair else weight[:, kept])
@@ -306,10 +334,27 @@ def read_calibration(
     config: GrailConfig,
     progress: bool = True,
 ) -> TokenBatches:
-    """The calibration tokens for a model.
+    """The calibration tokens for a model: the first process's, in all.
 
     It may be on the meta device, unless the tokens are sampled from it ("self").
+
+    Raises ValueError where there are fewer batches than processes.
     """
+    tokens = processes.once(
+        lambda: _read_calibration(model, tokenizer, calibration, config, progress),
+        "the calibration",
+    )
+    processes.share(len(tokens.batches))
+    return tokens
+
+
+def _read_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: GrailConfig,
+    progress: bool,
+) -> TokenBatches:
     if isinstance(calibration, TokenBatches):
         for batch in calibration.batches:
             check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)

@@ -40,12 +40,19 @@ class GramStats:
 
     @classmethod
     def zeros(
-        cls, channels: int, device: torch.device | str = "cpu", outputs: int | None = None
+        cls,
+        channels: int,
+        device: torch.device | str = "cpu",
+        outputs: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> GramStats:
-        """Empty fp32 statistics of `channels` inputs and, where given, `outputs` targets."""
+        """Empty statistics of `channels` inputs and, where given, `outputs` targets.
+
+        Of `dtype`: fp32, or fp64 for sums that do not depend on the order of the updates.
+        """
 
         def empty(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float32, device=device)
+            return torch.zeros(*shape, dtype=dtype, device=device)
 
         stats = cls(empty(channels, channels), empty(channels))
         if outputs is not None:
@@ -55,21 +62,21 @@ class GramStats:
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
 
-        Products and sums are in fp32 whatever the dtypes.
+        Products are in fp32 whatever the dtypes, and added in the dtype of the statistics.
         """
         # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
         # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
         if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
             self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
         else:
-            self.gram.addmm_(x.float().T, x.float())
-        self.total += x.sum(dim=0, dtype=torch.float32)
+            self.gram += x.float().T @ x.float()
+        self.total += x.sum(dim=0, dtype=self.total.dtype)
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
-            self.cross.addmm_(y.float().T, x.float())
+            self.cross += y.float().T @ x.float()
             self.target_energy += y.float().square().sum().item()
         if self.target_total is not None and y is not None:
-            self.target_total += y.sum(dim=0, dtype=torch.float32)
+            self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from grail_hf import processes
 from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
 from grail_hf.architectures import (
     ATTENTION,
@@ -422,7 +423,8 @@ def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
-    Raises ValueError where this machine does not have the wanted device.
+    Of several processes, each has an accelerator of its own. Raises ValueError where this machine
+    does not have the wanted device, or it is another process's.
     """
     if wanted is not None:
         device = torch.device(wanted)
@@ -430,10 +432,11 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
-        return device
-    if model.device.type != "cpu":
-        return model.device
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    elif model.device.type != "cpu":
+        device = model.device
+    else:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return processes.own_device(device)
 
 
 def _ignored_groups(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[tuple[int, str]]:
@@ -532,7 +535,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
                 solve += experts * each
                 square = inputs**2
                 activations = batch * item * (3 * inputs + 2 * outputs)
-                statistics = 4 * experts * square * (1 + hold_out)
+                statistics = solve_item * experts * square * (1 + hold_out)
                 peak = max(peak, statistics + max(4 * solve_item * square, activations))
             left = group.num_parameters - (group.num_units - width) * group.unit_cost
             upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grail_hf import processes
 from grail_hf.gram import GramStats, damped_cholesky
 from grail_hf.groups import Group, Projection
 from grail_hf.stream import Block, Run, captured_input
@@ -67,7 +68,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear = projection.module
     runs = block.runs(group)
     start = linear.weight
-    factor, _ = damped_cholesky(_input_gram(block, linear, runs), _INPUT_DAMPING, group.name)
+    inputs = _input_gram(block, group, linear, runs)
+    factor, _ = damped_cholesky(inputs, _INPUT_DAMPING, group.name)
 
     def to_weight(t: Tensor) -> Tensor:
         """U of T: solves U L = T."""
@@ -88,6 +90,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             goal = run.without_padding(towards(run, output.detach()))
             total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
             block.progress.update()
+        processes.sum_([total], group.name)
         return to_t(total)
 
     with replaceable_weight(projection) as put:
@@ -121,7 +124,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             previous, norm = norm, (residual * scaled).sum()
             direction = scaled + norm / previous * direction
         change = to_weight(solution)
-    fitted = (start.to(change.dtype) + change).to(start.dtype)
+    fitted = processes.once(lambda: (start.to(change.dtype) + change).to(start.dtype), group.name)
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(
             f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "
@@ -130,30 +133,40 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
 
 
-def _input_gram(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+def _input_gram(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
     """[D, D] fp64, X^T X over the inputs of `linear`."""
-    stats = GramStats.zeros(linear.in_features, linear.weight.device)
+    stats = GramStats.zeros(linear.in_features, linear.weight.device, dtype=torch.float64)
     for run in runs:
         with captured_input(linear) as inputs:
             run.output()
         stats.update_(run.rows(inputs[0]))
         block.progress.update()
-    return stats.gram.double()
+    processes.sum_([stats.gram], group.name)
+    return stats.gram
 
 
 def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
     """[K, K] fp64, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
 
     Of grouped-query attention, rows of the values stand for the channels of all the query heads
-    that read them. The longest batch is taken for all.
+    that read them. The longest batch is taken for all, of all processes' the first.
     """
-    longest = max(runs, key=lambda run: run.num_tokens)
-    with without_biases(linear), captured_input(group.consumer) as inputs:
-        longest.output()
-    block.progress.update()
-    z, weight = longest.rows(inputs[0]).double(), group.weight.double()
-    coupling = (weight.mT @ weight) * (z.mT @ z)
-    coupling *= sum(run.num_tokens for run in runs) / longest.num_tokens
+    tokens = dict(
+        processes.gather([(run.batch.number, run.num_tokens) for run in runs], group.name)
+    )
+    longest = max(tokens, key=lambda number: (tokens[number], -number))
+    weight = group.weight.double()
+    z_gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+    for run in runs:
+        if run.batch.number == longest:
+            with without_biases(linear), captured_input(group.consumer) as inputs:
+                run.output()
+            block.progress.update()
+            z = run.rows(inputs[0]).double()
+            z_gram = z.mT @ z
+    processes.sum_([z_gram], group.name)  # one has it, to the others it is zero
+    coupling = (weight.mT @ weight) * z_gram
+    coupling *= sum(tokens.values()) / tokens[longest]
     rows = linear.out_features
     own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
     width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1

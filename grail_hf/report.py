@@ -88,6 +88,7 @@ class CompressionReport:
         calibration: source, samples, tokens and fingerprint of the calibration set.
         evaluation: measurements that were added, for example by the command line's `--eval`.
         seconds: wall time of the layer loop.
+        processes: that shared the calibration.
         versions: of the libraries.
         export: of an exported result: its format, model type, error, and what its card says.
     """
@@ -105,6 +106,7 @@ class CompressionReport:
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    processes: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
 
