@@ -11,6 +11,7 @@ from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import ARCHITECTURES, Architecture
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
+from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import Export, export
 from grail_hf.infer import architecture_source, infer_architecture
@@ -27,8 +28,10 @@ __all__ = [
     "Export",
     "GrailConfig",
     "PartlyCompressedError",
+    "StoppedError",
     "architecture_source",
     "compress",
+    "compress_checkpoint",
     "evaluate",
     "export",
     "infer_architecture",

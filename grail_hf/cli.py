@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -23,8 +24,10 @@ from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, token_windows
+from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
 from grail_hf.compress import PartlyCompressedError, compress, read_calibration
 from grail_hf.config import GrailConfig
+from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
@@ -36,7 +39,7 @@ from grail_hf.planning import (
     plan_compression,
     window_length,
 )
-from grail_hf.report import REPORT_FILE, CompressionReport, width_range
+from grail_hf.report import CompressionReport, check_output, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
@@ -94,8 +97,13 @@ SolveDtype = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 _MENDABLE = (
-    *(ValueError, OSError, FloatingPointError, ImportError),
-    *(PartlyCompressedError, processes.ProcessGroupError),
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+    PartlyCompressedError,
+    StoppedError,
+    processes.ProcessGroupError,
 )
 _DEFAULTS = GrailConfig(sparsity=0.0)
 
@@ -140,18 +148,62 @@ def compress_command(
     overwrite: Annotated[
         bool, typer.Option(help="Replace an earlier compressed model in the output folder.")
     ] = False,
+    disk_to_disk: Annotated[
+        bool | None,
+        typer.Option(
+            "--disk-to-disk/--in-memory",
+            help="Never hold the whole model; the default where it fills half the free memory.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with a run from disk to disk that was stopped.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it as an ordinary checkpoint."""
     with _errors_in_a_line():
         config = _config(context)
         processes.start(config.device)
-        processes.once(partial(check_output, output, overwrite), "the output folder")
-        # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
-        skeleton = _meta_model(source)
-        plan_compression(skeleton, config)
-        tokenizer = _tokenizer(source)
+        processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)
+        if disk_to_disk is None:
+            large = processes.once(partial(_is_large, source), "the source")
+            disk_to_disk = resume or (texts != SELF and large)
+        if resume and not disk_to_disk:
+            raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
+        if disk_to_disk:
+            report = _compress_from_disk(
+                source, output, texts, config, eval_text, resume, overwrite
+            )
+        else:
+            report = _compress_in_memory(source, output, texts, config, eval_text)
+    if not processes.is_first():
+        return
+    _console.print(report.table())
+    if report.rehomed:
+        _console.print(
+            f"Saved as {report.new_model_type}: it computes the same function, and a stock "
+            f"{report.model_type} config cannot say the new number of heads."
+        )
+    if not report.uniform:
+        _console.print(
+            "The layers differ in width: load it after `import grail_hf`, or with "
+            "trust_remote_code=True; `grail-hf export --format padded` writes it for other "
+            "programs."
+        )
+    _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
+    if as_json:
+        _print_json(report.to_dict() | {"output": str(output)})
+
+
+def _compress_in_memory(
+    source: str, output: Path, texts: str | list[Path], config: GrailConfig, eval_text: str | None
+) -> CompressionReport:
+    # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
+    skeleton = _meta_model(source)
+    plan_compression(skeleton, config)
+    with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
+        tokenizer = _tokenizer(source)
         tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
         if eval_text:
@@ -170,24 +222,54 @@ def compress_command(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        processes.once(partial(_save, model, tokenizer, report, output), "the output folder")
-    if not processes.is_first():
-        return
-    _console.print(report.table())
-    if report.rehomed:
-        _console.print(
-            f"Saved as {report.new_model_type}: it computes the same function, and a stock "
-            f"{report.model_type} config cannot say the new number of heads."
-        )
-    if not report.uniform:
-        _console.print(
-            "The layers differ in width: load it after `import grail_hf`, or with "
-            "trust_remote_code=True; `grail-hf export --format padded` writes it for other "
-            "programs."
-        )
-    _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
-    if as_json:
-        _print_json(report.to_dict() | {"output": str(output)})
+        processes.once(partial(_save, model, tokenizer, report, folder), "the output folder")
+    return report
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: CompressionReport,
+    folder: Path,
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report.save(folder)
+
+
+def _compress_from_disk(
+    source: str,
+    output: Path,
+    texts: str | list[Path],
+    config: GrailConfig,
+    eval_text: str | None,
+    resume: bool,
+    overwrite: bool,
+) -> CompressionReport:
+    windows = None
+    if eval_text:
+        length = window_length(_meta_model(source), config)
+        windows = token_windows(eval_text, _tokenizer(source), seq_length=length)
+    report = compress_checkpoint(source, output, texts, config, resume=resume, overwrite=overwrite)
+    if windows is not None and eval_text:
+        report.evaluation["evaluation text"] = Path(eval_text).name
+        for when, folder in (("before", source), ("after", str(output))):
+            with tempfile.TemporaryDirectory() as scratch:
+                model = _model(folder, device_map="auto", offload_folder=scratch)
+                value = perplexity(model, None, windows, batch_size=config.batch_size)
+            report.evaluation[f"perplexity {when}"] = value
+        report.save(output)
+    return report
+
+
+def _is_large(source: str) -> bool:
+    """Whether the weights fill more than half of the free memory."""
+    import psutil
+
+    try:
+        return Checkpoint.open(source).num_bytes > int(psutil.virtual_memory().available) // 2
+    except NoSafetensorsError:
+        return False
 
 
 @app.command("evaluate")
@@ -336,20 +418,6 @@ def infer_command(source: Source) -> None:
     sys.stdout.write(architecture_source(entry) + "\n")
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where the output folder holds something that may not be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    ours = (output / REPORT_FILE).is_file()
-    if ours and overwrite:
-        return
-    raise FileExistsError(
-        f"{output} holds an earlier compressed model: pass --overwrite to replace it"
-        if ours
-        else f"{output} exists and is not a compressed model: choose another folder"
-    )
-
-
 def _meta_model(source: str) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -378,10 +446,10 @@ def _shallow_model(source: str) -> PreTrainedModel:
     return model
 
 
-def _model(source: str) -> PreTrainedModel:
+def _model(source: str, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings)
     return model
 
 
@@ -407,18 +475,6 @@ def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) ->
             return perplexity(model, None, windows, batch_size=config.batch_size)
 
     return processes.once(measure, "the evaluation")
-
-
-def _save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    report: CompressionReport,
-    output: Path,
-) -> None:
-    with replaced_when_whole(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        report.save(folder)
 
 
 @contextmanager
@@ -465,3 +521,5 @@ def _errors_in_a_line() -> Iterator[None]:
         where = f" in process {processes.index()} of {number}" if number > 1 else ""
         console.print(f"error{where}: {error}", style="red")
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(130) from error  # as shells report it

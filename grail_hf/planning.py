@@ -110,6 +110,7 @@ def plan_compression(
     config: GrailConfig,
     architecture: Architecture | None = None,
     profiles: Profiles | None = None,
+    widths: Widths | None = None,
 ) -> Plan:
     """Check the model against the config and settle the widths.
 
@@ -118,6 +119,7 @@ def plan_compression(
         config: the settings.
         architecture: the model type's entry; None for the table's.
         profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
+        widths: those of a plan made earlier from the same.
 
     Raises:
         TypeError: not a transformers model.
@@ -148,7 +150,7 @@ def plan_compression(
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
-    widths = allocate(budgets, config, profiles)
+    widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
@@ -432,7 +434,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
-    elif model.device.type != "cpu":
+    elif model.device.type not in ("cpu", "meta"):
         device = model.device
     else:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

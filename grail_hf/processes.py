@@ -17,8 +17,9 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,7 @@ def start(device: str | None = None) -> None:
     """Join the other processes that a launcher has started, if it has and they are not joined yet.
 
     On accelerators each process's current device is from then on its own (`cuda:LOCAL_RANK`). The
-    warnings of all but the first process are silenced, since they would be copies.
+    warnings and bars of all but the first process are silenced, since they would be copies.
 
     Args:
         device: where layers will run, as in `GrailConfig.device`.
@@ -63,6 +64,9 @@ def start(device: str | None = None) -> None:
                 "start it by accelerate.PartialState(cpu=True), or leave it to grail_hf"
             )
     if not is_first():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         logging.getLogger("grail_hf").setLevel(logging.ERROR)
 
 
@@ -105,8 +109,8 @@ def share(number: int) -> range:
     """
     if number < count():
         raise ValueError(
-            f"{number} calibration batches are too few to share between {count()} processes: use a "
-            f"smaller batch_size, more num_samples, or at most {number} processes"
+            f"the calibration's batches, {number}, are too few to share between {count()} processes: "
+            "use a smaller batch_size, more num_samples, or fewer processes"
         )
     return range(number * index() // count(), number * (index() + 1) // count())
 
@@ -172,6 +176,17 @@ def once(function: Callable[[], T], name: str) -> T:
         raise
     _sent((result, None), name)
     return result
+
+
+@contextmanager
+def first_within(context: AbstractContextManager[T], name: str) -> Iterator[T]:
+    """The first process is in the context, and all have what it gives.
+
+    What it raises at its beginning, or at an end without an error, all raise.
+    """
+    with ExitStack() as stack:
+        yield once(partial(stack.enter_context, context), name)
+        once(stack.pop_all().close, name)
 
 
 class _Pickler(pickle.Pickler):

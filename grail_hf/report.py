@@ -91,6 +91,7 @@ class CompressionReport:
         processes: that shared the calibration.
         versions: of the libraries.
         export: of an exported result: its format, model type, error, and what its card says.
+        source: of a compression from disk to disk: the dense checkpoint's files -> their sha256.
     """
 
     base_model: str
@@ -109,6 +110,7 @@ class CompressionReport:
     processes: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
@@ -123,10 +125,7 @@ class CompressionReport:
             widths=dict(plan.widths),
             projection_parameters=plan.projection_parameters,
             total_parameters=plan.total_parameters,
-            versions={
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("grail-hf", "torch", "transformers")},
-            },
+            versions=versions(),
         )
 
     def add(
@@ -389,6 +388,26 @@ def width_range(widths: Sequence[int]) -> str:
     having = [width for width in widths if width] or [0]
     low, high = min(having), max(having)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that a result depends on."""
+    libraries = ("grail-hf", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where the output folder holds something that may not be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = (output / REPORT_FILE).is_file()
+    if ours and overwrite:
+        return
+    raise FileExistsError(
+        f"{output} holds an earlier compressed model: overwrite=True (--overwrite) replaces it"
+        if ours
+        else f"{output} exists and is not a compressed model: choose another folder"
+    )
 
 
 def _public_name(name: str | None) -> str:

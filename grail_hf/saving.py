@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.architectures import ATTENTION, GroupSpec, Rehome
+from grail_hf.checkpoint import OWN, Journal
 from grail_hf.modeling_grail import (
     AUTO_MAP,
     LayerConfig,
@@ -216,6 +217,16 @@ def rehomed_config(
     return rehomed
 
 
+def causal_lm_name(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """The class that the model will have under its new config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config.model_type == model.config.model_type:
+        return type(model).__name__
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return str(mapping[type(config)].__name__)
+
+
 def is_stock_causal_lm(model: PreTrainedModel) -> bool:
     """Whether the model is just what `AutoModelForCausalLM` makes of its config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -276,19 +287,89 @@ def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
 
 @contextmanager
-def replaced_when_whole(output: Path) -> Iterator[Path]:
-    """A folder to write in, that takes `output`'s place when everything is written."""
+def claimed(output: Path) -> Iterator[Path]:
+    """The folder beside `output` in which its successor grows, for this process alone.
+
+    What an earlier process left there stays, so that a run can go on; what it was about to replace
+    when it was killed is back in its place.
+
+    Raises:
+        OSError: another process is at work for the same output, or nothing can be written there.
+    """
+    from filelock import FileLock, Timeout
+
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    work, old = _beside(output, "partial"), _beside(output, "old")
+    (work / OWN).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work / OWN / "lock", timeout=0)
     try:
-        yield beside
-        old = output.with_name(f".{output.name}.old")
-        if output.exists():
-            output.rename(old)
-        beside.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(f"another process is writing {output}: wait for it") from error
+    try:
+        if old.exists() and not output.exists():
+            old.rename(output)
+        yield work
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        lock.release()
+        if work.exists() and {path.name for path in work.rglob("*")} <= {OWN, "lock"}:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(work: Path, output: Path) -> None:
+    """Have a whole folder take the place of `output`, which is there or not."""
+    output = output.absolute()
+    old = _beside(output, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    work.rename(output)
+    shutil.rmtree(output / OWN)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def empty(work: Path) -> None:
+    """Delete all in a claimed folder but what claims it."""
+    for path in work.iterdir():
+        if path.name == OWN:
+            for own in path.iterdir():
+                if own.name != "lock":
+                    _delete(own)
+        else:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f".{output.name}.{what}")
+
+
+@contextmanager
+def replaced_when_whole(output: Path) -> Iterator[Path]:
+    """A folder to write in, that takes `output`'s place when everything is written.
+
+    Raises:
+        FileExistsError: a run from disk to disk, which can go on, was stopped there.
+    """
+    with claimed(output) as work:
+        if Journal.exists(work):
+            raise stopped_there(work)
+        empty(work)
+        try:
+            yield work
+            put_in_place(work, output)
+        except BaseException:
+            empty(work)
+            raise
+
+
+def stopped_there(work: Path) -> FileExistsError:
+    """The error where a run that can go on was not asked to."""
+    layers = Journal.read(work).layers
+    return FileExistsError(
+        f"{work} holds a run that was stopped after {layers} layers: resume=True (--resume) goes "
+        "on with it; delete that folder to start again"
+    )

@@ -29,7 +29,7 @@ ORDER = [
         "checkpoint",
     ),
     *("saving", "planning", "profiling", "evaluation", "infer"),
-    *("report", "gguf_file", "export", "compress", "__init__", "cli", "__main__"),
+    *("report", "gguf_file", "export", "compress", "disk_to_disk", "__init__", "cli", "__main__"),
 ]
 FOUNDATION = ["config", "architectures", "reduction", "gram"]
 PURE = [*FOUNDATION, "selectors", "allocation", "compensation"]

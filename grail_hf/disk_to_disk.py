@@ -1,0 +1,264 @@
+"""Compress a checkpoint that need not fit into memory, from disk to disk, and go on after a stop.
+
+The same loop as in `compress`: only the layers' home is another. The model is a skeleton without
+weights; a layer is read from the checkpoint, narrowed, repaired, written and dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grail_hf.allocation import find_allocation
+from grail_hf.architectures import Architecture
+from grail_hf.calibration import SELF, Calibration, TokenBatches
+from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
+from grail_hf.compress import narrow_layers_, read_calibration
+from grail_hf.config import GrailConfig
+from grail_hf.offload import Place
+from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
+from grail_hf.profiling import profile
+from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
+from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Settings that say where things are, not what comes out.
+_IRRELEVANT = {"hidden_states"}
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class StoppedError(RuntimeError):
+    """A failure after layers were written: they are kept, and the run can go on behind them."""
+
+
+@torch.no_grad()
+def compress_checkpoint(
+    source: str | Path,
+    output: str | Path,
+    calibration: Calibration | TokenBatches = "c4",
+    config: GrailConfig | dict[str, Any] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    architecture: Architecture | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    **overrides: Any,
+) -> CompressionReport:
+    """Compress a checkpoint from disk to disk: neither model is ever whole in memory.
+
+    The result is what `compress` and `save_pretrained` make of the model, in one file a decoder
+    layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
+    run that is stopped, or killed, can go on behind the last layer that it had written: its files
+    are then, byte for byte, those of a run that was not stopped, but for the times and the memory
+    that `grail.json` reports.
+
+    Args:
+        source: a folder in safetensors, or a name on the hub.
+        output: the new folder.
+        calibration: as for `compress`, but not "self", which takes the whole model.
+        config: the settings; `overrides` are fields of `GrailConfig` and win over it.
+        tokenizer: by default the source's, where it has one.
+        architecture: the model type's entry where the table has none.
+        resume: go on with the run that was stopped; starts one where there is none. Its settings,
+            calibration, source and versions have to be the same, and its files unchanged. Returns
+            the report of a run that had ended.
+        overwrite: replace an earlier compressed model in `output`.
+        progress: show bars on standard error.
+
+    Raises:
+        ValueError, TypeError: bad input, before anything is written; a run to resume that was
+            another one, naming what differs.
+        OSError: a source file that is missing or damaged; an output that exists, cannot be
+            written or is being written by another process; a full disk.
+        FloatingPointError: NaN or Inf in the source's weights, before anything is written, or in
+            the activations of the first layer.
+        StoppedError: a failure after the first layer was written, from where the run can go on.
+    """
+    from transformers import AutoTokenizer
+
+    config = GrailConfig.resolve(config, **overrides)
+    output = Path(output)
+    checkpoint = Checkpoint.open(source)
+    model = checkpoint.skeleton()
+    plan = plan_compression(model, config, architecture)
+    device = choose_device(model, config.device)
+    if isinstance(calibration, str) and calibration == SELF:
+        raise ValueError(
+            f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
+            "give texts or tokens, or use compress"
+        )
+    if tokenizer is None and any((checkpoint.folder / name).is_file() for name in _TOKENIZERS):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    check_output(output, overwrite or resume)
+    tokens = read_calibration(model, tokenizer, calibration, config, progress)
+    with claimed(output) as work:
+        identity = _identity(config, model, tokens)
+        stopped = Journal.read(work) if Journal.exists(work) else None
+        if stopped and not resume:
+            raise stopped_there(work)
+        if stopped:
+            stopped.check_identity(identity)
+        digests = checkpoint.verify(progress)
+        identity |= {f"sha256 of {name}": digest for name, digest in digests.items()}
+        if stopped:
+            stopped.check_identity(identity)
+            stopped.check_files()
+        else:
+            if resume and (report := _ended(output, config, digests, tokens)):
+                return report
+            check_output(output, overwrite)
+            empty(work)
+        journal = stopped or Journal(work, identity)
+        _check_space(work, journal, model, plan, tokens)
+        with _says_how_to_go_on(journal):
+            plan, report = _compress(
+                checkpoint, model, plan, tokens, config, device, journal, progress
+            )
+            report.source = digests
+            _finish(checkpoint, model, plan, tokenizer, report, journal)
+            put_in_place(work, output)
+    return report
+
+
+def _compress(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: TokenBatches,
+    config: GrailConfig,
+    device: torch.device,
+    journal: Journal,
+    progress: bool,
+) -> tuple[Plan, CompressionReport]:
+    """Write the weights that the journal lacks: the plan that was carried out, and the report."""
+    parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
+    place = Place(torch.device("cpu"))
+    start = time.perf_counter()
+    if plan.reduced and find_allocation(config.allocation).loss is not None:
+        profiles, widths = None, journal.notes.get("widths")
+        if widths is None:
+            homes = CheckpointHomes(parts, device)
+            profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
+        plan = plan_compression(model, config, plan.architecture, profiles, widths)
+    report = CompressionReport.begin(model, config, plan)
+    report.calibration = tokens.summary()
+    earlier = journal.notes.get("report")
+    if earlier:
+        report.groups = CompressionReport.from_dict(earlier).groups
+
+    def notes() -> dict[str, Any]:
+        report.seconds = time.perf_counter() - start + (earlier["seconds"] if earlier else 0.0)
+        return {"widths": plan.widths, "report": report.to_dict()}
+
+    writing = WritingHomes(parts, device, journal, place, notes)
+    writing.write_rest()
+    if plan.reduced:
+        narrow_layers_(model, plan, tokens, config, writing, place, report, progress)
+    else:
+        for index in range(writing.first, len(parts.layers)):
+            with writing.at_work(index):
+                pass
+            writing.done(index, [])
+    notes()
+    return plan, report
+
+
+def _finish(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: CompressionReport,
+    journal: Journal,
+) -> None:
+    """Write what makes a checkpoint of the weights."""
+    from transformers import GenerationConfig
+
+    journal.write_index()
+    plan.config.architectures = [causal_lm_name(model, plan.config)]
+    plan.config.save_pretrained(journal.folder)
+    if model.can_generate():
+        with suppress(OSError):  # the source has none of its own
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config.save_pretrained(journal.folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(journal.folder)
+    report.save(journal.folder)
+
+
+def _identity(config: GrailConfig, model: PreTrainedModel, tokens: TokenBatches) -> dict[str, Any]:
+    """What the result depends on besides the source's weights, as JSON."""
+    return {
+        **{name: value for name, value in config.to_dict().items() if name not in _IRRELEVANT},
+        "calibration": tokens.fingerprint,
+        "batches": [list(batch["input_ids"].shape) for batch in tokens.batches],
+        "source's config": model.config.to_dict(),
+        "versions": versions(),
+    }
+
+
+def _ended(
+    output: Path, config: GrailConfig, digests: dict[str, str], tokens: TokenBatches
+) -> CompressionReport | None:
+    """The report of a like run that had ended, if there is one."""
+    if not (output / REPORT_FILE).is_file():
+        return None
+    report = CompressionReport.load(output)
+    same = (
+        report.config.to_dict() == config.to_dict()
+        and report.source == digests
+        and report.calibration == tokens.summary()
+    )
+    return report if same else None
+
+
+def _check_space(
+    work: Path, journal: Journal, model: PreTrainedModel, plan: Plan, tokens: TokenBatches
+) -> None:
+    """Raise OSError where the disk has no room for what is still to be written."""
+    item = model.dtype.itemsize
+    weights = plan.total_parameters[1] * item
+    written = sum(sum(shard["bytes"].values()) for shard in journal.shards.values())
+    slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
+    # Two generations, each of the compressed path and the dense model's.
+    hidden = 4 * slots * model.config.get_text_config().hidden_size * item
+    needed, free = weights - written + hidden, shutil.disk_usage(work).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
+            "room, or choose an output on another disk",
+            str(work),
+        )
+
+
+@contextmanager
+def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
+    """After a failure, say what is kept; without a layer done, nothing is."""
+    try:
+        yield
+    except BaseException as error:
+        if not journal.layers:
+            empty(journal.folder)
+            raise
+        message = (
+            f"stopped; {journal.layers} layers are done and kept in {journal.folder}: resume=True "
+            "(on the command line --resume) goes on behind them"
+        )
+        if not isinstance(error, Exception):
+            logger.error(message)
+            raise
+        raise StoppedError(f"{error} ({message})") from error
