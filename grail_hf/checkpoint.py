@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ _CHUNK = 2**24
 _DIGEST = 64  # hexadecimal digits of sha256
 
 
+class Span(NamedTuple):
+    """A tensor in a file: its first byte, the one behind its last, and its shape."""
+
+    start: int
+    end: int
+    shape: tuple[int, ...]
+
+
 class NoSafetensorsError(FileNotFoundError):
     """There is a checkpoint, and its weights are in another format."""
 
@@ -50,13 +58,13 @@ class Checkpoint:
         name: what it was asked for by: a folder, or a name on the hub.
         folder: where it lies.
         files: tensor's name -> file.
-        spans: file -> tensor's name -> its first byte in the file and the one behind its last.
+        spans: file -> tensor's name -> where it lies in the file.
     """
 
     name: str
     folder: Path
     files: dict[str, Path]
-    spans: dict[Path, dict[str, tuple[int, int]]]
+    spans: dict[Path, dict[str, Span]]
 
     @classmethod
     def open(cls, source: str | Path) -> Checkpoint:
@@ -116,7 +124,7 @@ class Checkpoint:
 
         digest = hashlib.sha256()
         spans = sorted(self.spans[path].items(), key=lambda item: item[1])
-        first = spans[0][1][0] if spans else path.stat().st_size
+        first = spans[0][1].start if spans else path.stat().st_size
         with path.open("rb") as file:
             digest.update(file.read(first))
         bar.update(first)
@@ -146,7 +154,7 @@ class Checkpoint:
         for path, own in by_file.items():
             with path.open("rb") as file:
                 for name in own:
-                    start, end = self.spans[path][name]
+                    start, end, _ = self.spans[path][name]
                     os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -203,8 +211,8 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from error
 
 
-def read_spans(path: Path) -> dict[str, tuple[int, int]]:
-    """Of a safetensors file, tensor's name -> its first byte in the file and that behind its last.
+def read_spans(path: Path) -> dict[str, Span]:
+    """Of a safetensors file, tensor's name -> where it lies.
 
     Raises:
         OSError: the file is missing, cut short, or no safetensors file; names it.
@@ -222,11 +230,11 @@ def read_spans(path: Path) -> dict[str, tuple[int, int]]:
     except (SafetensorError, ValueError) as error:
         raise OSError(f"{path} is cut short or damaged ({error}): get it again") from error
     header.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        name: (start + entry["data_offsets"][0], start + entry["data_offsets"][1])
-        for name, entry in header.items()
-    }
+    spans = {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        spans[name] = Span(start, end, tuple(entry["shape"]))
+    return spans
 
 
 class Parts:
@@ -263,12 +271,24 @@ class Parts:
                 name = key
             if name in state:  # others are of parts that the model class does not have
                 self.keys[self._part_of(name)].append(key)
-        found = {part for part, keys in self.keys.items() if keys}
-        missing = sorted(self.keys.keys() - found - {_REST})
+        self._check()
+
+    def _check(self) -> None:
+        """Raise OSError where the checkpoint's tensors are not what the model needs, or too few."""
+        files, spans = self.checkpoint.files, self.checkpoint.spans
+        keys = [key for part in self.keys.values() for key in part]
+        shapes = {key: spans[files[key]][key].shape for key in keys}
+        empty = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        info = self._load_(empty, "meta")
+        wrong = [*info.mismatched_keys, *info.conversion_errors]
+        if wrong:
+            raise OSError(f"{self.checkpoint.name} does not fit its config: {wrong[0]}")
+        own = {name for name, _ in self.model.named_parameters()}
+        missing = sorted(info.missing_keys & own - self.model.all_tied_weights_keys.keys())
         if missing:
             raise OSError(
-                f"{checkpoint.name} has no weights for {self._prefix}{missing[0]}: get it again, "
-                "or mend num_hidden_layers in its config"
+                f"{self.checkpoint.name} has no weights for {missing[0]}: get it again, or mend "
+                "its config"
             )
 
     def _part_of(self, name: str) -> int:
@@ -277,47 +297,39 @@ class Parts:
             return _REST
         return int(name[len(self._prefix) :].partition(".")[0])
 
-    def _own(self, part: int) -> Iterator[tuple[nn.Module, str, str]]:
-        """(module, parameter's name in it, its name in the model) of a part's parameters."""
+    def _own(self, part: int) -> Iterator[tuple[nn.Module, str]]:
+        """(module, parameter's name in it) of a part's parameters."""
         for path, module in self.model.named_modules():
             for name in module._parameters:
-                whole = f"{path}.{name}" if path else name
-                if self._part_of(whole) == part:
-                    yield module, name, whole
+                if self._part_of(f"{path}.{name}" if path else name) == part:
+                    yield module, name
 
     def load_(self, part: int) -> None:
-        """Give the part its weights, mapped from the files wherever they need no conversion.
+        """Give the part its weights, mapped from the files wherever they need no conversion."""
+        self._load_(self.checkpoint.tensors(self.keys[part]), "cpu")
+        if part == _REST:
+            self.model.tie_weights(recompute_mapping=False)
 
-        Raises:
-            OSError: the checkpoint lacks one of them.
-        """
+    def _load_(self, tensors: dict[str, Tensor], device: str) -> Any:
+        """Convert tensors of the checkpoint and give them to the model: transformers' report."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         model, dtype = self.model, self.model.dtype
         settings = LoadStateDictConfig(
-            dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=self._mapping
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            weight_mapping=self._mapping,
         )
         with _no_loading_bar():
-            info, _ = convert_and_load_state_dict_in_model(
-                model, self.checkpoint.tensors(self.keys[part]), settings
-            )
-        if info.mismatched_keys or info.conversion_errors:
-            wrong = info.mismatched_keys or info.conversion_errors
-            raise OSError(
-                f"{self.checkpoint.name} does not fit its config: {', '.join(map(str, wrong))}"
-            )
-        if part == _REST:
-            model.tie_weights(recompute_mapping=False)
-        for module, name, whole in self._own(part):
-            parameter = module._parameters[name]
-            if parameter is not None and parameter.is_meta:
-                raise OSError(f"{self.checkpoint.name} has no weight for {whole}: get it again")
+            info, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+        return info
 
     def drop_(self, part: int) -> None:
         """Take the part's weights away; shapes, buffers and settings stay."""
         empty: dict[int, nn.Parameter] = {}
-        for module, name, _ in self._own(part):
+        for module, name in self._own(part):
             parameter = module._parameters[name]
             if parameter is not None and not parameter.is_meta:
                 module._parameters[name] = empty.setdefault(

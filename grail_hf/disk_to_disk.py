@@ -23,6 +23,7 @@ from grail_hf.calibration import SELF, Calibration, TokenBatches
 from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
 from grail_hf.compress import narrow_layers_, read_calibration
 from grail_hf.config import GrailConfig
+from grail_hf.evaluation import evaluation_mode
 from grail_hf.offload import Place
 from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
 from grail_hf.profiling import profile
@@ -94,6 +95,7 @@ def compress_checkpoint(
     checkpoint = Checkpoint.open(source)
     model = checkpoint.skeleton()
     plan = plan_compression(model, config, architecture)
+    parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
     device = choose_device(model, config.device)
     if isinstance(calibration, str) and calibration == SELF:
         raise ValueError(
@@ -124,9 +126,7 @@ def compress_checkpoint(
         journal = stopped or Journal(work, identity)
         _check_space(work, journal, model, plan, tokens)
         with _says_how_to_go_on(journal):
-            plan, report = _compress(
-                checkpoint, model, plan, tokens, config, device, journal, progress
-            )
+            plan, report = _compress(parts, plan, tokens, config, device, journal, progress)
             report.source = digests
             _finish(checkpoint, model, plan, tokenizer, report, journal)
             put_in_place(work, output)
@@ -134,8 +134,7 @@ def compress_checkpoint(
 
 
 def _compress(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
+    parts: Parts,
     plan: Plan,
     tokens: TokenBatches,
     config: GrailConfig,
@@ -144,14 +143,15 @@ def _compress(
     progress: bool,
 ) -> tuple[Plan, CompressionReport]:
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
-    parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
+    model = parts.model
     place = Place(torch.device("cpu"))
     start = time.perf_counter()
     if plan.reduced and find_allocation(config.allocation).loss is not None:
         profiles, widths = None, journal.notes.get("widths")
         if widths is None:
             homes = CheckpointHomes(parts, device)
-            profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
+            with evaluation_mode(model):
+                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
         plan = plan_compression(model, config, plan.architecture, profiles, widths)
     report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
@@ -165,7 +165,7 @@ def _compress(
 
     writing = WritingHomes(parts, device, journal, place, notes)
     writing.write_rest()
-    if plan.reduced:
+    if plan.reduced and journal.layers < len(parts.layers):
         narrow_layers_(model, plan, tokens, config, writing, place, report, progress)
     else:
         for index in range(writing.first, len(parts.layers)):

@@ -1,0 +1,382 @@
+"""Faults of a run from disk to disk: an error that names it, or a run that goes on."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import batches, tiny_model
+
+import grail_hf
+from grail_hf import checkpoint, disk_to_disk, saving, stream
+from grail_hf.checkpoint import WEIGHTS, Journal
+from grail_hf.saving import claimed
+
+SETTINGS = {"sparsity": 0.3, "multiple_of": 1}
+LAYERS = 3
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "source"
+    tiny_model("qwen3").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """The files of a run that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    compress(source, output)
+    return files_of(output)
+
+
+def compress(source, output, **settings):
+    settings = SETTINGS | settings
+    inputs = settings.pop("calibration", None) or batches()
+    return grail_hf.compress_checkpoint(source, output, inputs, progress=False, **settings)
+
+
+def files_of(folder):
+    """Every file's bytes; of the report, what does not differ between any two runs."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = json.loads(found.pop("grail.json"))
+    report.pop("seconds")
+    return found | {"grail.json": report}
+
+
+def in_child(function):
+    """Run a function in a forked process: its exit status, negative where a signal ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def signalled_at(owner, name, call, number, after):
+    """Patch a function of the child so that its n-th call, or the end of it, sends a signal."""
+    original, calls = getattr(owner, name), Counter()
+
+    def patched(*args, **kwargs):
+        calls[name] += 1
+        if calls[name] == call and not after:
+            os.kill(os.getpid(), number)
+        result = original(*args, **kwargs)
+        if calls[name] == call and after:
+            os.kill(os.getpid(), number)
+        return result
+
+    setattr(owner, name, patched)
+
+
+# Where a run is killed: the n-th call of a function, at its beginning or its end.
+PHASES = {
+    "before the source is checked": (checkpoint.Checkpoint, "verify", 1, False),
+    "behind the embeddings' file": (checkpoint.Journal, "add_shard", 1, True),
+    "behind the first journal": (checkpoint.Journal, "write", 1, True),
+    "in the first embedding pass": (stream, "record_calls", 1, False),
+    "in a dense pass": (stream, "_dense_pass", 2, False),
+    "in the first layer's Gram": (stream.Block, "collect", 1, False),
+    "in the second layer's Gram": (stream.Block, "collect", 5, True),
+    "in a refit": (stream.Block, "runs", 3, False),
+    "in front of a layer's file": (checkpoint.Journal, "add_shard", 3, False),
+    "in a layer's file": (checkpoint, "file_digest", 6, False),
+    "behind a layer's file": (checkpoint.Journal, "add_shard", 3, True),
+    "in the hidden states": (checkpoint, "save_tensors", 4, True),
+    "behind the hidden states": (checkpoint.Journal, "add_hidden_states", 2, True),
+    "behind a layer's journal": (checkpoint.Journal, "write", 3, True),
+    "behind the sweep": (checkpoint.Journal, "sweep", 2, True),
+    "behind the last layer": (checkpoint.Journal, "write", LAYERS + 1, True),
+    "in the index": (checkpoint.Journal, "write_index", 1, True),
+    "behind the report": (grail_hf.CompressionReport, "save", 1, True),
+    "in front of the last rename": (disk_to_disk, "put_in_place", 1, False),
+    "behind the last rename": (saving.shutil, "rmtree", 5, False),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_killed_anywhere_goes_on_and_ends_alike(phase, source, whole, tmp_path):
+    owner, name, call, after = PHASES[phase]
+    output = tmp_path / "out"
+
+    def killed():
+        signalled_at(owner, name, call, signal.SIGKILL, after)
+        compress(source, output)
+
+    assert in_child(killed) == KILLED
+    assert not output.exists() or files_of(output) == whole
+    compress(source, output, resume=True)
+    assert files_of(output) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
+    settings = {"allocation": "search"}
+    compress(source, tmp_path / "whole", **settings)
+
+    def killed():
+        signalled_at(stream.Block, "energies", 2, signal.SIGKILL, False)
+        compress(source, tmp_path / "out", **settings)
+
+    assert in_child(killed) == KILLED
+    compress(source, tmp_path / "out", resume=True, **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
+    settings = {"allocation": "error"}
+    compress(source, tmp_path / "whole", **settings)
+
+    def killed():
+        signalled_at(checkpoint.Journal, "write", 3, signal.SIGKILL, True)
+        compress(source, tmp_path / "out", **settings)
+
+    assert in_child(killed) == KILLED
+    monkeypatch.setattr(disk_to_disk, "profile", lambda *_: 1 / 0)
+    compress(source, tmp_path / "out", resume=True, **settings)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def stop(source, output, layer=2, **settings):
+    """Leave a run that was killed behind a layer."""
+
+    def killed():
+        signalled_at(checkpoint.Journal, "write", layer + 1, signal.SIGKILL, True)
+        compress(source, output, **settings)
+
+    assert in_child(killed) == KILLED
+    return output.with_name(f".{output.name}.partial")
+
+
+def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkeypatch):
+    stop(source, tmp_path / "out", layer=2)
+    seen = []
+    at_work = checkpoint.CheckpointHomes.at_work
+    monkeypatch.setattr(
+        checkpoint.CheckpointHomes,
+        "at_work",
+        lambda self, index: seen.append(index) or at_work(self, index),
+    )
+    compress(source, tmp_path / "out", resume=True)
+    assert seen == [2]
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_a_run_that_ended_is_not_run_again(source, tmp_path, monkeypatch):
+    report = compress(source, tmp_path / "out")
+    monkeypatch.setattr(disk_to_disk, "narrow_layers_", lambda *_: 1 / 0)
+    assert compress(source, tmp_path / "out", resume=True) == report
+    with pytest.raises(FileExistsError, match="overwrite"):
+        compress(source, tmp_path / "out", resume=True, seed=1)
+
+
+def test_a_stopped_run_is_neither_lost_nor_taken_for_another(source, whole, tmp_path):
+    work = stop(source, tmp_path / "out")
+    before = files_below(work)
+    with pytest.raises(FileExistsError, match=r"stopped after 2 layers: resume=True"):
+        compress(source, tmp_path / "out")
+    for changes, message in (
+        ({"sparsity": 0.4}, r"had sparsity=0\.3, and now it is 0\.4"),
+        ({"seed": 1}, "had seed=0, and now it is 1"),
+        ({"calibration": batches(padded=False)}, "had calibration="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress(source, tmp_path / "out", resume=True, **changes)
+    with (
+        pytest.raises(FileExistsError, match="resume"),
+        saving.replaced_when_whole(tmp_path / "out"),
+    ):
+        pass
+    assert files_below(work) == before
+    compress(source, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == whole
+
+
+def files_below(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_source_that_changed_is_not_gone_on_with(source, tmp_path):
+    other = shutil.copytree(source, tmp_path / "source")
+    stop(other, tmp_path / "out")
+    tensors = load_file(other / WEIGHTS)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] += 1
+    save_file(tensors, other / WEIGHTS)
+    with pytest.raises(ValueError, match=f"had sha256 of {WEIGHTS}="):
+        compress(other, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("pattern", ["model-00002*", ".grail/hidden*/*"])
+@pytest.mark.parametrize("spoil", ["flip", "cut", "delete"])
+def test_what_a_stopped_run_wrote_is_checked(pattern, spoil, source, tmp_path):
+    work = stop(source, tmp_path / "out")
+    path = next(iter(work.glob(pattern)))
+    data = path.read_bytes()
+    if spoil == "flip":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif spoil == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(OSError, match=f"{path.name} is missing or not what the run wrote"):
+        compress(source, tmp_path / "out", resume=True)
+
+
+def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(source, whole, tmp_path, capfd):
+    def interrupted():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signalled_at(stream.Block, "collect", 7, signal.SIGINT, False)
+        compress(source, tmp_path / "out")
+
+    assert in_child(interrupted) == 130
+    assert not (tmp_path / "out").exists()
+    compress(source, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_an_interrupt_says_how_to_go_on(source, tmp_path, monkeypatch, caplog):
+    interrupt_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out")
+    assert "1 layers are done and kept" in caplog.text and "--resume" in caplog.text
+
+
+def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def interrupt_at(monkeypatch, call):
+    calls, collect = Counter(), stream.Block.collect
+
+    def interrupted(*args, **kwargs):
+        calls["collect"] += 1
+        if calls["collect"] == call:
+            raise KeyboardInterrupt
+        return collect(*args, **kwargs)
+
+    monkeypatch.setattr(stream.Block, "collect", interrupted)
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_path, capfd):
+    """No file may grow beyond a limit that the second layer's is the first to reach."""
+    sizes = {name: len(data) for name, data in whole.items() if name.startswith("model-")}
+    writing = checkpoint.save_tensors
+    calls = Counter()
+
+    def fills_up(tensors, path, metadata=None):
+        calls[path.name] += 1
+        if path.name == "model-00003-of-00004.safetensors":
+            limit = sizes[path.name] // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return writing(tensors, path, metadata)
+
+    def full():
+        checkpoint.save_tensors = fills_up
+        try:
+            compress(source, tmp_path / "out")
+        except grail_hf.StoppedError as error:
+            assert isinstance(error.__cause__, OSError)
+            print(error, flush=True)
+
+    assert in_child(full) == 0
+    said = capfd.readouterr().out
+    assert "model-00003-of-00004.safetensors" in said and "1 layers are done" in said
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / ".out.partial").glob(".*.tmp"))
+    compress(source, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_done(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(disk_to_disk.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="GiB are to be written") as error:
+        compress(source, tmp_path / "out")
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_write_one_output(source, tmp_path):
+    with claimed(tmp_path / "out"):
+        assert in_child(lambda: refused(BlockingIOError, source, tmp_path / "out")) == 0
+    compress(source, tmp_path / "out")
+
+
+def refused(error, *arguments):
+    with pytest.raises(error, match="another process is writing"):
+        compress(*arguments)
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(source, monkeypatch):
+    monkeypatch.setattr(disk_to_disk, "narrow_layers_", lambda *_: 1 / 0)
+    with pytest.raises(OSError, match="/proc"):
+        compress(source, Path("/proc/out"))
+
+
+def test_an_old_output_stays_until_the_new_one_is_whole(source, tmp_path):
+    """Killed between the two renames, too."""
+    compress(source, tmp_path / "out", seed=1)
+    old = files_of(tmp_path / "out")
+
+    def killed():
+        signalled_at(Path, "rename", 1, signal.SIGKILL, True)
+        compress(source, tmp_path / "out", overwrite=True)
+
+    assert in_child(killed) == KILLED
+    with claimed(tmp_path / "out"):
+        assert files_of(tmp_path / "out") == old
+    compress(source, tmp_path / "out", overwrite=True, resume=True)
+    assert files_of(tmp_path / "out") != old
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_overflow_names_the_layer_and_keeps_the_layers_before_it(tmp_path):
+    """Of float16: the second layer's up- and gate-projections are too large for it."""
+    model = tiny_model("llama", dtype=torch.float16)
+    for name in ("gate_proj", "up_proj"):
+        model.model.layers[1].mlp.get_submodule(name).weight.data *= 1e4
+    model.save_pretrained(tmp_path / "source")
+    settings = {"mlp_sparsity": 0.3, "attention_sparsity": 0, "sparsity": None, "refit": 0}
+    with pytest.raises(grail_hf.StoppedError, match=r"layers\.1\.mlp.*1 layers are done") as error:
+        compress(tmp_path / "source", tmp_path / "out", **settings)
+    assert isinstance(error.value.__cause__, FloatingPointError)
+    assert not (tmp_path / "out").exists()
+    assert Journal.read(tmp_path / ".out.partial").layers == 1
+
+
+def test_fewer_tokens_than_channels_are_repaired_with_more_damping(source, tmp_path):
+    inputs = [{"input_ids": torch.arange(12).reshape(2, 6)}]
+    report = compress(source, tmp_path / "out", calibration=inputs, ridge=0.0, refit=0)
+    assert all(group.damping > 0 for group in report.groups if group.kind == "mlp")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_dead_channels_go_first_and_harm_nothing(tmp_path):
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data[torch.arange(10)] = 0
+    model.save_pretrained(tmp_path / "source")
+    settings = {"sparsity": None, "mlp_sparsity": 10 / 83, "attention_sparsity": 0}
+    report = compress(tmp_path / "source", tmp_path / "out", **settings)
+    for group in report.groups:
+        if group.kind == "mlp":
+            assert group.width == 73 and group.error_pruned < 1e-6
