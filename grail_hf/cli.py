@@ -254,11 +254,9 @@ def _compress_from_disk(
     if windows is not None and eval_text:
         report.evaluation["evaluation text"] = Path(eval_text).name
         for when, folder in (("before", source), ("after", str(output))):
-            with tempfile.TemporaryDirectory() as scratch:
-                model = _model(folder, device_map="auto", offload_folder=scratch)
-                value = perplexity(model, None, windows, batch_size=config.batch_size)
-            report.evaluation[f"perplexity {when}"] = value
-        report.save(output)
+            measure = partial(_perplexity_of, folder, windows, config)
+            report.evaluation[f"perplexity {when}"] = processes.once(measure, "the evaluation")
+        processes.once(partial(report.save, output), "the output folder")
     return report
 
 
@@ -465,6 +463,13 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     if calibration is None or len(calibration) < 2:
         return calibration[0] if calibration else "c4"
     return [Path(name) for name in calibration]
+
+
+def _perplexity_of(folder: str, windows: Tensor, config: GrailConfig) -> float:
+    """Perplexity of a checkpoint, on disk as far as memory does not suffice."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = _model(folder, device_map="auto", offload_folder=scratch)
+        return perplexity(model, None, windows, batch_size=config.batch_size)
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:

@@ -109,7 +109,7 @@ def share(number: int) -> range:
     """
     if number < count():
         raise ValueError(
-            f"the calibration's batches, {number}, are too few to share between {count()} processes: "
+            f"the calibration's batches, {number}, are too few for {count()} processes to share: "
             "use a smaller batch_size, more num_samples, or fewer processes"
         )
     return range(number * index() // count(), number * (index() + 1) // count())
