@@ -91,18 +91,6 @@ class GramStats:
         if self.held_out is not None and other.held_out is not None:
             self.held_out.merge_(other.held_out)
 
-    def to(self, dtype: torch.dtype) -> GramStats:
-        """The same sums in another dtype."""
-        return GramStats(
-            self.gram.to(dtype),
-            self.total.to(dtype),
-            self.count,
-            None if self.cross is None else self.cross.to(dtype),
-            self.target_energy,
-            None if self.target_total is None else self.target_total.to(dtype),
-            None if self.held_out is None else self.held_out.to(dtype),
-        )
-
     def cross_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X; for the weight's own output it is W G."""
         return weight @ self.gram if self.cross is None else self.cross

@@ -44,12 +44,8 @@ def start(device: str | None = None) -> None:
 
     Args:
         device: where layers will run, as in `GrailConfig.device`.
-
-    Raises:
-        RuntimeError: accelerate was started before for one process alone.
     """
-    number = int(os.environ.get("WORLD_SIZE", "1"))
-    if count() == 1 and number > 1:
+    if count() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
         settings: dict[str, Any] = {"timeout": TIMEOUT}
@@ -58,11 +54,6 @@ def start(device: str | None = None) -> None:
         elif torch.cuda.is_available():
             settings["backend"] = "cpu:gloo,cuda:nccl"  # what is no tensor stays on the host
         PartialState(**settings)
-        if count() == 1:
-            raise RuntimeError(
-                f"WORLD_SIZE is {number}, but accelerate was started for one process: on the CPU, "
-                "start it by accelerate.PartialState(cpu=True), or leave it to grail_hf"
-            )
     if not is_first():
         from transformers.utils.logging import disable_progress_bar
 
