@@ -1,13 +1,19 @@
 """The command line, run as a user runs it."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import SIZES, config_of
 from typer.testing import CliRunner
 
+from grail_hf import CompressionReport
 from grail_hf.architectures import architectures_table
 from grail_hf.cli import app, replaced_when_whole
 
@@ -58,6 +64,55 @@ def test_compress_without_data(compress_arguments, tmp_path):
     assert code == 0, err
     source = json.loads(out)["calibration"]["source"]
     assert source.startswith("sampled from the dense model itself: 8 sequences of 64 tokens")
+
+
+def tensors_of(folder):
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
+    compress_arguments, jargon_test, tmp_path, monkeypatch
+):
+    """By itself where the weights fill half of the free memory; the same weights come of it."""
+    assert run(*compress_arguments)[0] == 0
+    (tmp_path / "out").rename(tmp_path / "in memory")
+    memory = psutil.virtual_memory()._replace(available=20 * 2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    code, out, err = run(*compress_arguments, "--eval", jargon_test, "--json")
+    assert code == 0, err
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 7
+    found, same = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "in memory")
+    assert found.keys() == same.keys()
+    assert all(torch.equal(found[name], same[name]) for name in same)
+    measured = json.loads(out)["evaluation"]
+    assert measured["perplexity before"] < measured["perplexity after"]
+    assert CompressionReport.load(tmp_path / "out").evaluation == measured
+    code, _, err = run(*compress_arguments, "--in-memory", "--resume")
+    assert code == 1 and "--resume" in err
+
+
+def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
+    """A process of its own gets the signal that Ctrl+C sends, when its first layer is done."""
+    longer = ("--disk-to-disk", "--num-samples", 24, "--seq-length", 128)  # to be in time for it
+    arguments = [str(argument) for argument in (*compress_arguments, *longer)]
+    journal = tmp_path / ".out.partial" / ".grail" / "journal.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grail_hf", *arguments], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (journal.is_file() and json.loads(journal.read_text())["layers"]):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = run(*arguments)
+    assert code == 1 and "--resume" in err
+    code, _, err = run(*arguments, "--resume")
+    assert code == 0, err
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 7
 
 
 def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
