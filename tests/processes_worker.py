@@ -125,8 +125,21 @@ def too_few():
         return str(error)
 
 
-def die_at(group, arguments):
-    """Run a command in which the second process is killed where this group's turn comes."""
+def from_disk_to_disk(folder, output, **settings):
+    return grail_hf.compress_checkpoint(
+        folder.parent / "dense",
+        folder / output,
+        batches(True),
+        multiple_of=1,
+        device="cpu",
+        rehome=True,
+        **HALVES,
+        **settings,
+    )
+
+
+def die_at(group):
+    """The second process will be killed where this group's turn comes."""
     collect = Block.collect
 
     def dying(self, of, *args, **kwargs):
@@ -135,7 +148,6 @@ def die_at(group, arguments):
         return collect(self, of, *args, **kwargs)
 
     Block.collect = dying
-    app([str(argument) for argument in arguments])
 
 
 def save(folder, name, result):
@@ -146,21 +158,22 @@ def work_of_two(folder):
     for name in RUNS:
         save(folder, name, compressed(name))
     save(folder, "exchanged", exchanged())
-    die_at(
-        "model.layers.0.mlp",
-        [
-            *("compress", EXAMPLES / "tiny-llama", folder / "out", "--in-memory"),
-            *("--calibration", EXAMPLES / "text" / "jargon-train.txt", "--sparsity", 0.5),
-            *("--num-samples", 4, "--seq-length", 64, "--batch-size", 2, "--device", "cpu"),
-            *("--selector", "magnitude", "--refit", 0, "--ridge", 0.01),
-        ],
-    )
+    die_at("model.layers.0.mlp")
+    command = [
+        *("compress", EXAMPLES / "tiny-llama", folder / "out", "--in-memory"),
+        *("--calibration", EXAMPLES / "text" / "jargon-train.txt", "--sparsity", 0.5),
+        *("--num-samples", 4, "--seq-length", 64, "--batch-size", 2, "--device", "cpu"),
+        *("--selector", "magnitude", "--refit", 0, "--ridge", 0.01),
+    ]
+    app([str(argument) for argument in command])
 
 
 def work_of_three(folder):
     torch.distributed.init_process_group("gloo")  # the program's own, which serves as well
     save(folder, "padded", compressed("padded"))
     save(folder, "too few", too_few())
+    die_at("model.layers.1.mlp")
+    from_disk_to_disk(folder, "out")
 
 
 def start(rank, number, port, work, folder):
@@ -187,6 +200,7 @@ def start(rank, number, port, work, folder):
 
 def main(folder):
     ends = {}
+    tiny_model("llama").save_pretrained(folder / "dense")
     for work, number in ((work_of_two, 2), (work_of_three, 3)):
         where = folder / str(number)
         where.mkdir()

@@ -76,7 +76,10 @@ def test_merge_leaves_the_other_as_it_was():
 def test_in_fp64_the_order_of_the_updates_does_not_matter(dtype, same):
     """As if other processes had made some of them; greedy choices hang on the last bits."""
     generator = torch.Generator().manual_seed(0)
-    chunks = [(torch.randn(50, 30, generator=generator), torch.randn(50, 4)) for _ in range(9)]
+    chunks = [
+        (torch.randn(50, 30, generator=generator), torch.randn(50, 4, generator=generator))
+        for _ in range(9)
+    ]
     forward, backward = (GramStats.zeros(30, outputs=4, dtype=dtype) for _ in range(2))
     for stats, order in ((forward, chunks), (backward, chunks[::-1])):
         for x, y in order:

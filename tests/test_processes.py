@@ -116,6 +116,22 @@ def test_when_one_is_killed_the_other_says_so_and_ends(folder):
     assert not left, "nothing half-written"
 
 
+def test_what_was_done_when_one_is_killed_is_gone_on_with(folder):
+    """By another number of processes, to the bytes of a run that nothing stopped."""
+    ends = json.loads((folder / "ends.json").read_text())["3"]
+    assert [ends[rank][0] for rank in "012"] == [70, -9, 70], printed(folder, 3, 0)
+    for rank in (0, 2):
+        last = printed(folder, 3, rank).strip().splitlines()[-1]
+        assert "StoppedError: another process of 3 ended at model.layers.1.mlp" in last
+        assert "1 layers are done and kept" in last
+    processes_worker.from_disk_to_disk(folder / "3", "out", resume=True)
+    processes_worker.from_disk_to_disk(folder / "3", "at once")
+    outputs = [sorted((folder / "3" / name).iterdir()) for name in ("out", "at once")]
+    for one, other in zip(*outputs, strict=True):
+        assert one.name == other.name
+        assert one.suffix in (".json", ".md") or one.read_bytes() == other.read_bytes()
+
+
 def test_one_process_joins_nothing():
     marker = object()
     processes.start()
