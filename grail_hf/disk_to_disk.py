@@ -67,7 +67,8 @@ def compress_checkpoint(
     layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
     run that is stopped, or killed, can go on behind the last layer that it had written: its files
     are then, byte for byte, those of a run that was not stopped, but for the times and the memory
-    that `grail.json` reports.
+    that `grail.json` reports. Several processes share the work as in `compress`; the output is in a
+    folder that all of them see.
 
     Args:
         source: a folder in safetensors, or a name on the hub.

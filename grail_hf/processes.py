@@ -213,7 +213,7 @@ def _sent(data: Any, name: str) -> Any:
         file = io.BytesIO()
         pickler = _Pickler(file)
         pickler.dump(data)
-        tensors = [tensor.contiguous() for tensor in pickler.tensors]
+        tensors = pickler.tensors
         # Of a device only the type: its index is the receiver's own.
         kinds = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
         header = [(file.getvalue(), kinds)]
@@ -225,16 +225,16 @@ def _sent(data: Any, name: str) -> Any:
         for tensor in tensors:
             carried = _carried(tensor)
             distributed.broadcast(carried, src=0)
-            if carried is not tensor:
+            if carried is not tensor and not is_first():
                 tensor.copy_(carried)
     return data if is_first() else _Unpickler(io.BytesIO(content), tensors).load()
 
 
 def _carried(tensor: Tensor) -> Tensor:
-    """The tensor where the group's backend takes it: NCCL alone takes none of the host's."""
-    if f"{tensor.device.type}:" in distributed.get_backend_config():
-        return tensor
-    return tensor.to(torch.accelerator.current_accelerator())
+    """The tensor as the group's backend takes it: NCCL alone takes none of the host's."""
+    if f"{tensor.device.type}:" not in distributed.get_backend_config():
+        tensor = tensor.to(torch.accelerator.current_accelerator())
+    return tensor.contiguous()
 
 
 def _picklable(error: Exception) -> Exception:
@@ -252,6 +252,8 @@ def _ended_at(name: str) -> Iterator[None]:
     """An exchange that fails says what for, and where the work was."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ProcessGroupError(
             f"another process of {count()} ended at {name}, or did not answer for {TIMEOUT}"

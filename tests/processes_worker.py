@@ -28,6 +28,7 @@ from grail_hf.stream import Block
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HALVES = {"mlp_sparsity": 0.5, "attention_sparsity": 0.5}
+MLP = {"mlp_sparsity": 0.5, "attention_sparsity": 0.0}
 
 # name -> (model, padded, settings)
 RUNS = {
@@ -38,7 +39,8 @@ RUNS = {
     "mixture": ("mixtral", True, HALVES),
     "fold": ("qwen3", True, HALVES | {"selector": "fold"}),
     "search": ("llama", True, {"sparsity": 0.5, "allocation": "search"}),
-    "bias": ("opt", True, {"mlp_sparsity": 0.5, "attention_sparsity": 0.0, "bias": "auto"}),
+    "bias": ("opt", True, MLP | {"bias": "auto"}),
+    "transposed": ("gpt2", True, MLP | {"selector": "wanda++"}),
 }
 
 
@@ -101,13 +103,14 @@ def exchanged():
 
     summed = [torch.full((2, 3), rank + 1.0, dtype=torch.float64), torch.tensor([rank, 5])]
     processes.sum_(summed, "here")
-    labels = torch.tensor([0, 1, 0, 1])
+    labels, matrix = torch.tensor([0, 1, 0, 1]), torch.arange(6).reshape(2, 3)
     return {
         "sum": summed,
         "total": processes.total([rank + 1, 0.5], "here"),
         "gather": processes.gather([rank] * (rank + 1), "here"),
         "once": processes.once(
-            lambda: (rank, Reduction.fold(labels), [torch.zeros(0), labels > 0, None]), "here"
+            lambda: (rank, Reduction.fold(labels), [torch.zeros(0), labels > 0, matrix.T, None]),
+            "here",
         ),
         "errors": [raised(FloatingPointError("NaN in layer 3")), raised(Unlike(1, 2))],
         "share": list(processes.share(5)),

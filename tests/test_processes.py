@@ -84,11 +84,12 @@ def test_what_is_exchanged(folder):
         assert found["sum"][1].tolist() == [1, 10]
         assert found["total"] == [3, 1.0] and isinstance(found["total"][0], int)
         assert found["gather"] == [0, 1, 1]
-        rank, reduction, (empty, mask, nothing) = found["once"]
+        rank, reduction, (empty, mask, matrix, nothing) = found["once"]
         assert rank == 0 and nothing is None and empty.numel() == 0
         assert reduction.labels.tolist() == [0, 1, 0, 1]
         assert reduction.shares.dtype == torch.float64
         assert mask.tolist() == [False, True, False, True]
+        assert matrix.tolist() == [[0, 3], [1, 4], [2, 5]]
     own = results(folder, "exchanged", 2)
     assert own[0]["share"] + own[1]["share"] == list(range(5))
 
