@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from grail_hf.offload import input_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -312,7 +314,7 @@ def _sample(
     random state stays. An end of text may be drawn, as any token, but ends nothing: what follows it
     is what the model believes to follow. Forbidding it would draw from another distribution.
     """
-    if model is None or model.device.type == "meta":
+    if model is None or input_device(model).type == "meta":
         raise ValueError(
             f"calibration {SELF!r} is sampled from the model, which "
             + ("is not given" if model is None else "is on the meta device")
@@ -340,7 +342,7 @@ def _sample(
         # What a call leaves unset is read from the model's own settings: top_p, penalties, …
         model.generation_config = settings
         try:
-            for start in torch.split(starts.to(model.device), batch_size):
+            for start in torch.split(starts.to(input_device(model)), batch_size):
                 ids = generate(
                     start,
                     attention_mask=torch.ones_like(start),

@@ -36,6 +36,7 @@ from grail_hf.planning import (
     check_weights,
     choose_device,
     estimate,
+    hidden_state_bytes,
     plan_compression,
     window_length,
 )
@@ -95,6 +96,9 @@ SolveDtype = Annotated[
     str, typer.Option("--solve-dtype", help="Of selection and solve: float64 or float32.")
 ]
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
+HiddenStates = Annotated[
+    str, typer.Option(help="Where hidden states are kept: auto, accelerator, host or disk.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 _MENDABLE = (
     ValueError,
@@ -142,6 +146,7 @@ def compress_command(
     rehome: Rehome = _DEFAULTS.rehome,
     device: Device = None,
     dtype: SolveDtype = _DEFAULTS.dtype,
+    hidden_states: HiddenStates = _DEFAULTS.hidden_states,
     eval_text: Annotated[
         str | None, typer.Option("--eval", help="Text to measure perplexity on, before and after.")
     ] = None,
@@ -363,6 +368,7 @@ def inspect_command(
     ignore: Ignore = None,
     rehome: Rehome = _DEFAULTS.rehome,
     dtype: SolveDtype = _DEFAULTS.dtype,
+    hidden_states: HiddenStates = _DEFAULTS.hidden_states,
     as_json: Json = False,
 ) -> None:
     """Say what compressing will do and take, from the config alone: no weights are read."""
@@ -371,6 +377,7 @@ def inspect_command(
         model = _meta_model(source)
         plan = plan_compression(model, config)
         costs = estimate(model, plan, config)
+        hidden = hidden_state_bytes(model, plan, config, costs.tokens)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
     for kind, units in plan.units.items():
         table.add_row(f"{kind} units per layer", f"{units:,}", width_range(plan.widths[kind]))
@@ -382,6 +389,7 @@ def inspect_command(
     table.add_row("model type", model.config.model_type, plan.config.model_type)
     table.add_section()
     table.add_row("calibration tokens", "", f"{costs.tokens:,}")
+    table.add_row(f"hidden states ({config.hidden_states})", "", _bytes(hidden))
     table.add_row("accelerator memory", "", _bytes(costs.accelerator_bytes))
     table.add_row("host memory", "", _bytes(costs.host_bytes))
     for phase, operations in costs.operations.items():

@@ -35,13 +35,14 @@ from grail_hf.evaluation import evaluation_mode
 from grail_hf.experts import ExpertsGroup
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
-from grail_hf.offload import Homes, Place
+from grail_hf.offload import Homes, Place, choose_place, homes_of
 from grail_hf.planning import (
     Plan,
     check_weights,
     choose_device,
     context_length,
     decoder_layers,
+    hidden_state_bytes,
     plan_compression,
     vocabulary_size,
 )
@@ -90,7 +91,7 @@ def compress(
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
-            any other with `architecture`.
+            any other with `architecture`; loaded with `device_map` and offloaded, too.
         tokenizer: needed where `calibration` is text.
         calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
             `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
@@ -123,8 +124,12 @@ def compress(
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     start = time.perf_counter()
-    homes = Homes(decoder_layers(model, plan.architecture), device)
-    place = None
+    layers = decoder_layers(model, plan.architecture)
+    homes = homes_of(model, layers, device, asked=config.device is not None)
+    size = sum(batch["input_ids"].numel() for batch in tokens.batches)
+    place = choose_place(
+        config.hidden_states, hidden_state_bytes(model, plan, config, size), device
+    )
     if find_allocation(config.allocation).loss is not None:
         with evaluation_mode(model):
             profiles = profile(model, plan, tokens.batches, config, homes, place, progress)

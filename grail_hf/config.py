@@ -17,6 +17,7 @@ TARGETS = ("self", "dense", "residual")
 FOLDS = ("measured", "linear")
 SOLVE_DTYPES = ("float32", "float64")
 AUTO = "auto"
+HIDDEN_STATES = (AUTO, "accelerator", "host", "disk")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,16 @@ class GrailConfig:
         rehome: allow the result to be saved under another stock model type that computes the
             same function, where the model's own cannot say the new shape.
         device: where layers run ("cuda", "cuda:1", "cpu"); by default the model's device if it
-            is an accelerator, else the machine's accelerator if there is one, else the CPU.
+            is an accelerator, else the machine's accelerator if there is one, else the CPU. With
+            a `device_map`, by default where that has them run; layers that it puts on an
+            accelerator run there in any case.
         dtype: of selection and solve, "float64" or "float32".
+        hidden_states: where the calibration tokens' hidden states are kept between layers; the
+            result is the same. "accelerator": where layers run. "host": in host memory. "disk": in
+            files without a name in the folder for temporary files (the environment variable TMPDIR
+            names another), mapped into memory; they are gone with the process. "auto": the first
+            of these where they have room, in a quarter of the accelerator's free memory or half of
+            the host's; on a machine without an accelerator, of the last two.
 
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
@@ -105,6 +114,7 @@ class GrailConfig:
     rehome: bool = True
     device: str | None = None
     dtype: str = "float64"
+    hidden_states: str = AUTO
 
     def __post_init__(self) -> None:
         if isinstance(self.ignore, (str, int)):
@@ -168,6 +178,8 @@ class GrailConfig:
             raise ValueError(f"fold={self.fold!r} must be one of {FOLDS}")
         if self.dtype not in SOLVE_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} must be one of {SOLVE_DTYPES}")
+        if self.hidden_states not in HIDDEN_STATES:
+            raise ValueError(f"hidden_states={self.hidden_states!r} must be one of {HIDDEN_STATES}")
         for entry in self.ignore:
             if not (_is_integer(entry) or isinstance(entry, str)):
                 raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")

@@ -26,8 +26,14 @@ from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, Wri
 from grail_hf.compress import narrow_layers_, read_calibration
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
-from grail_hf.offload import Place
-from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
+from grail_hf.offload import choose_place
+from grail_hf.planning import (
+    Plan,
+    choose_device,
+    decoder_layers,
+    hidden_state_bytes,
+    plan_compression,
+)
 from grail_hf.profiling import profile
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
 from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
@@ -151,7 +157,9 @@ def _compress(
 ) -> tuple[Plan, CompressionReport]:
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
     model = parts.model
-    place = Place(torch.device("cpu"))
+    slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
+    size = hidden_state_bytes(model, plan, config, slots)
+    place = choose_place(config.hidden_states, size, device)
     start = time.perf_counter()
     if plan.reduced and find_allocation(config.allocation).loss is not None:
         profiles, widths = None, journal.notes.get("widths")

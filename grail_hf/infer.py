@@ -245,7 +245,9 @@ def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
     model, layers = subject.model, subject.layers
     ran = _modules_run(model, [layers])
     (returns_tuple,) = {is_tuple for _, (is_tuple, _) in ran.values()}
-    (batch,) = record_calls(model, layers, [{"input_ids": _token_ids(model)}], returns_tuple)
+    (batch,) = record_calls(
+        model, layers, [{"input_ids": _token_ids(model)}], returns_tuple=returns_tuple
+    )
     examples: dict[Any, _Example] = {}
     for index, layer in enumerate(layers):
         front, (_, behind) = ran[layer]

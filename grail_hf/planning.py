@@ -28,6 +28,7 @@ from grail_hf.compensation import DAMPINGS
 from grail_hf.config import GrailConfig
 from grail_hf.experts import group_in
 from grail_hf.groups import Group
+from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_stride
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
 from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
@@ -124,8 +125,8 @@ def plan_compression(
     Raises:
         TypeError: not a transformers model.
         ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised, spread over devices), a sparsity that cannot
-            be reached, an `ignore` entry that matches nothing, widths that no config can say.
+            be compressed (encoder-decoder, quantised), a sparsity that cannot be reached, an
+            `ignore` entry that matches nothing, widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -384,20 +385,15 @@ def check_model(model: object) -> None:
         raise ValueError(
             "the model is quantised: compress the full-precision model, then quantise the result"
         )
-    device_map = getattr(model, "hf_device_map", None) or {}
-    if len(set(device_map.values())) > 1:
-        raise ValueError(
-            f"the model is spread over {sorted(map(str, set(device_map.values())))}; load it "
-            "without device_map: one layer at a time is moved to the accelerator anyway"
-        )
 
 
 def check_weights(model: PreTrainedModel) -> None:
     """Raise FloatingPointError naming the first parameter that holds NaN or Inf.
 
-    Raises ValueError where a parameter has no values (it is on the meta device).
+    Raises ValueError where a parameter has no values (it is on the meta device, and no hook of
+    accelerate's knows them).
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights_of(model):
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: load the model with its weights")
         if not torch.isfinite(parameter).all():
@@ -425,8 +421,11 @@ def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
-    Of several processes, each has an accelerator of its own. Raises ValueError where this machine
-    does not have the wanted device, or it is another process's.
+    A model that accelerate has dispatched runs where it takes its inputs, a CPU too. Of several
+    processes, each has an accelerator of its own.
+
+    Raises ValueError where this machine does not have the wanted device, or it is another
+    process's.
     """
     if wanted is not None:
         device = torch.device(wanted)
@@ -434,8 +433,8 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
-    elif model.device.type not in ("cpu", "meta"):
-        device = model.device
+    elif (own := input_device(model)).type not in ("cpu", "meta") or is_dispatched(model):
+        device = own
     else:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return processes.own_device(device)
@@ -547,9 +546,7 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
         channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
         forward += 2 * tokens * length * channels * passes
     layer_bytes = max(sum(p.numel() for p in layer.parameters()) for layer in layers) * item
-    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
-    copies = 1 + targeted * (2 + len(plan.specs[0]))
-    hidden = tokens * model.config.get_text_config().hidden_size * item * copies
+    hidden = hidden_state_bytes(model, plan, config, tokens)
     weights = sum(p.numel() for p in model.parameters()) * item
     return Estimate(
         tokens,
@@ -557,6 +554,14 @@ def estimate(model: PreTrainedModel, plan: Plan, config: GrailConfig) -> Estimat
         host_bytes=weights + hidden,
         operations={"forward": forward, "gram": gram, "select and solve": solve},
     )
+
+
+def hidden_state_bytes(model: PreTrainedModel, plan: Plan, config: GrailConfig, tokens: int) -> int:
+    """What hidden states take together, of so many tokens."""
+    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
+    copies = 1 + config.targeted * (2 + len(plan.specs[0]))
+    each: int = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return tokens * each * copies
 
 
 def _parameters_per_token(group: Group) -> int:

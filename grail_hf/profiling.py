@@ -24,7 +24,7 @@ from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
 from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
-from grail_hf.offload import Homes, Place
+from grail_hf.offload import Homes, Place, input_device
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
@@ -72,7 +72,7 @@ def profile(
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         config: the settings; the divergences are measured near the widths of its sparsity.
         homes: where the decoder layers lie, and where they work.
-        place: where hidden states are kept; by default where the model is.
+        place: where hidden states are kept; by default where the model takes its inputs.
         progress: show a bar on standard error.
     """
     wanted = find_allocation(config.allocation).divergences
@@ -219,10 +219,11 @@ def _divergences(
     The model's own forward makes logits of the hidden states behind the last layer, so that its
     final norm, scaling and caps are what they are.
     """
+    device = input_device(model)
 
     def log_probabilities(inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        returned = as_returned(hidden.to(model.device), returns_tuple)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        returned = as_returned(hidden.to(device), returns_tuple)
         with forwards_replaced(layers, lambda *_, **__: returned):
             logits: Tensor = model(**inputs, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)

@@ -11,7 +11,9 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import update_wrapper
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -283,6 +285,9 @@ def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         state.update({key: value for key, value in vars(new).items() if key not in state})
         if "config" in state:
             state["config"] = config
+        if "_old_forward" in state:  # what accelerate's hook calls
+            module._old_forward = MethodType(type(new).forward, module)
+            update_wrapper(module.forward, module._old_forward)
         module.__class__ = type(new)
 
 

@@ -24,7 +24,7 @@ from grail_hf.architectures import GroupSpec
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
-from grail_hf.offload import HiddenStates, Homes, Place
+from grail_hf.offload import HiddenStates, Homes, Place, input_device
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
 
@@ -416,7 +416,7 @@ def stream(
         homes: where its decoder layers lie, and where they work.
         specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
-        place: where hidden states are kept; by default where the model is.
+        place: where hidden states are kept; by default where the model takes its inputs.
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
@@ -429,7 +429,7 @@ def stream(
     layers = homes.layers
     names = {id(module): name for name, module in model.named_modules()}
     with homes.surroundings():
-        place = place or Place(model.device)
+        place = place or Place(input_device(model))
         micro_batches = record_calls(model, layers, batches, place, returns_tuple)
     homes.start(micro_batches)
     left = range(homes.first, len(layers))
@@ -495,14 +495,15 @@ def record_calls(
     """Every layer's arguments for this process's batches, and the hidden states before layer 0.
 
     Masks and rotary embeddings that are equal between layers or batches are stored once. They stay
-    where the model is, and so do the hidden states, unless they have a `place`.
+    where the model takes its inputs, and so do the hidden states, unless they have a `place`.
     """
     shared = _Shared()
-    place = place or Place(model.device)
+    device = input_device(model)
+    place = place or Place(device)
     micro_batches = []
     held_out = held_out_tokens(batches)
     for number in processes.share(len(batches)):
-        inputs = {name: tensor.to(model.device) for name, tensor in batches[number].items()}
+        inputs = {name: tensor.to(device) for name, tensor in batches[number].items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
             number,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf.config import ATTENTION_UNITS, FOLDS, SOLVE_DTYPES, GrailConfig
+from grail_hf.config import ATTENTION_UNITS, FOLDS, HIDDEN_STATES, SOLVE_DTYPES, GrailConfig
 
 FRACTIONS = ("sparsity", "mlp_sparsity", "attention_sparsity")
 NAN = float("nan")
@@ -31,6 +31,7 @@ OUT_OF_RANGE = [
     *(("attention_unit", value) for value in ("head", None)),
     *(("fold", value) for value in ("exact", True)),
     *(("dtype", value) for value in ("bfloat16", torch.float64)),
+    *(("hidden_states", value) for value in ("cuda", None)),
     *(("bias", value) for value in (True, "all", None)),
     *(("selector", value) for value in (3, None, ["gram"])),
     *(("device", value) for value in ("warp", 1.5)),
@@ -56,6 +57,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
         *(("attention_unit", value) for value in ATTENTION_UNITS),
         *(("fold", value) for value in FOLDS),
         *(("dtype", value) for value in SOLVE_DTYPES),
+        *(("hidden_states", value) for value in HIDDEN_STATES),
         *(("device", value) for value in (None, "cpu")),
     ],
 )
@@ -64,11 +66,12 @@ def test_the_ends_of_a_range_belong_to_it(name, value):
     assert getattr(GrailConfig(**total, **{name: value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["attention_unit", "fold", "dtype"])
+@pytest.mark.parametrize("name", ["attention_unit", "fold", "dtype", "hidden_states"])
 def test_a_refused_choice_lists_the_choices(name):
     with pytest.raises(ValueError) as error:
         GrailConfig(sparsity=0.3, **{name: "other"})
     choices = {"attention_unit": ATTENTION_UNITS, "fold": FOLDS, "dtype": SOLVE_DTYPES}
+    choices["hidden_states"] = HIDDEN_STATES
     for choice in choices[name]:
         assert repr(choice) in str(error.value)
 

@@ -144,13 +144,6 @@ def test_a_quantised_model_is_refused(place):
         compress(model, Untouchable())
 
 
-def test_a_model_spread_over_devices_is_refused():
-    model = tiny_model("llama")
-    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
-    with refused(model, ValueError, "spread over ['0', 'cpu']", "without device_map"):
-        compress(model, Untouchable())
-
-
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: model.state_dict()])
 def test_what_is_no_transformers_model_is_refused(wrap):
     model = tiny_model("llama")

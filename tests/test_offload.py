@@ -1,0 +1,592 @@
+"""Layers and hidden states away from the accelerator: the same results, few reads, no litter."""
+
+import contextlib
+import gc
+import resource
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.utils import OffloadedWeightsLoader
+from tiny_models import (
+    ARCHITECTURE_CASES,
+    assert_state,
+    batches,
+    homes_of,
+    layers_of,
+    logits,
+    state_of,
+    tiny_architecture,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM
+
+import grail_hf
+from grail_hf import SELECTORS, PartlyCompressedError, offload
+from grail_hf.offload import Courier, DispatchedHomes, Homes, Place, choose_place, weights_of
+
+CPU = torch.device("cpu")
+CASES = {
+    "llama": {},  # moves to mistral
+    "qwen2-mixed": {},
+    "gemma2": {"attention_sparsity": 0.5},
+    "gpt2": {},
+    "falcon": {},
+    "mixtral": {},
+    "qwen3_moe": {"bias": "auto"},
+}
+every_case = pytest.mark.parametrize("case", CASES)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def compress(model, calibration=None, **settings):
+    calibration = batches() if calibration is None else calibration
+    settings = {"sparsity": 0.3, "multiple_of": 1, "device": "cpu"} | settings
+    return grail_hf.compress(model, calibration=calibration, progress=False, **settings)
+
+
+def random_model(case):
+    of_architecture = case in ARCHITECTURE_CASES and case != "llama"
+    return tiny_architecture(case) if of_architecture else tiny_model(case)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Gives the folder of a saved model of a case."""
+    folders = {}
+
+    def folder_of(case):
+        if case not in folders:
+            folders[case] = tmp_path_factory.mktemp(case)
+            random_model(case).save_pretrained(folders[case])
+        return folders[case]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def in_memory(saved):
+    """Gives a case's model that was compressed in plain memory."""
+    compressed = {}
+
+    def of(case, **settings):
+        known = case, repr(settings)
+        if known not in compressed:
+            compressed[known] = load(saved(case))
+            compress(compressed[known], **settings)
+        return compressed[known]
+
+    return of
+
+
+def load(folder, **settings):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+
+
+def device_map(model, *places, rest="cpu"):
+    """The layers in these places, in turn, and all else in `rest`."""
+    layers = {id(layer): index for index, layer in enumerate(layers_of(model))}
+
+    def parts(name, module):
+        if id(module) in layers:
+            return {name: places[layers[id(module)] % len(places)]}
+        if any(id(inner) in layers for inner in module.modules()):
+            return {
+                key: place
+                for child, inner in module.named_children()
+                for key, place in parts(f"{name}.{child}".strip("."), inner).items()
+            }
+        return {name: rest}
+
+    return parts("", model)
+
+
+# How accelerate may come to have a model. A main device that is no string "cpu" has it offload what
+# is in host memory too.
+
+
+def from_checkpoint(folder, place):
+    """Disk means the checkpoint itself, but for a mixture's experts, which must be fused first."""
+    parts = device_map(load(folder), "disk", "cpu")
+    return load(folder, device_map=parts, offload_folder=place)
+
+
+def host_and_disk(folder, place):
+    model = load(folder)
+    parts = device_map(model, "cpu", "disk", rest="disk")
+    return dispatch_model(model, parts, main_device=CPU, offload_dir=place)
+
+
+def in_host_memory(folder, place):
+    return cpu_offload(load(folder), CPU)
+
+
+def on_disk(folder, place):
+    return disk_offload(load(folder), place, CPU)
+
+
+def layer_by_layer(folder, place):
+    """A whole layer is fetched at a time."""
+    model = load(folder)
+    preload = [type(layers_of(model)[0]).__name__]
+    return cpu_offload(model, CPU, preload_module_classes=preload, offload_buffers=True)
+
+
+WAYS = [from_checkpoint, host_and_disk, in_host_memory, on_disk, layer_by_layer]
+every_way = pytest.mark.parametrize("dispatched", WAYS, ids=lambda way: way.__name__)
+
+
+def assert_same_weights(model, expected):
+    """Bit for bit; where accelerate offloads tied weights, it unties them."""
+    state, found = expected.state_dict(), dict(weights_of(model))
+    assert found.keys() >= dict(expected.named_parameters()).keys()
+    torch.testing.assert_close(found, {name: state[name] for name in found}, rtol=0, atol=0)
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == found[name].shape
+
+
+def assert_saved(model, expected, folder):
+    model.save_pretrained(folder)
+    again, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    found, goal = [logits(one, batches()) for one in (model, again)], logits(expected, batches())
+    assert torch.equal(found[0], goal)
+    assert torch.equal(found[1], goal)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each offloaded weight was read."""
+    counts = Counter()
+    get = OffloadedWeightsLoader.__getitem__
+
+    def counted(self, key):
+        counts[key] += 1
+        return get(self, key)
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", counted)
+    return counts
+
+
+# Models that accelerate has dispatched
+
+
+@every_case
+@pytest.mark.parametrize("dispatched", [from_checkpoint, host_and_disk], ids=lambda w: w.__name__)
+def test_a_dispatched_model_becomes_what_it_becomes_in_memory(
+    case, dispatched, saved, in_memory, tmp_path
+):
+    model, plain = dispatched(saved(case), tmp_path / "offload"), in_memory(case, **CASES[case])
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    compress(model, **CASES[case])
+    assert type(model) is type(plain)
+    assert model.config.to_dict() == plain.config.to_dict()
+    assert_same_weights(model, plain)
+    assert [name for name, parameter in model.named_parameters() if parameter.is_meta] == meta
+    assert_saved(model, plain, tmp_path / "saved")
+
+
+@every_way
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("llama", {}),
+        ("qwen2-mixed", {"ignore": 0, "selector": "wanda++"}),
+        ("llama", {"attention_sparsity": 0.0, "bias": "auto", "selector": "fold"}),
+    ],
+    ids=["rehomed", "layers differ", "new biases"],
+)
+def test_every_way_of_dispatching(dispatched, case, settings, saved, in_memory, tmp_path):
+    model, plain = dispatched(saved(case), tmp_path), in_memory(case, **settings)
+    compress(model, **settings)
+    assert_same_weights(model, plain)
+    assert torch.equal(logits(model, batches()), logits(plain, batches()))
+    prompt = {"input_ids": torch.arange(10, 15)[None], "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(**prompt), plain.generate(**prompt))
+    if hasattr(model, "hf_device_map"):  # without one, transformers cannot save it
+        assert_saved(model, plain, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dispatched", [host_and_disk, on_disk], ids=lambda way: way.__name__)
+def test_a_compressed_model_is_compressed_again(dispatched, saved, tmp_path):
+    plain, model = load(saved("qwen2-mixed")), dispatched(saved("qwen2-mixed"), tmp_path)
+    for _ in range(2):
+        compress(plain)
+        compress(model)
+    assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("dispatched", [from_checkpoint, on_disk], ids=lambda way: way.__name__)
+def test_the_weights_that_were_offloaded_stay_as_they_were_on_disk(dispatched, saved, tmp_path):
+    folders = [saved("mixtral"), tmp_path]
+    model = dispatched(*folders)
+
+    def contents():
+        return {
+            path: path.read_bytes()
+            for folder in folders
+            for path in folder.glob("*")
+            if path.is_file()
+        }
+
+    before = contents()
+    compress(model)
+    assert contents() == before
+    assert any(path.is_dir() for path in tmp_path.iterdir())  # where the new ones are
+    del model
+    gc.collect()
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("settings", "each"), [({}, 2), ({"allocation": "search"}, 3)])
+def test_an_offloaded_weight_is_read_once_to_be_checked_and_once_to_work(
+    settings, each, saved, in_memory, tmp_path, reads
+):
+    model = on_disk(saved("llama"), tmp_path)
+    names = {name for name, _ in model.named_parameters()}
+    layers = {name for name in names if ".layers." in name}
+    reads.clear()
+    compress(model, **settings)
+    assert {reads[name] for name in layers} == {each}
+    # The rest comes once for each pass, and once more for the logits of a measured allocation.
+    assert {reads[name] for name in names - layers} == {each + (each - 2)}
+    assert_same_weights(model, in_memory("llama", **settings))
+
+
+def test_layers_at_work_are_whole_and_nothing_is_read_ahead_on_the_cpu(saved, tmp_path, reads):
+    model = on_disk(saved("llama"), tmp_path)
+    layers = layers_of(model)
+    meta = []
+
+    def seen(group, stats):
+        meta.append([any(p.is_meta for p in layer.parameters()) for layer in layers])
+        meta[-1].append(max(n for name, n in reads.items() if ".layers.2." in name))
+        return SELECTORS["wanda"](group, stats)
+
+    reads.clear()
+    compress(model, selector=seen)
+    assert meta[:4] == 2 * [[False, True, True, 1]] + 2 * [[True, False, True, 1]]
+
+
+@every_way
+def test_after_a_failure_every_layer_is_home(dispatched, saved, tmp_path):
+    model = dispatched(saved("qwen2-mixed"), tmp_path)
+    expected = [(name, p.device) for name, p in model.named_parameters()]
+
+    def fails(group, stats):
+        if ".1.mlp" in group.name:
+            raise ZeroDivisionError("on purpose")
+        return SELECTORS["wanda"](group, stats)
+
+    with pytest.raises(PartlyCompressedError, match="on purpose"):
+        compress(model, selector=fails)
+    assert [(name, p.device) for name, p in model.named_parameters()] == expected
+    found = dict(weights_of(model))
+    for name, parameter in model.named_parameters():
+        assert parameter.shape == found[name].shape
+    assert found["model.layers.0.mlp.up_proj.weight"].shape[0] < 83
+    assert found["model.layers.1.mlp.up_proj.weight"].shape[0] == 83
+    hooks = [m._hf_hook for layer in layers_of(model)[:2] for m in layer.modules() if has_hook(m)]
+    assert any(hook.offload for hook in hooks)
+
+
+def has_hook(module):
+    return hasattr(module, "_hf_hook")
+
+
+@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "lm_head.weight"])
+def test_an_offloaded_weight_that_is_not_finite_is_named(name, tmp_path):
+    model = tiny_model("llama")
+    model.get_parameter(name).data.flatten()[-1] = float("nan")
+    disk_offload(model, tmp_path, CPU)
+    with pytest.raises(FloatingPointError, match=f"{name} holds NaN or Inf"):
+        compress(model)
+
+
+def test_tokens_are_sampled_from_a_dispatched_model(saved, tmp_path):
+    plain, model = load(saved("llama")), host_and_disk(saved("llama"), tmp_path)
+    settings = {"calibration": "self", "num_samples": 8, "seq_length": 12}
+    compress(plain, **settings)
+    compress(model, **settings)
+    assert_same_weights(model, plain)
+
+
+def test_a_full_disk_while_a_layer_goes_home_is_said(saved, tmp_path):
+    model = on_disk(saved("llama"), tmp_path)
+    before = files_under(tmp_path)
+
+    def limit(group, stats):
+        stack.enter_context(largest_file(1000))
+        return SELECTORS["wanda"](group, stats)
+
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(PartlyCompressedError, match="cannot be written in") as caught,
+    ):
+        compress(model, selector=limit)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert files_under(tmp_path) == before
+
+
+# Reading ahead
+
+
+class Messenger(Courier):
+    """Brings tensors at once, to any device."""
+
+    log: ClassVar = []
+
+    def send(self, label, reads, size, device):
+        assert size == sum(read().nbytes for read in reads)
+        self.log.append(("sent", label))
+        self.brought = {label: [read().to(device).clone() for read in reads]}
+
+    def receive(self, label):
+        brought = getattr(self, "brought", {}).pop(label, [])
+        self.log.append(("received", label, len(brought)))
+        return brought
+
+
+@pytest.mark.parametrize("dispatched", [None, host_and_disk, in_host_memory, on_disk])
+def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path, monkeypatch):
+    plain = in_memory("llama")
+    monkeypatch.setattr(offload, "Courier", Messenger)
+    monkeypatch.setattr(Messenger, "log", [])
+    model = dispatched(saved("llama"), tmp_path) if dispatched else load(saved("llama"))
+    compress(model)
+    assert_same_weights(model, plain)
+    assert Messenger.log == [
+        *(("received", 0, 0), ("sent", 1), ("received", 1, 9), ("sent", 2), ("received", 2, 9))
+    ]
+
+
+def test_nothing_is_brought_to_a_cpu():
+    def read():
+        raise AssertionError("nothing was to be read")
+
+    courier = Courier()
+    courier.send(0, [read], 0, CPU)
+    assert courier.receive(0) == []
+
+
+@pytest.mark.parametrize(("free", "sent"), [(80, True), (79, False)])
+def test_a_layer_is_read_ahead_into_an_eighth_of_the_room(free, sent, monkeypatch):
+    monkeypatch.setattr(offload, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(offload, "_bring", lambda reads, device: 1 / 0)
+    courier = Courier()
+    courier.send(0, [torch.empty], 10, torch.device("cuda"))
+    with pytest.raises(ZeroDivisionError) if sent else contextlib.nullcontext():
+        assert courier.receive(0) == []
+    assert courier.receive(0) == []
+
+
+@cuda
+def test_tensors_are_brought_whole_while_the_device_computes():
+    tensors = [torch.randn(257, 129), torch.arange(7), torch.randn(3, 5).to(torch.bfloat16)]
+    device = torch.device("cuda")
+    courier = Courier()
+    courier.send(4, [tensor.clone for tensor in tensors], 2**18, device)
+    busy = torch.randn(2048, 2048, device=device)
+    for _ in range(20):
+        busy = busy @ busy / busy.norm()
+    brought = courier.receive(4)
+    assert {tensor.device.type for tensor in brought} == {"cuda"}
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors, brought, strict=True))
+    assert courier.receive(4) == []
+
+
+@cuda
+def test_a_failure_to_read_ahead_is_raised_where_the_layer_is_asked_for():
+    def read():
+        raise OSError("on purpose")
+
+    courier = Courier()
+    courier.send(0, [read], 0, torch.device("cuda"))
+    with pytest.raises(OSError, match="on purpose"):
+        courier.receive(0)
+
+
+@cuda
+@every_way
+def test_offloaded_layers_work_on_the_accelerator_and_come_home(dispatched, saved, tmp_path):
+    plain, model = load(saved("qwen2-mixed")), dispatched(saved("qwen2-mixed"), tmp_path)
+    homes = [(name, p.device) for name, p in model.named_parameters()]
+    compress(plain, selector="magnitude", device="cuda")
+    compress(model, selector="magnitude", device="cuda")
+    assert [(name, p.device) for name, p in model.named_parameters()] == homes
+    assert_same_weights(model, plain)
+
+
+@cuda
+def test_a_device_map_over_accelerator_host_and_disk_is_respected(saved, tmp_path):
+    plain = load(saved("qwen2-mixed"))
+    parts = device_map(plain, 0, "cpu", "disk", rest=0)
+    model = load(saved("qwen2-mixed"), device_map=parts, offload_folder=tmp_path)
+    homes = [(name, p.device) for name, p in model.named_parameters()]
+    compress(plain, selector="magnitude", device="cuda")
+    compress(model, selector="magnitude", device=None)
+    assert [(name, p.device) for name, p in model.named_parameters()] == homes
+    for name, parameter in weights_of(model):
+        assert torch.equal(parameter.cpu(), plain.get_parameter(name))
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_weights(load(tmp_path / "saved"), plain)
+
+
+# Where hidden states are kept
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder for temporary files; tensors of any size are worth a file in it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(offload, "_LEAST_MAPPED", 1)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """No file may grow larger, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def files_under(folder):
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("case", "padded"), [("llama", False), *((case, True) for case in CASES)])
+def test_the_place_of_hidden_states_changes_no_bit(case, padded, folder):
+    found = []
+    for place in ("host", "disk"):
+        model = random_model(case)
+        settings = CASES[case] | {"target": "residual", "refit": 3}
+        compress(model, batches(padded), hidden_states=place, **settings)
+        found.append(model.state_dict())
+        assert not list(folder.iterdir())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"selector": "fold"}, {"allocation": "search"}])
+def test_folds_and_profiles_keep_hidden_states_likewise(settings, folder):
+    found = []
+    for place in ("host", "disk"):
+        model = tiny_model("llama")
+        compress(model, hidden_states=place, target="self", **settings)
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_hidden_states_on_disk_are_mapped_files_without_a_name(place, folder):
+    maps = []
+
+    def seen(group, stats):
+        assert not list(folder.iterdir())
+        maps.append(f"{folder}/hidden-states-" in Path("/proc/self/maps").read_text())
+        return SELECTORS["wanda"](group, stats)
+
+    compress(tiny_model("llama"), hidden_states=place, selector=seen)
+    assert set(maps) == {place == "disk"}
+
+
+def test_from_disk_to_disk_the_place_changes_no_bit_either(saved, folder, tmp_path_factory):
+    settings = {"calibration": batches(), "sparsity": 0.3, "multiple_of": 1, "progress": False}
+    weights = []
+    for place in ("host", "disk"):
+        output = tmp_path_factory.mktemp("compressed") / place
+        grail_hf.compress_checkpoint(saved("llama"), output, hidden_states=place, **settings)
+        weights.append({path.name: path.read_bytes() for path in output.glob("*.safetensors")})
+    assert weights[0] == weights[1] != {}
+
+
+@pytest.mark.parametrize(("short", "mapped"), [(0, False), (1, True)])
+def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatch):
+    """Of 8 x 24 and 7 x 21 tokens: compressed, dense in front and behind, two dense outputs."""
+    size = (8 * 24 + 7 * 21) * 48 * 4 * (1 + 2 + 2)
+    monkeypatch.setattr(offload, "_free_bytes", lambda device: 2 * size - short)
+    keep, kept = Place.keep, []
+
+    def seen(self, tensor):
+        kept.append(self.folder)
+        return keep(self, tensor)
+
+    monkeypatch.setattr(Place, "keep", seen)
+    compress(tiny_model("llama"))
+    assert set(kept) == {folder if mapped else None}
+
+
+def test_a_full_disk_is_said_before_anything_is_changed(folder):
+    model = tiny_model("llama")
+    state = state_of(model)
+    with largest_file(1000), pytest.raises(OSError, match="TMPDIR") as caught:
+        compress(model, hidden_states="disk")
+    assert str(folder) in str(caught.value)
+    assert not list(folder.iterdir())
+    assert_state(model, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5, 7)])
+def test_a_tensor_in_a_file_is_the_tensor(dtype, shape, folder):
+    tensor = torch.randn(shape).mul(3).to(dtype)
+    for original in (tensor, tensor.mT if tensor.ndim > 1 else tensor):
+        kept = Place(CPU, folder).keep(original)
+        assert kept.dtype == dtype
+        assert torch.equal(kept, original)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "accelerator", "host", "expected"),
+    [
+        ("auto", 400, 0, "accelerator"),
+        ("auto", 399, 200, "host"),
+        ("auto", 399, 199, "disk"),
+        ("auto", None, 200, "host"),
+        ("auto", None, 199, "disk"),
+        ("accelerator", 0, 1000, "accelerator"),
+        ("host", 1000, 0, "host"),
+        ("disk", 1000, 1000, "disk"),
+    ],
+)
+def test_auto_goes_by_the_room_that_there_is(wanted, accelerator, host, expected, monkeypatch):
+    """For 100 bytes."""
+    free = {"cpu": host, "cuda": accelerator}
+    monkeypatch.setattr(offload, "_free_bytes", lambda device: free[device.type])
+    device = torch.device("cpu" if accelerator is None else "cuda")
+    places = {
+        "accelerator": Place(device),
+        "host": Place(CPU),
+        "disk": Place(CPU, Path(tempfile.gettempdir())),
+    }
+    assert choose_place(wanted, 100, device) == places[expected]
+
+
+def test_disk_means_the_folder_that_is_named(tmp_path):
+    assert choose_place("disk", 0, CPU, tmp_path) == Place(CPU, tmp_path)
+
+
+def test_the_room_on_this_machine_is_known():
+    assert 0 < offload._free_bytes(CPU) < 2**50
+
+
+@cuda
+def test_the_room_on_the_accelerator_is_known():
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert 0 < offload._free_bytes(torch.device("cuda:0")) <= total
+
+
+def test_homes_are_chosen_by_the_hooks(saved, tmp_path):
+    plain, model = load(saved("llama")), on_disk(saved("llama"), tmp_path)
+    assert type(offload.homes_of(plain, layers_of(plain), CPU)) is Homes
+    assert type(offload.homes_of(model, layers_of(model), CPU)) is DispatchedHomes
+    assert type(homes_of(model)) is Homes
