@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grail_hf.gram import GramStats, damped_cholesky, sound_cholesky
+from grail_hf.gram import (
+    GramStats,
+    Symmetric,
+    cholesky_solve_,
+    damped_cholesky,
+    sound_cholesky_,
+    sum_of_products,
+)
 from grail_hf.reduction import Reduction
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Repair(NamedTuple):
-    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains."""
+    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains.
+
+    Without damping it is plain pruning, or folding.
+    """
 
     weight: Tensor
-    damping: float
+    damping: float | None = None
     bias: Tensor | None = None
 
 
 def ridge(
     weight: Tensor,
     stats: GramStats,
-    kept: Tensor,
+    kept: Tensor | None,
     damping: float | str,
     name: str = "the group",
     intercept: bool = False,
@@ -45,7 +54,7 @@ def ridge(
     Args:
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, fp32 or fp64.
-        kept: [K] int64, S.
+        kept: [K] int64, S; None for all, where the statistics have a cross moment.
         damping: relative to the mean diagonal, >= 0; infinite damping is plain pruning. "auto"
             chooses by the held-out tokens (`choose_damping`) and fits to all.
         name: of the group, for messages.
@@ -57,23 +66,24 @@ def ridge(
         V, and b. More damping than asked is used, with a warning, where the Gram is singular
         (`damped_cholesky`).
     """
+    if kept is not None:
+        stats, weight = stats.restricted(kept, weight), weight[:, kept]
     if isinstance(damping, str):
-        damping, _ = choose_damping(weight, stats, kept, intercept)
+        damping, _ = choose_damping(weight, stats, intercept=intercept)
     damping = max(damping, least)
     if intercept:
         x, y = stats.mean, stats.target_total_of(weight) / stats.count
-        repair = ridge(weight, stats.about(x, y), kept, damping, name)
-        return repair._replace(bias=y - repair.weight @ x[kept])
+        repair = ridge(weight, stats.about(x, y), None, damping, name)
+        return repair._replace(bias=y - repair.weight @ x)
     if math.isinf(damping):
-        return Repair(weight[:, kept], damping)
-    gram = stats.gram[kept[:, None], kept]
-    missing = stats.cross_of(weight)[:, kept] - weight[:, kept] @ gram
-    factor, used = damped_cholesky(gram, damping, name)
-    return Repair(weight[:, kept] + torch.cholesky_solve(missing.mT, factor).mT, used)
+        return Repair(weight, damping)
+    missing = stats.missing_of(weight)
+    factor, used = damped_cholesky(stats.moments.dense, damping, name)
+    return Repair(cholesky_solve_(missing, factor).add_(weight), used)
 
 
 def choose_damping(
-    weight: Tensor, stats: GramStats, kept: Tensor, intercept: bool = False
+    weight: Tensor, stats: GramStats, kept: Tensor | None = None, intercept: bool = False
 ) -> tuple[float, float]:
     """The damping of `DAMPINGS`, or infinity, that does best on the held-out tokens, and its error.
 
@@ -91,7 +101,7 @@ def choose_damping(
     Args:
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, with its held-out part.
-        kept: [K] int64, S.
+        kept: [K] int64, S; None as in `ridge`.
         intercept: all moments are about the means of the tokens that are not held out.
 
     Raises:
@@ -100,27 +110,38 @@ def choose_damping(
     held_out = stats.held_out
     if held_out is None:
         raise ValueError("ridge='auto' needs held-out tokens: collect with hold_out=True")
+    if kept is not None:
+        held_out = held_out.restricted(kept, weight)
+        stats, weight = stats.restricted(kept, weight), weight[:, kept]
+    fitted = stats.fitted()
     if intercept:
-        count = max(stats.count - held_out.count, 1)
-        x = (stats.total - held_out.total) / count
-        y = (stats.target_total_of(weight) - held_out.target_total_of(weight)) / count
-        stats, held_out = stats.about(x, y), held_out.about(x, y)
-    pruned = weight[:, kept]
-    gram = (stats.gram - held_out.gram)[kept[:, None], kept]
-    cross = (stats.cross_of(weight) - held_out.cross_of(weight))[:, kept]
-    missing, scale = cross - pruned @ gram, gram.diagonal().mean()
-    errors = {math.inf: reconstruction_error(weight, pruned, held_out, kept)}
+        count = max(fitted.count, 1)
+        x, y = fitted.total / count, fitted.target_total_of(weight) / count
+        fitted, held_out = fitted.about(x, y), held_out.about(x, y)
+    missing, scale = fitted.missing_of(weight), fitted.energy.mean()
+    fitted.cross = None
+    errors = {math.inf: reconstruction_error(weight, weight, held_out)}
     for damping in DAMPINGS:
-        factor = sound_cholesky(gram, damping * scale)
-        if factor is not None:
-            new = pruned + torch.cholesky_solve(missing.mT, factor).mT
-            errors[damping] = reconstruction_error(weight, new, held_out, kept)
+        new = _solved(fitted.moments, missing, damping * scale)
+        if new is not None:
+            errors[damping] = reconstruction_error(weight, new.add_(weight), held_out)
+            del new  # before the next one is made
     best = min(errors, key=errors.__getitem__)
     return best, errors[best]
 
 
+def _solved(moments: Symmetric, missing: Tensor, shift: Tensor) -> Tensor | None:
+    """M (G + shift I)^-1 for M [O, K], or None where the matrix is singular."""
+    factor = sound_cholesky_(moments.dense(), shift)
+    return None if factor is None else cholesky_solve_(missing.clone(), factor)
+
+
 def reconstruction_error(
-    weight: Tensor, new: Tensor, stats: GramStats, kept: Tensor, bias: Tensor | None = None
+    weight: Tensor,
+    new: Tensor,
+    stats: GramStats,
+    kept: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> float:
     """||Y - X_S V^T - 1 b^T||^2 / ||Y||^2 on the calibration tokens.
 
@@ -128,17 +149,16 @@ def reconstruction_error(
         weight: [O, H], W, the dense consumer, in the dtype of the statistics.
         new: [O, K], V.
         stats: of the consumer's inputs and targets.
-        kept: [K] int64, S.
+        kept: [K] int64, S; None as in `ridge`.
         bias: [O], b.
     """
-    cross = stats.cross_of(weight)
-    energy = (
-        (cross * weight).sum() if stats.cross is None else cross.new_tensor(stats.target_energy)
-    )
-    fitted = new @ stats.gram[kept[:, None], kept] - 2 * cross[:, kept]
-    error = energy + (fitted * new).sum()
+    if kept is not None:
+        stats = stats.restricted(kept, weight)
+    assert stats.cross is not None
+    energy = stats.target_energy
+    error = stats.moments.quadratic(new) - 2 * sum_of_products(new, stats.cross) + energy
     if bias is not None:
-        shortfall = stats.target_total_of(weight) - new @ stats.total[kept]
+        shortfall = stats.target_total_of(weight) - new @ stats.total
         error += bias @ (stats.count * bias - 2 * shortfall)
     # Rounding may take an exact zero below it.
     return (error.clamp_min(0) / energy).item() if energy > 0 else 0.0
@@ -163,7 +183,7 @@ def error_curve(
         damping: relative to the mean diagonal, >= 0.
         name: of the group, for messages.
     """
-    factor, _ = damped_cholesky(stats.gram[order[:, None], order], damping, name)
+    factor, _ = damped_cholesky(stats.moments.restricted(order).dense, damping, name)
     lost = (weight[:, order] @ factor).square().sum(dim=0)
     return torch.cat([lost.flip(0).cumsum(dim=0).flip(0), lost.new_zeros(1)])
 
@@ -188,13 +208,12 @@ def fold_linearly(
         return reduction.of_producer(x, columns)
 
     cross = stats.cross_of(weight)
-    energy = (cross * weight).sum().item() if stats.cross is None else stats.target_energy
-    return replace(
-        stats,
-        gram=mean(mean(stats.gram).mT),
-        total=mean(stats.total),
-        cross=mean(cross.mT).mT,
-        target_energy=energy,
-        target_total=stats.target_total_of(weight),
-        held_out=stats.held_out and fold_linearly(weight, stats.held_out, reduction, columns),
+    return GramStats(
+        Symmetric.of(mean(mean(stats.gram).mT)),
+        mean(stats.total),
+        stats.count,
+        mean(cross.mT).mT,
+        sum_of_products(cross, weight) if stats.cross is None else stats.target_energy,
+        stats.target_total_of(weight),
+        stats.held_out and fold_linearly(weight, stats.held_out, reduction, columns),
     )

@@ -198,9 +198,27 @@ def narrow_(
     config: GrailConfig,
     report: CompressionReport,
 ) -> None:
-    """Cut or fold a group to `width` units, and repair its consumer.
+    """Cut or fold a group to `width` units, repair its consumer, and refit it.
 
     A group that keeps them all is repaired too, where groups in front of it have lost some.
+    """
+    damping = repair_(block, group, width, plan, config, report)
+    # Infinite damping says that nothing fitted to these tokens holds on others.
+    if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
+        refit_group_(block, group, damping, group.kind in plan.biased, config, report)
+
+
+def repair_(
+    block: Block,
+    group: Group,
+    width: int,
+    plan: Plan,
+    config: GrailConfig,
+    report: CompressionReport,
+) -> float | None:
+    """Cut or fold a group to `width` units, and repair its consumer.
+
+    Returns the damping that the repair took, if there was one.
     """
     dtype, hold_out = config.torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
@@ -209,37 +227,40 @@ def narrow_(
     reduction = block.once(
         group, partial(choose, plan.select, group, stats, width, config.selector_name)
     )
-    weight, kept = group.weight.to(dtype), reduction.kept_channels(group.columns)
+    weight, kept = group.weight, reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:
-        linear = fold_linearly(weight, stats, reduction, group.columns)
+        linear = fold_linearly(weight.to(dtype), stats, reduction, group.columns)
         stats = block.collect_folded(group, reduction, hold_out)
-        weight = reduction.of_consumer(weight, group.columns)
+        weight = reduction.of_consumer(weight.to(dtype), group.columns)
         kept = torch.arange(kept.numel(), device=kept.device)
+    # What was removed is done with: its moments are not held during the solve.
+    stats = stats.restricted(kept, weight.to(dtype))
+    weight = weight[:, kept].to(dtype)
 
     def solve(stats: GramStats) -> Repair:
         settings = config.ridge, group.name, intercept
-        return processes.once(partial(ridge, weight, stats, kept, *settings), group.name)
+        return processes.once(partial(ridge, weight, stats, None, *settings), group.name)
 
-    repair = solve(stats) if config.compensate else None
-    report.add(block.index, group, weight, stats, kept, repair)
-    if repair and linear:
+    repair = solve(stats) if config.compensate else Repair(weight)
+    report.add(block.index, group, weight, stats, repair)
+    if config.compensate and linear:
         other = solve(linear)
         report.fold(weight, stats, other, used=config.fold == "linear")
         repair = other if config.fold == "linear" else repair
 
     group.shrink_(reduction)
-    if repair is None:
-        group.repair_(weight[:, kept])
-        return
     group.repair_(repair.weight, repair.bias)
-    # Infinite damping says that nothing fitted to these tokens holds on others.
-    if config.refit_steps and group.spec.linear and math.isfinite(repair.damping):
-        refit_group_(block, group, repair, config, report)
+    return repair.damping
 
 
 def refit_group_(
-    block: Block, group: Group, repair: Repair, config: GrailConfig, report: CompressionReport
+    block: Block,
+    group: Group,
+    damping: float,
+    intercept: bool,
+    config: GrailConfig,
+    report: CompressionReport,
 ) -> None:
     """Refit a repaired group's linear producer, and its consumer again to what that puts out.
 
@@ -251,10 +272,8 @@ def refit_group_(
     refit_(part, group, config.refit_steps)
     stats = block.collect(group)
     weight = group.weight.to(config.torch_dtype)
-    kept = torch.arange(weight.shape[1], device=weight.device)
-    intercept = repair.bias is not None
     refitted = processes.once(
-        partial(ridge, weight, stats, kept, repair.damping, group.name, intercept), group.name
+        partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
     )
     report.refit(stats, refitted)
     group.repair_(refitted.weight, refitted.bias)
@@ -284,13 +303,14 @@ def narrow_experts_(
         if stats.count < width:
             least = SCARCE_DAMPING if stats.count else math.inf
             scarce.append(expert.index)
-        repair = None
+        stats, weight = stats.restricted(kept, weight), weight[:, kept]
+        repair = Repair(weight)
         if config.compensate:
-            solve = partial(ridge, weight, stats, kept, config.ridge, expert.name, least=least)
+            solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
             repair = processes.once(solve, expert.name)
-        report.add(block.index, expert, weight, stats, kept, repair)
+        report.add(block.index, expert, weight, stats, repair)
         reductions.append(reduction)
-        weights.append(repair.weight if repair else weight[:, kept])
+        weights.append(repair.weight)
     group.shrink_each_(reductions)
     group.repair_each_(weights)
     if scarce and config.compensate:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,133 @@ logger = logging.getLogger(__name__)
 
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
+# Rows of a Gram that are held, summed and converted at a time.
+_BLOCK = 256
+# Rows of other matrices that are converted at a time.
+_PART = 64
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A symmetric matrix [H, H], held and summed as block rows of its lower triangle.
+
+    That is half the memory and half the arithmetic of the whole.
+
+    Attributes:
+        flat: all block rows, one behind the other: one block of memory, which is given back whole.
+        ends: of the blocks; block row i is [ends[i] - ends[i - 1], ends[i]].
+    """
+
+    flat: Tensor
+    ends: tuple[int, ...]
+
+    @classmethod
+    def empty(
+        cls, ends: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> Symmetric:
+        """With values yet to be given."""
+        size = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+        return cls(torch.empty(size, dtype=dtype, device=device), tuple(ends))
+
+    @classmethod
+    def zeros(
+        cls,
+        size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Symmetric:
+        """[size, size], all zero."""
+        matrix = cls.empty([*range(_BLOCK, size, _BLOCK), size], dtype, device)
+        matrix.flat.zero_()
+        return matrix
+
+    @classmethod
+    def of(cls, whole: Tensor) -> Symmetric:
+        """A symmetric [H, H], copied."""
+        size = len(whole)
+        matrix = cls.empty([*range(_BLOCK, size, _BLOCK), size], whole.dtype, whole.device)
+        for start, end, rows in matrix.spans:
+            rows.copy_(whole[start:end, :end])
+        return matrix
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the entries, and of what is made of them."""
+        return self.flat.dtype
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, end, block row), the block row holding the rows from `start` to `end`."""
+        start = place = 0
+        for end in self.ends:
+            size = (end - start) * end
+            yield start, end, self.flat[place : place + size].view(end - start, end)
+            start, place = end, place + size
+
+    def add_products_(self, x: Tensor) -> None:
+        """Add X^T X of the tokens x [n, H]: products in fp32, whatever the dtypes."""
+        # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
+        # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
+        half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+        x = x if half else x.float()
+        for start, end, rows in self.spans:
+            left, right = x[:, start:end].T, x[:, :end]
+            rows += torch.mm(left, right, out_dtype=torch.float32) if half else left @ right
+
+    def dense(self) -> Tensor:
+        """[H, H], a matrix of its own."""
+        whole = torch.empty(len(self), len(self), dtype=self.dtype, device=self.flat.device)
+        for start, end, rows in self.spans:
+            whole[start:end, :end] = rows
+            whole[:start, start:end] = rows[:, :start].T
+        return whole
+
+    @property
+    def diagonal(self) -> Tensor:
+        """[H]."""
+        parts = [rows[:, start:].diagonal() for start, _, rows in self.spans]
+        return torch.cat(parts)
+
+    def restricted(self, index: Tensor) -> Symmetric:
+        """[K, K], the rows and columns `index` [K], int64."""
+        if (index.diff() <= 0).any():
+            return Symmetric.of(self.dense()[index[:, None], index])
+        ends = torch.searchsorted(index, torch.tensor(self.ends, device=index.device)).tolist()
+        part = Symmetric.empty(ends, self.flat.dtype, self.flat.device)
+        for (first, last, mine), (start, _, rows) in zip(part.spans, self.spans, strict=True):
+            mine.copy_(rows[(index[first:last] - start)[:, None], index[:last]])
+        return part
+
+    def minus(self, other: Symmetric) -> Symmetric:
+        """The difference of two of one size."""
+        return replace(self, flat=self.flat - other.flat)
+
+    def plus_outer(self, x: Tensor, y: Tensor, z: Tensor) -> Symmetric:
+        """G + x y^T + z x^T, which must be symmetric, for x, y, z [H] in its dtype."""
+        moved = replace(self, flat=self.flat.clone())
+        for start, end, rows in moved.spans:
+            rows.addr_(x[start:end], y[:end]).addr_(z[start:end], x[:end])
+        return moved
+
+    def times(self, weight: Tensor) -> Tensor:
+        """[O, H], W G, for W [O, H] in the dtype of the matrix."""
+        product = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        for start, end, rows in self.spans:
+            product[:, start:end].addmm_(weight[:, :end], rows.T)
+            product[:, :start].addmm_(weight[:, start:end], rows[:, :start])
+        return product
+
+    def quadratic(self, weight: Tensor) -> Tensor:
+        """[], tr(W G W^T) for W [O, H] in the dtype of the matrix."""
+        total = weight.new_zeros(())
+        for start, end, rows in self.spans:
+            own = weight[:, start:end].T
+            half = rows[:, :start] @ weight[:, :start].T
+            total += ((2 * half).addmm_(rows[:, start:], own) * own).sum()
+        return total
 
 
 @dataclass
@@ -20,17 +148,17 @@ class GramStats:
     """Sums over N tokens of a consumer's inputs x [H] and of what it should put out, y [O].
 
     Attributes:
-        gram: [H, H], X^T X = sum x x^T.
+        moments: X^T X = sum x x^T.
         total: [H], sum x.
         count: N.
         cross: [O, H], Y^T X = sum y x^T; None where y is the consumer's own output W x, whose
             sums follow from the Gram.
-        target_total: [O], sum y, where there is a cross moment.
-        target_energy: sum ||y||^2, likewise.
+        target_energy: sum ||y||^2, where there is a cross moment.
+        target_total: [O], sum y, likewise.
         held_out: the same sums over those of the N tokens on which a damping is judged.
     """
 
-    gram: Tensor
+    moments: Symmetric
     total: Tensor
     count: int = 0
     cross: Tensor | None = None
@@ -54,22 +182,35 @@ class GramStats:
         def empty(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        stats = cls(empty(channels, channels), empty(channels))
+        stats = cls(Symmetric.zeros(channels, device, dtype), empty(channels))
         if outputs is not None:
             stats.cross, stats.target_total = empty(outputs, channels), empty(outputs)
         return stats
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sums, and of what is selected and solved by them."""
+        return self.moments.dtype
+
+    @property
+    def gram(self) -> Tensor:
+        """[H, H], X^T X, made anew."""
+        return self.moments.dense()
+
+    @property
+    def sums(self) -> Iterator[Tensor]:
+        """Every tensor that is a sum over tokens: over processes they are added up in place."""
+        yield from (self.moments.flat, self.total)
+        yield from (sums for sums in (self.cross, self.target_total) if sums is not None)
+        if self.held_out is not None:
+            yield from self.held_out.sums
 
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
 
         Products are in fp32 whatever the dtypes, and added in the dtype of the statistics.
         """
-        # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
-        # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
-        if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-            self.gram += torch.mm(x.T, x, out_dtype=torch.float32)
-        else:
-            self.gram += x.float().T @ x.float()
+        self.moments.add_products_(x)
         self.total += x.sum(dim=0, dtype=self.total.dtype)
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
@@ -80,20 +221,59 @@ class GramStats:
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""
-        self.gram += other.gram
-        self.total += other.total
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine += theirs
+        self._count_(other)
+
+    def _count_(self, other: GramStats) -> None:
         self.count += other.count
-        if self.cross is not None and other.cross is not None:
-            self.cross += other.cross
-            self.target_energy += other.target_energy
-        if self.target_total is not None and other.target_total is not None:
-            self.target_total += other.target_total
+        self.target_energy += other.target_energy
         if self.held_out is not None and other.held_out is not None:
-            self.held_out.merge_(other.held_out)
+            self.held_out._count_(other.held_out)
+
+    def restricted(self, kept: Tensor, weight: Tensor) -> GramStats:
+        """Of the kept inputs [K] alone, with the moments of the targets that `weight` stands for.
+
+        Args:
+            kept: [K] int64.
+            weight: [O, H], the consumer's.
+        """
+        cross, energy = self.cross, self.target_energy
+        if cross is None:
+            cross = self.cross_of(weight)
+            energy = sum_of_products(cross, weight)
+        return GramStats(
+            self.moments.restricted(kept),
+            self.total[kept],
+            self.count,
+            cross[:, kept],
+            energy,
+            self.target_total_of(weight),
+            self.held_out and self.held_out.restricted(kept, weight),
+        )
+
+    def fitted(self) -> GramStats:
+        """Of the tokens that are not held out; what is held out must have explicit targets."""
+        held = self.held_out
+        assert held is not None and held.cross is not None and held.target_total is not None
+        assert self.cross is not None and self.target_total is not None
+        return GramStats(
+            self.moments.minus(held.moments),
+            self.total - held.total,
+            self.count - held.count,
+            self.cross - held.cross,
+            self.target_energy - held.target_energy,
+            self.target_total - held.target_total,
+        )
+
+    def missing_of(self, weight: Tensor) -> Tensor:
+        """[O, H], Y^T X - W G, where `weight` falls short of least squares; there is a target."""
+        assert self.cross is not None
+        return self.moments.times(weight).neg_().add_(self.cross)
 
     def cross_of(self, weight: Tensor) -> Tensor:
         """[O, H], Y^T X; for the weight's own output it is W G."""
-        return weight @ self.gram if self.cross is None else self.cross
+        return self.moments.times(weight) if self.cross is None else self.cross
 
     def target_total_of(self, weight: Tensor) -> Tensor:
         """[O], sum y; for the weight's own output it is W sum x."""
@@ -102,13 +282,13 @@ class GramStats:
     def about(self, x: Tensor, y: Tensor) -> GramStats:
         """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""
         total = self.total - self.count * x
-        gram = self.gram - torch.outer(self.total, x) - torch.outer(x, total)
+        moments = self.moments.plus_outer(-x, total, self.total)
         if self.cross is None or self.target_total is None:
-            return GramStats(gram, total, self.count)
+            return GramStats(moments, total, self.count)
         target_total = self.target_total - self.count * y
         cross = self.cross - torch.outer(y, self.total) - torch.outer(target_total, x)
         energy = self.target_energy - (y @ (self.target_total + target_total)).item()
-        return GramStats(gram, total, self.count, cross, energy, target_total)
+        return GramStats(moments, total, self.count, cross, energy, target_total)
 
     @property
     def mean(self) -> Tensor:
@@ -118,7 +298,7 @@ class GramStats:
     @property
     def energy(self) -> Tensor:
         """[H], sum of squares of each channel: the Gram's diagonal."""
-        return self.gram.diagonal()
+        return self.moments.diagonal
 
     def check_finite(self, name: str) -> None:
         """Raise FloatingPointError, naming the group, if an input or target was NaN or Inf."""
@@ -136,7 +316,13 @@ class GramStats:
             )
 
 
-def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
+def sum_of_products(wide: Tensor, other: Tensor) -> float:
+    """Over all entries of two matrices of one shape, in the dtype of the first."""
+    parts = (slice(start, start + _PART) for start in range(0, len(wide), _PART))
+    return sum((wide[part] * other[part].to(wide.dtype)).sum().item() for part in parts)
+
+
+def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tuple[Tensor, float]:
     """The lower Cholesky factor of G + d mean(diag G) I, and the d that it took.
 
     Starts from d = `damping`; where that leaves the matrix singular (fewer tokens than channels,
@@ -144,41 +330,77 @@ def damped_cholesky(gram: Tensor, damping: float, name: str) -> tuple[Tensor, fl
     are all dead get the identity.
 
     Args:
-        gram: [H, H], fp32 or fp64, positive semi-definite up to rounding.
+        gram: makes [H, H], fp32 or fp64, positive semi-definite up to rounding, which the factor
+            takes the place of.
         damping: relative to the mean diagonal, >= 0.
         name: of the group, for messages.
 
     Raises:
         FloatingPointError: d = 1 does not suffice, so this is no Gram matrix.
     """
-    scale = gram.diagonal().mean()
+    system = gram()
+    scale = system.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    used = damping if gram.any() else 1.0
-    while (factor := sound_cholesky(gram, used * scale)) is None:
+    dead = not system.any()
+    used = 1.0 if dead else damping
+    while (factor := sound_cholesky_(system, used * scale)) is None:
         if used >= _LARGEST_DAMPING:
             raise FloatingPointError(
                 f"the Gram of {name} cannot be factorised even with damping {used:g}"
             )
-        used = min(max(used * _DAMPING_STEP, torch.finfo(gram.dtype).eps), _LARGEST_DAMPING)
-    if used > damping and gram.any():
+        used = min(max(used * _DAMPING_STEP, torch.finfo(scale.dtype).eps), _LARGEST_DAMPING)
+        del system
+        system = gram()
+    if used > damping and not dead:
         logger.warning(
             "%s: the Gram is singular with damping %g; solved with damping %g", name, damping, used
         )
     return factor, used
 
 
-def sound_cholesky(gram: Tensor, shift: Tensor) -> Tensor | None:
-    """The lower Cholesky factor of G + shift I, or None where rounding would spoil its solves.
+def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
+    """Overwrite G by the lower Cholesky factor of G + shift I.
+
+    None where rounding would spoil its solves.
 
     Args:
         gram: [H, H], fp32 or fp64.
         shift: [], in the Gram's dtype.
     """
-    system = gram.clone()
-    system.diagonal().add_(shift)
-    factor, info = torch.linalg.cholesky_ex(system)
+    diagonal = gram.diagonal() + shift
+    factor, positive = cholesky_(gram, shift)
     # A pivot at the level of rounding, against its own channel, passes the factorisation but not
     # the solve.
-    pivots = factor.diagonal().square() / system.diagonal()
-    sound = not info.any() and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
+    pivots = factor.diagonal().square() / diagonal
+    sound = positive and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
     return factor if sound else None
+
+
+def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
+    """Overwrite G [H, H] by the lower Cholesky factor of G + diag(shift), shift [H] or [].
+
+    Returns it, and whether the matrix was positive definite, without which it is none.
+    """
+    gram.diagonal().add_(shift)
+    # LAPACK's matrices are columns in a row: transposed, it works in the memory that they have.
+    factor = gram.mT
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor, not info.any()
+
+
+def cholesky_solve_(b: Tensor, factor: Tensor, left: bool = False) -> Tensor:
+    """Overwrite B [O, H], contiguous, by B (L L^T)^-1, and return it.
+
+    With `left`, by (L L^T)^-1 B for B [H, O].
+    """
+    for lower in (left, not left):
+        half = factor if lower else factor.mT
+        torch.linalg.solve_triangular(half, b, upper=not lower, left=left, out=b)
+    return b
+
+
+def cholesky_inverse_(factor: Tensor) -> Tensor:
+    """Overwrite a lower factor L, as `sound_cholesky_` leaves it, by (L L^T)^-1, and return it."""
+    torch.cholesky_inverse(factor, out=factor)
+    return factor.mT

@@ -168,7 +168,7 @@ def held_out(batches: Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, 
 def _measured(group: Group, stats: GramStats, energy: float, score: Scoring, name: str) -> Profile:
     """The scores that the selector of this name gives, and the error at every width."""
     scores = check_scores(score(group, stats), group, name)
-    weight = group.weight.to(stats.gram.dtype)
+    weight = group.weight.to(stats.dtype)
     order = expand_units(best_first(scores, group.partitions), group.columns)
     errors = error_curve(weight, stats, order, _DAMPING, group.name)
     return Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
@@ -196,7 +196,7 @@ def _reduced(
     """Behind the layer, [b, T, D] each, with the group cut to `width` units and repaired."""
     reduction = Reduction.keep_top(scores, width, group.partitions)
     kept = reduction.kept_channels(group.columns)
-    weight = group.weight.to(stats.gram.dtype)
+    weight = group.weight.to(stats.dtype)
     repaired = torch.zeros_like(weight)
     repaired[:, kept] = processes.once(
         lambda: ridge(weight, stats, kept, _DAMPING, group.name).weight, group.name

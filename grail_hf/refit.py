@@ -30,13 +30,21 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf import processes
-from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.gram import (
+    Symmetric,
+    cholesky_,
+    cholesky_solve_,
+    damped_cholesky,
+    sum_of_products,
+)
 from grail_hf.groups import Group, Projection
 from grail_hf.stream import Block, Run, captured_input
 
 _INPUT_DAMPING = 1e-3
 # For a few steps every second micro-batch serves nearly as well as all of them.
 _QUICK_STEPS = 2
+# Rows of a square matrix that are worked on at a time.
+_PART = 256
 
 
 def refit_stride(steps: int) -> int:
@@ -50,6 +58,7 @@ def refit_batches(steps: int, number: int) -> int:
     return (steps + 3) * number + 1
 
 
+@torch.no_grad()
 def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None:
     """Change the group's linear producer in `steps` conjugate gradient steps towards the target.
 
@@ -68,18 +77,18 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear = projection.module
     runs = block.runs(group)
     start = linear.weight
-    inputs = _input_gram(block, group, linear, runs)
-    factor, _ = damped_cholesky(inputs, _INPUT_DAMPING, group.name)
+    inputs = _input_moments(block, group, linear, runs)
+    factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
 
     def to_weight(t: Tensor) -> Tensor:
         """U of T: solves U L = T."""
         weight: Tensor = torch.linalg.solve_triangular(factor, t, upper=False, left=False)
         return weight
 
-    def to_t(gradient: Tensor) -> Tensor:
-        """The gradient by T of one by U: solves (gradient by T) L^T = (gradient by U)."""
-        by_t: Tensor = torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False)
-        return by_t
+    def to_t_(gradient: Tensor) -> Tensor:
+        """Overwrite a gradient by U by that by T: solves (gradient by T) L^T = (gradient by U)."""
+        torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False, out=gradient)
+        return gradient
 
     def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
         """A^T of what `towards` makes of each run's output, as a gradient by T."""
@@ -91,7 +100,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             total += torch.autograd.grad(output, weight, goal)[0].to(total.dtype)
             block.progress.update()
         processes.sum_([total], group.name)
-        return to_t(total)
+        return to_t_(total)
 
     with replaceable_weight(projection) as put:
 
@@ -104,27 +113,28 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         generator = torch.Generator().manual_seed(group.seed)
         probe = torch.randint(0, 2, (1, start.shape[1]), generator=generator).to(factor) * 2 - 1
         put(to_weight(probe.expand(start.shape)))
-        coupling = _coupling(block, group, linear, runs) / start.shape[1]
-        rows = coupling.diagonal()[:, None]
+        coupling = _coupling(block, group, linear, runs).div_(start.shape[1])
+        rows = coupling.diagonal()[:, None].clone()
         rows = rows.clamp_min(1e-6 * rows.max().clamp_min(torch.finfo(rows.dtype).tiny))
-        preconditioner = torch.linalg.cholesky(coupling + (damping * rows.flatten()).diag())
+        preconditioner, _ = cholesky_(coupling, damping * rows.flatten())
 
         solution = torch.zeros_like(start, dtype=factor.dtype)
         residual = adjoint(put(start), lambda run, output: run.target.to(output) - output)
-        scaled = torch.cholesky_solve(residual, preconditioner)
-        direction, norm = scaled, (residual * scaled).sum()
+        direction = cholesky_solve_(residual.clone(), preconditioner, left=True)
+        norm = sum_of_products(residual, direction)
         for _ in range(steps):
             if norm <= 0:
                 break
-            image = normal(direction) + damping * rows * direction
-            length = norm / (direction * image).sum()
-            solution = solution + length * direction
-            residual = residual - length * image
-            scaled = torch.cholesky_solve(residual, preconditioner)
-            previous, norm = norm, (residual * scaled).sum()
-            direction = scaled + norm / previous * direction
+            image = normal(direction).addcmul_(rows, direction, value=damping)
+            length = norm / sum_of_products(direction, image)
+            solution.add_(direction, alpha=length)
+            residual.sub_(image, alpha=length)
+            scaled = cholesky_solve_(image.copy_(residual), preconditioner, left=True)
+            previous, norm = norm, sum_of_products(residual, scaled)
+            direction.mul_(norm / previous).add_(scaled)
+            del image, scaled  # before the next step makes its own
         change = to_weight(solution)
-    fitted = processes.once(lambda: (start.to(change.dtype) + change).to(start.dtype), group.name)
+    fitted = processes.once(lambda: change.add_(start).to(start.dtype).contiguous(), group.name)
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(
             f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "
@@ -133,16 +143,16 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
 
 
-def _input_gram(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
     """[D, D] fp64, X^T X over the inputs of `linear`."""
-    stats = GramStats.zeros(linear.in_features, linear.weight.device, dtype=torch.float64)
+    moments = Symmetric.zeros(linear.in_features, linear.weight.device, torch.float64)
     for run in runs:
         with captured_input(linear) as inputs:
             run.output()
-        stats.update_(run.rows(inputs[0]))
+        moments.add_products_(run.rows(inputs[0]))
         block.progress.update()
-    processes.sum_([stats.gram], group.name)
-    return stats.gram
+    processes.sum_([moments.flat], group.name)
+    return moments
 
 
 def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
@@ -156,21 +166,25 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
     )
     longest = max(tokens, key=lambda number: (tokens[number], -number))
     weight = group.weight.double()
-    z_gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+    coupling = weight.mT @ weight
+    z = coupling.new_zeros(0, len(coupling))  # one process has it
     for run in runs:
         if run.batch.number == longest:
             with without_biases(linear), captured_input(group.consumer) as inputs:
                 run.output()
             block.progress.update()
             z = run.rows(inputs[0]).double()
-            z_gram = z.mT @ z
-    processes.sum_([z_gram], group.name)  # one has it, to the others it is zero
-    coupling = (weight.mT @ weight) * z_gram
+    for start in range(0, len(coupling), _PART):
+        products = z[:, start : start + _PART].mT @ z
+        processes.sum_([products], group.name)
+        coupling[start : start + _PART] *= products
     coupling *= sum(tokens.values()) / tokens[longest]
     rows = linear.out_features
     own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
     width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1
     heads = (rows // width, len(coupling) // rows, width)
+    if heads[1] == 1:
+        return coupling
     return coupling.reshape(*heads, *heads).sum(dim=(1, 4)).reshape(rows, rows)
 
 

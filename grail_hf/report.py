@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from grail_hf.compensation import Repair, reconstruction_error
@@ -134,23 +133,26 @@ class CompressionReport:
         group: Group | Expert,
         weight: Tensor,
         stats: GramStats,
-        kept: Tensor,
-        repair: Repair | None,
+        repair: Repair,
     ) -> None:
-        """Record what keeping the columns `kept` of a consumer's weight, and a repair, do."""
-        pruned = reconstruction_error(weight, weight[:, kept], stats, kept)
+        """Record what is left of a consumer's weight [O, K], and what a repair makes of it.
+
+        The statistics are of its inputs, with their cross moment.
+        """
+        pruned = reconstruction_error(weight, weight, stats)
+        repaired = repair.damping is not None
         self.groups.append(
             GroupReport(
                 group.name,
                 layer,
                 group.kind,
                 group.num_units,
-                kept.numel() // group.columns,
+                weight.shape[1] // group.columns,
                 pruned,
-                reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
-                if repair
+                reconstruction_error(weight, repair.weight, stats, bias=repair.bias)
+                if repaired
                 else pruned,
-                repair.damping if repair else None,
+                repair.damping,
                 tokens=stats.count if isinstance(group, Expert) else None,
             )
         )
@@ -164,15 +166,13 @@ class CompressionReport:
             linear: the repair that the linear form gives.
             used: the model holds it.
         """
-        kept = torch.arange(weight.shape[1], device=weight.device)
-        error = reconstruction_error(weight, linear.weight, stats, kept)
+        error = reconstruction_error(weight, linear.weight, stats)
         last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
         self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
 
     def refit(self, stats: GramStats, repair: Repair) -> None:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
-        kept = torch.arange(repair.weight.shape[1], device=repair.weight.device)
-        error = reconstruction_error(repair.weight, repair.weight, stats, kept, repair.bias)
+        error = reconstruction_error(repair.weight, repair.weight, stats, bias=repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     @property

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from grail_hf.config import unknown_name
-from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.gram import GramStats, cholesky_inverse_, cholesky_solve_, damped_cholesky
 from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
 _PANEL = 128
+# Rows of a matrix that are copied at a time.
+_PART = 64
 
 
 class RegionalGradient(NamedTuple):
@@ -95,7 +97,7 @@ def random(group: Units, stats: GramStats) -> Tensor:
 
 def magnitude(group: Units, stats: GramStats) -> Tensor:
     """||W_u||, the Frobenius norm of the unit's consumer columns. Reads no activations."""
-    return _by_unit(group.weight.to(stats.gram.dtype).square().sum(dim=0), group).sqrt()
+    return _by_unit(group.weight.to(stats.dtype).square().sum(dim=0), group).sqrt()
 
 
 def wanda(group: Units, stats: GramStats) -> Tensor:
@@ -103,7 +105,7 @@ def wanda(group: Units, stats: GramStats) -> Tensor:
 
     Wanda (arXiv 2306.11695, equation 1) summed to channels as GRAIL does (arXiv 2602.23795).
     """
-    salience = group.weight.to(stats.gram.dtype).abs().mean(dim=0) * stats.energy.sqrt()
+    salience = group.weight.to(stats.dtype).abs().mean(dim=0) * stats.energy.sqrt()
     return _by_unit(salience, group)
 
 
@@ -119,7 +121,7 @@ def wanda_plus_plus(group: Units, stats: GramStats, alpha: float = 100.0) -> Ten
     output, is not done here.
     """
     gradient = group.regional_gradient()
-    weight = group.weight.to(stats.gram.dtype)
+    weight = group.weight.to(stats.dtype)
     norms = (stats.energy / gradient.samples).sqrt()
     salience = ((alpha * gradient.rms.to(weight) + norms) * weight.abs()).mean(dim=0)
     return _by_unit(salience, group)
@@ -132,7 +134,7 @@ def flap(group: Units, stats: GramStats) -> Tensor:
     puts out beyond its mean, which a bias could make up for. Nothing is standardised between
     groups: that would be a matter of the allocation, and cannot change the order within a group.
     """
-    energy = group.weight.to(stats.gram.dtype).square().sum(dim=0)
+    energy = group.weight.to(stats.dtype).square().sum(dim=0)
     return _by_unit(_variance(stats) * energy, group)
 
 
@@ -161,11 +163,9 @@ def slimgpt(group: Units, stats: GramStats, damping: float = 0.01) -> Tensor:
     scored as one block, not as a sum of its channels. One shot: units that can stand in for each
     other all score low, which `gram` mends by eliminating one at a time.
     """
-    factor, _ = damped_cholesky(stats.gram, damping, group.name)
-    weight = group.weight.to(stats.gram.dtype)
-    by_unit = weight.reshape(weight.shape[0], -1, group.columns).movedim(1, 0)  # [units, O, C]
-    blocks = _diagonal_blocks(torch.cholesky_inverse(factor), group.columns)
-    return _traces(blocks, by_unit.mT @ by_unit)
+    factor, _ = damped_cholesky(stats.moments.dense, damping, group.name)
+    blocks = _diagonal_blocks(cholesky_inverse_(factor), group.columns)
+    return _traces(blocks, _gram_blocks(group.weight.to(stats.dtype), group.columns))
 
 
 def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
@@ -180,13 +180,16 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     sees that two like units can stand in for each other, but not both go. Within partitions the
     units go in turns.
     """
-    factor, _ = damped_cholesky(stats.gram, damping, group.name)
-    weight = group.weight.to(stats.gram.dtype)
-    if stats.cross is not None:
-        missing = stats.cross - weight @ stats.gram
-        weight = weight + torch.cholesky_solve(missing.mT, factor).mT
-    inverse = torch.cholesky_inverse(factor)
-    order = elimination_order(weight, inverse, group.columns, group.partitions)
+    missing = None if stats.cross is None else stats.missing_of(group.weight.to(stats.dtype))
+    factor, _ = damped_cholesky(stats.moments.dense, damping, group.name)
+    if missing is None:
+        weight = group.weight.to(stats.dtype, copy=True, memory_format=torch.contiguous_format)
+    else:
+        weight = cholesky_solve_(missing, factor)
+        for start in range(0, len(weight), _PART):
+            weight[start : start + _PART] += group.weight[start : start + _PART]
+    inverse = cholesky_inverse_(factor)
+    order = elimination_order_(weight, inverse, group.columns, group.partitions)
     scores = torch.empty_like(order)
     scores[order] = torch.arange(order.numel(), device=order.device)
     return scores
@@ -212,7 +215,7 @@ def fold(group: Units, stats: GramStats, width: int) -> Reduction:
         parts.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
     points = torch.cat(parts, dim=1)
     inner = points @ points.mT
-    norms = group.weight.to(stats.gram.dtype).square().sum(dim=0)
+    norms = group.weight.to(stats.dtype).square().sum(dim=0)
     weights = _by_unit(norms * stats.energy, group).to(inner)
     weights = (weights / weights.mean().clamp_min(torch.finfo(weights.dtype).tiny)).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(group.seed)
@@ -294,8 +297,12 @@ def _nearest(distance: Tensor, weights: Tensor) -> Tensor:
     return labels
 
 
-def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions: int = 1) -> Tensor:
-    """Units in the order in which greedy elimination removes them, cheapest first: [units] int64.
+def elimination_order_(
+    weight: Tensor, inverse: Tensor, columns: int, partitions: int = 1
+) -> Tensor:
+    """Overwrite W and P to find the order in which greedy elimination removes the units.
+
+    Returns [units] int64, the cheapest first.
 
     Eliminating unit u with P_uu = L L^T, r = L^-1 P_u and q = W_u L^-T changes P by -r^T r and W
     by -q r. Both changes are kept as factors for a panel of steps and applied to P and W at its
@@ -305,8 +312,8 @@ def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions:
     W once a step; nothing waits for the host.
 
     Args:
-        weight: [O, H], W, fp32 or fp64.
-        inverse: [H, H], P, the inverse of the damped Gram, in the same dtype.
+        weight: [O, H], W, fp32 or fp64, contiguous.
+        inverse: [H, H], P, the inverse of the damped Gram, in the same dtype, contiguous.
         columns: C, columns a unit owns.
         partitions: no run loses its (n+1)-th unit before every run has lost its n-th.
     """
@@ -322,8 +329,7 @@ def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions:
         rows = weight.new_zeros(steps * columns, weight.shape[1])
         outputs = weight.new_zeros(weight.shape[0], steps * columns)
         p_blocks = _diagonal_blocks(inverse, columns)
-        by_unit = weight.reshape(-1, count, columns).movedim(1, 0)
-        w_blocks = by_unit.mT @ by_unit
+        w_blocks = _gram_blocks(weight, columns)
         gone = torch.zeros(count, dtype=torch.bool, device=device)
         for step in range(steps):
             turn = (lost == lost.min())[run] & ~gone
@@ -352,8 +358,9 @@ def elimination_order(weight: Tensor, inverse: Tensor, columns: int, partitions:
         left = (~gone).nonzero().flatten()
         keep = expand_units(left, columns)
         rows = rows[:, keep]
-        inverse = inverse[keep[:, None], keep] - rows.mT @ rows
-        weight = weight[:, keep] - outputs @ rows
+        inverse = _compacted_(inverse, keep, keep).addmm_(rows.mT, rows, alpha=-1)
+        every = torch.arange(len(weight), device=device)
+        weight = _compacted_(weight, every, keep).addmm_(outputs, rows, alpha=-1)
         alive, run = alive[left], run[left]
     result = torch.stack(order)
     if (result < 0).any():
@@ -366,6 +373,27 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
     count = matrix.shape[0] // size
     blocks = matrix.reshape(count, size, count, size).diagonal(dim1=0, dim2=2)
     return blocks.movedim(-1, 0).clone()
+
+
+def _gram_blocks(weight: Tensor, columns: int) -> Tensor:
+    """(W^T W)_uu for every unit: [O, H] to [H // columns, columns, columns]."""
+    blocks = weight.new_zeros(weight.shape[1] // columns, columns, columns)
+    for start in range(0, len(weight), _PART):
+        part = weight[start : start + _PART]
+        by_unit = part.reshape(len(part), -1, columns).movedim(1, 0)
+        blocks.baddbmm_(by_unit.mT, by_unit)
+    return blocks
+
+
+def _compacted_(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Move rows and columns, of ascending indices, to the front of a contiguous matrix's memory.
+
+    Returns that front as a matrix. What is read next lies behind what has been written.
+    """
+    front = matrix.view(-1)[: rows.numel() * columns.numel()].view(rows.numel(), columns.numel())
+    for start in range(0, len(rows), _PART):
+        front[start : start + _PART] = matrix[rows[start : start + _PART, None], columns]
+    return front
 
 
 def _traces(p_blocks: Tensor, w_blocks: Tensor) -> Tensor:

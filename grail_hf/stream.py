@@ -532,9 +532,8 @@ def record_calls(
 
 def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
     """Add to statistics what the other processes' batches gave for them."""
+    processes.sum_([sums for stats in every for sums in stats.sums], name)
     parts = [part for stats in every for part in (stats, stats.held_out) if part is not None]
-    sums = [(part.gram, part.total, part.cross, part.target_total) for part in parts]
-    processes.sum_([tensor for each in sums for tensor in each if tensor is not None], name)
     numbers = [number for part in parts for number in (part.count, part.target_energy)]
     totals = iter(processes.total(numbers, name))
     for part in parts:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grail_hf import compensation
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, Symmetric
 
 few = settings(max_examples=25, deadline=None)
 F64 = torch.float64
@@ -26,7 +26,7 @@ def split(channels: int, kept: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def moments(gram: Tensor, cross: Tensor | None = None, energy: float = 0.0) -> GramStats:
-    return GramStats(gram, gram.new_zeros(len(gram)), 1, cross, energy)
+    return GramStats(Symmetric.of(gram), gram.new_zeros(len(gram)), 1, cross, energy)
 
 
 def ridge(
@@ -240,7 +240,7 @@ def test_what_is_no_gram_is_refused_by_the_group_s_name():
 def activation_moments(x: Tensor, y: Tensor | None = None) -> GramStats:
     cross, energy = (None, 0.0) if y is None else (y.T @ x, y.square().sum().item())
     total = None if y is None else y.sum(0)
-    return GramStats(x.T @ x, x.sum(0), len(x), cross, energy, total)
+    return GramStats(Symmetric.of(x.T @ x), x.sum(0), len(x), cross, energy, total)
 
 
 def draw_split(tokens: int, channels: int, targeted: bool, seed: int):
@@ -324,7 +324,8 @@ def test_auto_damping_of_dead_channels_is_plain_pruning():
 def test_auto_damping_needs_held_out_tokens():
     kept, _ = split(6, 4, seed=0)
     with pytest.raises(ValueError, match="hold_out=True"):
-        compensation.ridge(draw_normal(3, 6, seed=0), moments(torch.eye(6)), kept, "auto")
+        identity = moments(torch.eye(6, dtype=F64))
+        compensation.ridge(draw_normal(3, 6, seed=0), identity, kept, "auto")
 
 
 @given(

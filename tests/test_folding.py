@@ -28,7 +28,7 @@ import grail_hf
 from grail_hf import SELECTORS
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import ATTENTION_UNITS
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, Symmetric
 from grail_hf.groups import Group
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import Folding, choose, fold, k_means
@@ -391,7 +391,7 @@ def test_the_linear_form_is_the_paper_s():
 
     reduction = Reduction.fold(labels)
     for cross, energy in ((None, 0.0), (weight @ gram, 1.0)):
-        stats = GramStats(gram, x.sum(0), 50, cross, energy)
+        stats = GramStats(Symmetric.of(gram), x.sum(0), 50, cross, energy)
         folded = fold_linearly(weight, stats, reduction, columns=2)
         start = reduction.of_consumer(weight, 2)
         new = ridge(start, folded, torch.arange(8), 0.0).weight

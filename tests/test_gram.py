@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grail_hf import gram as gram_module
 from grail_hf.gram import GramStats, damped_cholesky
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -62,6 +63,28 @@ def test_merge_is_concatenation(dtype, channels, sizes, seed):
         assert torch.equal(stats.gram.long(), x.T @ x)
         assert torch.equal(stats.total.long(), x.sum(0))
         assert stats.count == x.shape[0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_a_symmetric_matrix_in_block_rows_is_what_the_whole_is(monkeypatch, size):
+    """Integers, so exactly; blocks of three rows, the last one smaller."""
+    monkeypatch.setattr(gram_module, "_BLOCK", 3)
+    x, other, weight = (integers(n, size, seed).double() for seed, n in enumerate((20, 7, 4)))
+    whole = x.T @ x
+    held = gram_module.Symmetric.zeros(size, dtype=torch.float64)
+    held.add_products_(x)
+    assert held.flat.numel() <= size * (size + 3) / 2
+    assert torch.equal(held.dense(), whole) and held.dense().dtype == torch.float64
+    assert torch.equal(held.diagonal, whole.diagonal())
+    assert torch.equal(gram_module.Symmetric.of(whole).dense(), whole)
+    assert torch.equal(held.times(weight), weight @ whole)
+    assert held.quadratic(weight) == (weight @ whole * weight).sum()
+    minus = held.minus(gram_module.Symmetric.of(other.T @ other))
+    assert torch.equal(minus.dense(), whole - other.T @ other)
+    for index in (torch.arange(0, size, 2), torch.arange(size - 1, size), torch.randperm(size)):
+        chosen = held.restricted(index)
+        assert torch.equal(chosen.dense(), whole[index[:, None], index])
+        assert torch.equal(chosen.times(weight[:, index]), weight[:, index] @ chosen.dense())
 
 
 def test_merge_leaves_the_other_as_it_was():
@@ -122,7 +145,7 @@ def warnings(caplog):
 def test_a_definite_gram_gets_the_damping_asked(dtype, damping, warnings):
     gram = well_conditioned(12, dtype)
     before = gram.clone()
-    factor, used = damped_cholesky(gram, damping, "layers.3.mlp")
+    factor, used = damped_cholesky(gram.clone, damping, "layers.3.mlp")
     assert used == damping
     assert factor.dtype == dtype
     assert torch.equal(factor, factor.tril())
@@ -136,7 +159,7 @@ def test_a_definite_gram_gets_the_damping_asked(dtype, damping, warnings):
 def test_a_singular_gram_gets_more_damping_and_says_so(dtype, tokens, warnings):
     x = torch.randn(tokens, 10, generator=torch.Generator().manual_seed(tokens), dtype=dtype)
     gram = x.T @ x
-    factor, used = damped_cholesky(gram, 0.0, "layers.3.mlp")
+    factor, used = damped_cholesky(gram.clone, 0.0, "layers.3.mlp")
     # Enough for the factor to be above rounding, not much more.
     eps = torch.finfo(dtype).eps
     assert eps <= used <= 1e3 * eps
@@ -153,12 +176,12 @@ def test_a_pivot_of_rounding_counts_as_singular(dtype):
     eps = torch.finfo(dtype).eps
     gram = torch.tensor([[1.0, 1.0], [1.0, 1.0 + eps]], dtype=dtype)
     assert torch.linalg.cholesky_ex(gram).info == 0
-    assert damped_cholesky(gram, 0.0, "layers.3.mlp")[1] > 0
+    assert damped_cholesky(gram.clone, 0.0, "layers.3.mlp")[1] > 0
 
 
 def test_damping_that_suffices_for_a_singular_gram_is_not_raised(warnings):
     x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert damped_cholesky(x.T @ x, 1e-4, "layers.3.mlp")[1] == 1e-4
+    assert damped_cholesky((x.T @ x).clone, 1e-4, "layers.3.mlp")[1] == 1e-4
     assert not warnings()
 
 
@@ -166,7 +189,7 @@ def test_channels_of_unlike_size_need_no_more_damping(warnings):
     """fp32, and one channel with 1e8 times the energy: scaling channels makes nothing singular."""
     gram = torch.eye(64)
     gram[0, 0] = 1e8
-    factor, used = damped_cholesky(gram, 1e-4, "layers.3.mlp")
+    factor, used = damped_cholesky(gram.clone, 1e-4, "layers.3.mlp")
     assert used == 1e-4
     torch.testing.assert_close(factor @ factor.T, damped(gram, used))
     assert not warnings()
@@ -174,7 +197,8 @@ def test_channels_of_unlike_size_need_no_more_damping(warnings):
 
 @pytest.mark.parametrize("damping", [0.0, 1e-4, 10.0])
 def test_channels_all_dead_get_the_identity(damping, warnings):
-    factor, _ = damped_cholesky(torch.zeros(5, 5, dtype=torch.float64), damping, "layers.3.mlp")
+    dead = torch.zeros(5, 5, dtype=torch.float64)
+    factor, _ = damped_cholesky(dead.clone, damping, "layers.3.mlp")
     assert torch.allclose(factor, factor[0, 0] * torch.eye(5, dtype=torch.float64))
     assert factor[0, 0] >= 1
     assert not warnings()
@@ -184,7 +208,7 @@ def test_channels_all_dead_get_the_identity(damping, warnings):
 def test_damping_is_raised_as_far_as_one(damping):
     """Smallest eigenvalue minus half the mean diagonal: what the docstring's limit still holds."""
     gram = torch.tensor([[1.0, 1.5], [1.5, 1.0]], dtype=torch.float64)
-    factor, used = damped_cholesky(gram, damping, "layers.3.mlp")
+    factor, used = damped_cholesky(gram.clone, damping, "layers.3.mlp")
     assert 0.5 < used <= 1
     torch.testing.assert_close(factor @ factor.T, damped(gram, used))
 
@@ -201,7 +225,7 @@ def test_damping_is_raised_as_far_as_one(damping):
 @pytest.mark.parametrize("damping", [0.0, 1e-4])
 def test_what_is_no_gram_is_refused(gram, damping):
     with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp"):
-        damped_cholesky(gram.double(), damping, "layers.3.mlp")
+        damped_cholesky(gram.double().clone, damping, "layers.3.mlp")
 
 
 def test_targets_are_summed_beside_the_inputs():

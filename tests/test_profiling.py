@@ -28,7 +28,7 @@ from grail_hf.allocation import TOLERANCE
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.compensation import ridge
 from grail_hf.config import GrailConfig
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, Symmetric
 from grail_hf.planning import plan_compression
 from grail_hf.profiling import held_out, profile, widths_to_measure
 from grail_hf.reduction import Reduction
@@ -87,7 +87,7 @@ def test_divergences_are_those_of_the_full_model_with_one_group_reduced(case, mo
                 x = consumer_inputs(
                     model, layers_of(model)[layer].get_submodule(spec.consumer), fit
                 )
-                stats = GramStats(x.T @ x, x.sum(0), len(x))
+                stats = GramStats(Symmetric.of(x.T @ x), x.sum(0), len(x))
                 kept = Reduction.keep_top(found.scores, width, spec.partitions)
                 kept = kept.kept_channels(spec.columns)
                 weight = consumer.weight.T if spec.transposed else consumer.weight
@@ -118,7 +118,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
             for width in {1, spec.num_units // 2} - {0}:
                 kept = Reduction.keep_top(found.scores, width, spec.partitions)
                 kept = kept.kept_channels(spec.columns)
-                stats = GramStats(x.T @ x, x.sum(0), len(x))
+                stats = GramStats(Symmetric.of(x.T @ x), x.sum(0), len(x))
                 left = x @ weight.T - x[:, kept] @ ridge(weight, stats, kept, 1e-4).weight.T
                 error = left.square().sum() / behind.square().sum()
                 assert found.errors[width].item() == pytest.approx(error.item(), rel=2e-2)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from grail_hf import selectors
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, Symmetric
 from grail_hf.selectors import (
     SELECTORS,
     Folding,
     RegionalGradient,
     check_scores,
     choose,
-    elimination_order,
+    elimination_order_,
     find_selector,
 )
 
@@ -44,7 +44,7 @@ class Units:
 
     def stats(self, dtype: torch.dtype = torch.float64) -> GramStats:
         x = self.x.to(dtype)
-        return GramStats(x.T @ x, x.sum(0), x.shape[0])
+        return GramStats(Symmetric.of(x.T @ x), x.sum(0), x.shape[0])
 
 
 def problem(units: int, columns: int = 1, partitions: int = 1, seed: int = 0, outputs=5) -> Units:
@@ -259,15 +259,6 @@ def test_gram_is_greedy_elimination_over_the_real_panel():
         assert torch.equal(SELECTORS["gram"](group, group.stats()), scores)
 
 
-def test_elimination_leaves_its_arguments_alone():
-    group = problem(7)
-    weight, inverse = group.weight, torch.linalg.inv(damped_gram(group))
-    copies = weight.clone(), inverse.clone()
-    elimination_order(weight, inverse, 1)
-    assert torch.equal(weight, copies[0])
-    assert torch.equal(inverse, copies[1])
-
-
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("units", "columns"), [(8, 1), (12, 1), (6, 2)])
 def test_greedy_is_close_to_the_best_subset(units, columns, seed):
@@ -305,10 +296,10 @@ def test_of_two_like_channels_one_stays():
 
 def test_elimination_that_lost_its_precision_is_refused():
     group = problem(4)
-    inverse = torch.linalg.inv(damped_gram(group))
+    inverse = torch.linalg.inv(damped_gram(group)).contiguous()
     inverse[2, 2] = float("nan")
     with pytest.raises(FloatingPointError, match="damping"):
-        elimination_order(group.weight, inverse, 1)
+        elimination_order_(group.weight, inverse, 1)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
