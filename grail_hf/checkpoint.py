@@ -546,7 +546,7 @@ class WritingHomes(CheckpointHomes):
         """Write what is in no decoder layer, unless that is done."""
         name = self._name(1)
         if name not in self.journal.shards:
-            with self.surroundings():
+            with self.meter.phase("write"), self.surroundings():
                 self.journal.add_shard(name, self.parts.state(_REST))
             self.journal.write()
 
@@ -558,12 +558,14 @@ class WritingHomes(CheckpointHomes):
     def at_work(self, index: int) -> Iterator[torch.device]:
         with super().at_work(index) as device:
             yield device
-            self.journal.add_shard(self._name(index + 2), self.parts.state(index))
+            with self.meter.phase("write"):
+                self.journal.add_shard(self._name(index + 2), self.parts.state(index))
 
     def done(self, index: int, batches: Sequence[HiddenStates]) -> None:
         self.journal.layers = index + 1
         if self.journal.layers < len(self.layers):
-            self.journal.add_hidden_states(index + 1, batches)
+            with self.meter.phase("write"):
+                self.journal.add_hidden_states(index + 1, batches)
         else:
             self.journal.hidden_states = {}
         self.journal.notes = self.notes()

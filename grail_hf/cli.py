@@ -33,14 +33,14 @@ from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
 from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.planning import (
+    Estimate,
     check_weights,
     choose_device,
     estimate,
-    hidden_state_bytes,
     plan_compression,
     window_length,
 )
-from grail_hf.report import CompressionReport, check_output, width_range
+from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
@@ -377,7 +377,7 @@ def inspect_command(
         model = _meta_model(source)
         plan = plan_compression(model, config)
         costs = estimate(model, plan, config)
-        hidden = hidden_state_bytes(model, plan, config, costs.tokens)
+        from_disk = estimate(model, plan, config, disk_to_disk=True)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
     for kind, units in plan.units.items():
         table.add_row(f"{kind} units per layer", f"{units:,}", width_range(plan.widths[kind]))
@@ -389,12 +389,11 @@ def inspect_command(
     table.add_row("model type", model.config.model_type, plan.config.model_type)
     table.add_section()
     table.add_row("calibration tokens", "", f"{costs.tokens:,}")
-    table.add_row(f"hidden states ({config.hidden_states})", "", _bytes(hidden))
-    table.add_row("accelerator memory", "", _bytes(costs.accelerator_bytes))
-    table.add_row("host memory", "", _bytes(costs.host_bytes))
-    for phase, operations in costs.operations.items():
-        table.add_row(f"arithmetic, {phase}", "", f"{operations / 1e12:.3g} TFLOP")
+    table.add_row(f"hidden states ({config.hidden_states})", "", size(costs.hidden_bytes))
+    table.add_row("dense weights", "", size(costs.weights_bytes))
     _console.print(table)
+    for title, one in (("in memory", costs), ("disk to disk", from_disk)):
+        _console.print(_costs_table(title, one))
     if as_json:
         _print_json(
             {
@@ -405,7 +404,8 @@ def inspect_command(
                 "widths": plan.widths,
                 "projection_parameters": plan.projection_parameters,
                 "total_parameters": plan.total_parameters,
-                "estimate": asdict(costs),
+                "estimate": costs.to_dict(),
+                "estimate_disk_to_disk": from_disk.to_dict(),
             }
         )
 
@@ -515,8 +515,24 @@ def _config(context: typer.Context) -> GrailConfig:
     return GrailConfig(**settings)
 
 
-def _bytes(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+def _costs_table(title: str, costs: Estimate) -> Table:
+    """What a way of compressing takes, by phase."""
+    host = "host memory" + (", the accelerator's with it" if costs.one_memory else "")
+    table = Table("", "accelerator memory", host, "arithmetic", title=f"peaks, {title}")
+    for phase, cost in costs.phases.items():
+        table.add_row(
+            phase,
+            size(cost.accelerator_bytes),
+            size(cost.host_bytes),
+            f"{cost.operations / 1e12:.3g} TFLOP",
+        )
+    table.add_section()
+    totals = f"{sum(costs.operations.values()) / 1e12:.3g} TFLOP"
+    with_weights = " with the dense weights" if costs.weights_bytes else ""
+    peak = f"{size(costs.host_bytes)}{with_weights}"
+    table.add_row("at the peak", size(costs.accelerator_bytes), peak, totals)
+    table.caption = f"on disk: {size(costs.disk_bytes)}"
+    return table
 
 
 def _print_json(data: Any) -> None:

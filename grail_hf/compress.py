@@ -42,6 +42,7 @@ from grail_hf.planning import (
     choose_device,
     context_length,
     decoder_layers,
+    estimate,
     hidden_state_bytes,
     plan_compression,
     vocabulary_size,
@@ -127,25 +128,30 @@ def compress(
     layers = decoder_layers(model, plan.architecture)
     homes = homes_of(model, layers, device, asked=config.device is not None)
     size = sum(batch["input_ids"].numel() for batch in tokens.batches)
+    costs = estimate(model, plan, config, device, batches=tokens.batches)
     place = choose_place(
         config.hidden_states, hidden_state_bytes(model, plan, config, size), device
     )
-    if find_allocation(config.allocation).loss is not None:
-        with evaluation_mode(model):
-            profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
-        plan = plan_compression(model, config, architecture, profiles)
-    report = CompressionReport.begin(model, config, plan)
-    report.calibration = tokens.summary()
-    report.processes = processes.count()
+    with homes.meter.on():
+        if find_allocation(config.allocation).loss is not None:
+            with evaluation_mode(model):
+                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
+            plan = plan_compression(model, config, architecture, profiles)
+        report = CompressionReport.begin(model, config, plan)
+        report.calibration = tokens.summary()
+        report.processes = processes.count()
 
-    with says_what_is_left(report):
-        narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
-        apply_config_(model, plan.config)
+        with says_what_is_left(report):
+            narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
+            apply_config_(model, plan.config)
+    report.estimate = costs.phases_to_dict()
+    report.measured = homes.meter.measured
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
-    report.groups, report.seconds = processes.once(
-        lambda: (report.groups, report.seconds), "the report"
+    # Not the report: a selector that is a function may not be sent.
+    report.groups, report.seconds, report.measured = processes.once(
+        lambda: (report.groups, report.seconds, report.measured), "the report"
     )
     return report
 
@@ -183,7 +189,8 @@ def narrow_layers_(
                 width = plan.widths[group.kind][block.index]
                 if width < group.num_units or (block.index, group.kind) in plan.mended:
                     if isinstance(group, ExpertsGroup):
-                        narrow_experts_(block, group, width, plan, config, report)
+                        with block.meter.phase("select and solve"):
+                            narrow_experts_(block, group, width, plan, config, report)
                     else:
                         narrow_(block, group, width, plan, config, report)
                 if group.kind in plan.newly_biased:
@@ -202,10 +209,12 @@ def narrow_(
 
     A group that keeps them all is repaired too, where groups in front of it have lost some.
     """
-    damping = repair_(block, group, width, plan, config, report)
+    with block.meter.phase("select and solve"):
+        damping = repair_(block, group, width, plan, config, report)
     # Infinite damping says that nothing fitted to these tokens holds on others.
     if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
-        refit_group_(block, group, damping, group.kind in plan.biased, config, report)
+        with block.meter.phase("refit"):
+            refit_group_(block, group, damping, group.kind in plan.biased, config, report)
 
 
 def repair_(
@@ -223,7 +232,8 @@ def repair_(
     dtype, hold_out = config.torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
 
-    stats = block.collect(group, hold_out)
+    with block.meter.phase("gram"):
+        stats = block.collect(group, hold_out)
     reduction = block.once(
         group, partial(choose, plan.select, group, stats, width, config.selector_name)
     )
@@ -231,7 +241,8 @@ def repair_(
     linear = None
     if reduction.folds:
         linear = fold_linearly(weight.to(dtype), stats, reduction, group.columns)
-        stats = block.collect_folded(group, reduction, hold_out)
+        with block.meter.phase("gram"):
+            stats = block.collect_folded(group, reduction, hold_out)
         weight = reduction.of_consumer(weight.to(dtype), group.columns)
         kept = torch.arange(kept.numel(), device=kept.device)
     # What was removed is done with: its moments are not held during the solve.
@@ -292,7 +303,8 @@ def narrow_experts_(
     An expert that no token came to has only its weights to go by, and no repair.
     """
     reductions, weights, scarce = [], [], []
-    every = block.collect_experts(group, config.holds_out)
+    with block.meter.phase("gram"):
+        every = block.collect_experts(group, config.holds_out)
     for expert, stats in zip(group.experts, every, strict=True):
         select = plan.select if stats.count else magnitude
         reduction = processes.once(

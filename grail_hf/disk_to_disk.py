@@ -26,11 +26,13 @@ from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, Wri
 from grail_hf.compress import narrow_layers_, read_calibration
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
+from grail_hf.meter import Meter
 from grail_hf.offload import choose_place
 from grail_hf.planning import (
     Plan,
     choose_device,
     decoder_layers,
+    estimate,
     hidden_state_bytes,
     plan_compression,
 )
@@ -139,7 +141,12 @@ def compress_checkpoint(
         journal = stopped or Journal(work, identity)
         processes.once(partial(_check_space, work, journal, model, plan, tokens), _OUTPUT)
         with _says_how_to_go_on(journal):
-            plan, report = _compress(parts, plan, tokens, config, device, journal, progress)
+            meter = Meter(device)
+            with meter.on():
+                plan, report = _compress(
+                    parts, plan, tokens, config, device, journal, progress, meter
+                )
+            report.measured = meter.measured
             report.source = digests
             finish = partial(_finish, checkpoint, model, plan, tokenizer, report, journal, output)
             report = processes.once(finish, _OUTPUT)
@@ -154,17 +161,20 @@ def _compress(
     device: torch.device,
     journal: Journal,
     progress: bool,
+    meter: Meter,
 ) -> tuple[Plan, CompressionReport]:
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
     model = parts.model
     slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
     size = hidden_state_bytes(model, plan, config, slots)
     place = choose_place(config.hidden_states, size, device)
+    costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
     start = time.perf_counter()
     if plan.reduced and find_allocation(config.allocation).loss is not None:
         profiles, widths = None, journal.notes.get("widths")
         if widths is None:
             homes = CheckpointHomes(parts, device)
+            homes.meter = meter
             with evaluation_mode(model):
                 profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
         plan = plan_compression(model, config, plan.architecture, profiles, widths)
@@ -180,6 +190,7 @@ def _compress(
         return {"widths": plan.widths, "report": report.to_dict()}
 
     writing = WritingHomes(parts, device, journal, place, notes)
+    writing.meter = meter
     writing.write_rest()
     if plan.reduced and journal.layers < len(parts.layers):
         narrow_layers_(model, plan, tokens, config, writing, place, report, progress)
@@ -189,6 +200,7 @@ def _compress(
                 pass
             writing.done(index, [])
     notes()
+    report.estimate = costs.phases_to_dict()
     return plan, report
 
 

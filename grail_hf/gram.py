@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
 # Rows of a Gram that are held, summed and converted at a time.
-_BLOCK = 256
+BLOCK = 256
 # Rows of other matrices that are converted at a time.
 _PART = 64
 
@@ -50,7 +50,7 @@ class Symmetric:
         dtype: torch.dtype = torch.float32,
     ) -> Symmetric:
         """[size, size], all zero."""
-        matrix = cls.empty([*range(_BLOCK, size, _BLOCK), size], dtype, device)
+        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], dtype, device)
         matrix.flat.zero_()
         return matrix
 
@@ -58,7 +58,7 @@ class Symmetric:
     def of(cls, whole: Tensor) -> Symmetric:
         """A symmetric [H, H], copied."""
         size = len(whole)
-        matrix = cls.empty([*range(_BLOCK, size, _BLOCK), size], whole.dtype, whole.device)
+        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], whole.dtype, whole.device)
         for start, end, rows in matrix.spans:
             rows.copy_(whole[start:end, :end])
         return matrix

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf.config import AUTO
+from grail_hf.meter import Meter
 
 # Smaller tensors are not worth a file.
 _LEAST_MAPPED = 2**20
@@ -173,6 +174,7 @@ class Homes:
         layers: the model's.
         device: where they work.
         first: layers in front of it were done earlier.
+        meter: of what the work on them takes.
     """
 
     first = 0
@@ -181,6 +183,7 @@ class Homes:
         self.layers = layers
         self.device = device
         self.courier = Courier()
+        self.meter = Meter(device)
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, input_device
+from grail_hf.planning import HELD_OUT_TOKENS, LEAST_WINDOWS
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 
     from grail_hf.config import GrailConfig
     from grail_hf.planning import Plan
-
-# Divergences of variants are compared on the same tokens, so that few will do.
-HELD_OUT_TOKENS = 4096
-LEAST_WINDOWS = 4  # to hold one out
 
 _DAMPING = 1e-4
 
@@ -54,7 +51,6 @@ class _Variant:
     hidden: list[Tensor]
 
 
-@torch.no_grad()
 def profile(
     model: PreTrainedModel,
     plan: Plan,
@@ -75,6 +71,20 @@ def profile(
         place: where hidden states are kept; by default where the model takes its inputs.
         progress: show a bar on standard error.
     """
+    with homes.meter.phase("profile", whole=True):
+        return _profile(model, plan, batches, config, homes, place, progress)
+
+
+@torch.no_grad()
+def _profile(
+    model: PreTrainedModel,
+    plan: Plan,
+    batches: Batches,
+    config: GrailConfig,
+    homes: Homes,
+    place: Place | None,
+    progress: bool,
+) -> Profiles:
     wanted = find_allocation(config.allocation).divergences
     parts, is_held = _in_turns(*(held_out(batches) if wanted else (list(batches), [])))
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.

@@ -89,6 +89,9 @@ class CompressionReport:
         seconds: wall time of the layer loop.
         processes: that shared the calibration.
         versions: of the libraries.
+        estimate: phase -> what it was to take: "host_bytes" and "accelerator_bytes", the peaks
+            above what the process held at the start, and "operations".
+        measured: phase -> the peaks that were measured, where the platform could say.
         export: of an exported result: its format, model type, error, and what its card says.
         source: of a compression from disk to disk: the dense checkpoint's files -> their sha256.
     """
@@ -108,6 +111,8 @@ class CompressionReport:
     seconds: float = 0.0
     processes: int = 1
     versions: dict[str, str] = field(default_factory=dict)
+    estimate: dict[str, dict[str, int]] = field(default_factory=dict)
+    measured: dict[str, dict[str, int]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
 
@@ -351,7 +356,23 @@ class CompressionReport:
             table.add_row(*row)
         for key, value in self.evaluation.items():
             table.add_row(key, "", _short(value))
+        memory = self._memory()
+        if memory:
+            table.add_section()
+            table.add_row("peak memory", "estimated", "measured")
+            for title, estimated, measured in memory:
+                table.add_row(title, size(estimated), size(measured))
         return table
+
+    def _memory(self) -> list[tuple[str, int, int]]:
+        """Of each phase and kind of memory that was measured: estimate and measurement."""
+        titles = {"host_bytes": "host", "accelerator_bytes": "accelerator"}
+        return [
+            (f"{phase}, {titles[kind]}", self.estimate[phase][kind], peak)
+            for phase, peaks in self.measured.items()
+            for kind, peak in peaks.items()
+            if phase in self.estimate
+        ]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [
@@ -381,6 +402,11 @@ class CompressionReport:
                 *(f"  {title}: {before} -> {after}" for title, before, after in self._rows()),
             ]
         )
+
+
+def size(number: int) -> str:
+    """Bytes, for people."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def width_range(widths: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from grail_hf.architectures import GroupSpec
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.meter import Meter
 from grail_hf.offload import HiddenStates, Homes, Place, input_device
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
@@ -133,6 +134,7 @@ class Block:
     batches: Sequence[_MicroBatch]
     progress: tqdm[Any]
     dtype: torch.dtype
+    meter: Meter
 
     @torch.no_grad()
     def collect(
@@ -428,7 +430,7 @@ def stream(
     """
     layers = homes.layers
     names = {id(module): name for name, module in model.named_modules()}
-    with homes.surroundings():
+    with homes.meter.phase("embed"), homes.surroundings():
         place = place or Place(input_device(model))
         micro_batches = record_calls(model, layers, batches, place, returns_tuple)
     homes.start(micro_batches)
@@ -450,15 +452,18 @@ def stream(
             )
             with homes.at_work(index) as device:
                 block = Block(
-                    index, name, layer, groups, device, place, target, micro_batches, bar, dtype
+                    *(index, name, layer, groups, device, place, target, micro_batches, bar),
+                    *(dtype, homes.meter),
                 )
                 for group in groups:
                     group.differentiate = partial(block.regional_gradient, group)
                 try:
-                    following = _dense_pass(block) if target != "self" else []
+                    with homes.meter.phase("forward"):
+                        following = _dense_pass(block) if target != "self" else []
                     yield block
                     if index + 1 < len(layers):
-                        block.advance()
+                        with homes.meter.phase("forward"):
+                            block.advance()
                 finally:
                     for group in groups:
                         group.differentiate = None  # it holds the hidden states

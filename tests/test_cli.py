@@ -128,10 +128,11 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     assert before == 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
     assert after == 6 * (2 * 256 * 192 + 2 * 256 * 96 + 3 * 256 * 704)
     assert plan["total_parameters"][0] - plan["total_parameters"][1] == before - after
-    # X^T X and Y^T X, of a quarter of the tokens twice; again at the new widths for the refit.
-    moments = (256 * (256 + 256) + 1024 * (1024 + 256)) * 5 // 4
-    moments += 192 * (192 + 256) + 704 * (704 + 256)
-    assert plan["estimate"]["operations"]["gram"] == 2 * 128 * 1024 * 6 * moments
+    # Half of X^T X, in blocks of 256 rows, and Y^T X, of a quarter of the tokens twice; again at
+    # the new widths for the refit.
+    moments = (256 * (2 * 256 + 2 * 256) + 1024 * (1024 + 256 + 2 * 256)) * 5 // 4
+    moments += 192 * (2 * 192 + 2 * 256) + 704 * (704 + 256 + 2 * 256)
+    assert plan["estimate"]["operations"]["gram"] == 128 * 1024 * 6 * moments
 
 
 @pytest.mark.parametrize(

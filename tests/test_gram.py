@@ -68,7 +68,7 @@ def test_merge_is_concatenation(dtype, channels, sizes, seed):
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_a_symmetric_matrix_in_block_rows_is_what_the_whole_is(monkeypatch, size):
     """Integers, so exactly; blocks of three rows, the last one smaller."""
-    monkeypatch.setattr(gram_module, "_BLOCK", 3)
+    monkeypatch.setattr(gram_module, "BLOCK", 3)
     x, other, weight = (integers(n, size, seed).double() for seed, n in enumerate((20, 7, 4)))
     whole = x.T @ x
     held = gram_module.Symmetric.zeros(size, dtype=torch.float64)

@@ -22,6 +22,7 @@ ORDER = [
         "groups",
         "experts",
         "processes",
+        "meter",
         "offload",
         "stream",
         "refit",

@@ -1,0 +1,135 @@
+"""What memory each phase of a compression takes at its peak, measured while it runs.
+
+Host memory is the process's anonymous memory: what is mapped from files (a checkpoint's tensors,
+hidden states on disk) is the system's to drop, and does not count. It is sampled by a thread, since
+no operating system keeps its peak by phase; an accelerator's is kept by torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_SECONDS = 0.005  # between samples: a solve that allocates takes longer than this where it matters
+
+
+class Meter:
+    """Peaks by phase, in bytes above what the process held when the meter was switched on.
+
+    Where the platform cannot say what memory is anonymous (any but Linux), there are no peaks of
+    host memory; where layers do not run on CUDA, none of an accelerator's.
+
+    Attributes:
+        device: where layers run.
+        host: phase -> peak of anonymous host memory.
+        accelerator: phase -> peak of CUDA memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host: dict[str, int] = {}
+        self.accelerator: dict[str, int] = {}
+        self._phase: str | None = None
+        self._whole = False
+        self._on = False
+        self._bases = (0, 0)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The meter runs inside the context."""
+        stop = threading.Event()
+        thread = None
+        give_back()
+        self._bases = (anonymous_bytes() or 0, self._allocated())
+        self._on = True
+        if anonymous_bytes() is not None:
+            thread = threading.Thread(target=self._watch, args=(stop,), daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            self._on = False
+            stop.set()
+            if thread is not None:
+                thread.join()
+
+    @contextmanager
+    def phase(self, name: str, whole: bool = False) -> Iterator[None]:
+        """What happens inside is a phase's; of phases inside a phase, the innermost's.
+
+        Where the phase is a `whole`, those inside it count as part of it. Memory that is free goes
+        back to the system on the way in and out, so that no phase pays for another's.
+        """
+        if self._whole:
+            yield
+            return
+        outer = self._phase
+        self._change(name, whole)
+        try:
+            yield
+        finally:
+            self._change(outer, False)
+
+    @property
+    def measured(self) -> dict[str, dict[str, int]]:
+        """phase -> {"host_bytes": peak, "accelerator_bytes": peak}, those that are known."""
+        names = [*self.host, *(name for name in self.accelerator if name not in self.host)]
+        peaks = {"host_bytes": self.host, "accelerator_bytes": self.accelerator}
+        return {
+            name: {kind: known[name] for kind, known in peaks.items() if name in known}
+            for name in names
+        }
+
+    def _change(self, name: str | None, whole: bool) -> None:
+        if not self._on:
+            return
+        self._sample()
+        if self.device.type == "cuda":
+            if self._phase is not None:
+                peak = torch.cuda.max_memory_allocated(self.device) - self._bases[1]
+                known = self.accelerator.get(self._phase, 0)
+                self.accelerator[self._phase] = max(known, peak)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        give_back()
+        self._phase, self._whole = name, whole
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(_SECONDS):
+            self._sample()
+
+    def _sample(self) -> None:
+        name, now = self._phase, anonymous_bytes()
+        if name is not None and now is not None:
+            self.host[name] = max(self.host.get(name, 0), now - self._bases[0])
+
+    def _allocated(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return int(torch.cuda.memory_allocated(self.device))
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of this process that no file stands behind; None where that is not known."""
+    if not sys.platform.startswith("linux"):
+        return None
+    import psutil
+
+    memory: Any = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
+
+
+def give_back() -> None:
+    """Return free memory of the C library to the system, where it can (glibc).
+
+    It keeps freed blocks of up to 32 MB for later, whole squares of a small group among them, even
+    where the next request is a larger one that they cannot serve.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

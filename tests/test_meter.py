@@ -1,0 +1,128 @@
+"""Peaks by phase against allocations of known size, and estimates against what is measured."""
+
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import config_of
+from transformers import LlamaForCausalLM
+
+import grail_hf
+from grail_hf.config import GrailConfig
+from grail_hf.meter import Meter
+from grail_hf.planning import estimate, plan_compression
+
+MB = 2**20
+CPU = torch.device("cpu")
+measurable = pytest.mark.skipif(sys.platform != "linux", reason="no anonymous memory to read")
+
+
+def hold(megabytes: int) -> None:
+    block = torch.ones(megabytes * MB, dtype=torch.uint8)
+    time.sleep(0.05)
+    del block
+
+
+@measurable
+def test_a_peak_belongs_to_the_innermost_phase():
+    meter = Meter(CPU)
+    hold(300)  # before it is on
+    with meter.on():
+        with meter.phase("outer"):
+            hold(64)
+            with meter.phase("inner"):
+                hold(128)
+            hold(32)
+        with meter.phase("late"):
+            pass
+        hold(200)  # in no phase
+    assert meter.host.keys() == {"outer", "inner", "late"}
+    assert 64 * MB <= meter.host["outer"] < 80 * MB
+    assert 128 * MB <= meter.host["inner"] < 144 * MB
+    assert meter.host["late"] < 16 * MB
+    assert meter.measured["inner"] == {"host_bytes": meter.host["inner"]}
+
+
+@measurable
+def test_a_whole_phase_has_those_inside_it():
+    meter = Meter(CPU)
+    with meter.on(), meter.phase("whole", whole=True):
+        with meter.phase("part"):
+            hold(96)
+    assert meter.host.keys() == {"whole"}
+    assert 96 * MB <= meter.host["whole"] < 112 * MB
+
+
+def test_a_meter_that_is_off_measures_nothing():
+    meter = Meter(CPU)
+    with meter.phase("a phase"):
+        hold(8)
+    assert meter.measured == {}
+
+
+SHAPES = {
+    **{"model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 64},
+    **{"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2},
+}
+SETTINGS = {"sparsity": 0.3, "batch_size": 1, "device": "cpu", "progress": False}
+
+
+def skeleton(**changes):
+    with torch.device("meta"):
+        return LlamaForCausalLM(config_of(SHAPES | changes))
+
+
+@measurable
+def test_a_report_sets_what_was_measured_beside_the_estimate():
+    """The hidden states alone are a known part of it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config_of(SHAPES))
+    tokens = torch.randint(64, (8, 128))
+    report = grail_hf.compress(model, calibration=tokens, **SETTINGS)
+    assert report.measured.keys() <= report.estimate.keys()
+    assert report.measured.keys() >= {"embed", "forward", "gram", "select and solve", "refit"}
+    estimated = max(cost["host_bytes"] for cost in report.estimate.values())
+    measured = max(peaks["host_bytes"] for peaks in report.measured.values())
+    assert 0.5 * measured < estimated < 2 * measured
+    again = grail_hf.CompressionReport.from_dict(report.to_dict())
+    assert (again.estimate, again.measured) == (report.estimate, report.measured)
+    assert "Peak memory" in report.card()
+
+
+def test_from_disk_to_disk_no_peak_grows_with_the_number_of_layers():
+    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    peaks, disks = [], []
+    for layers in (2, 6):
+        model = skeleton(num_hidden_layers=layers)
+        plan = plan_compression(model, config)
+        one = estimate(model, plan, config, disk_to_disk=True)
+        assert estimate(model, plan, config).weights_bytes == 4 * plan.total_parameters[0]
+        assert one.weights_bytes == 0 and one.one_memory
+        peaks.append({name: cost.host_bytes for name, cost in one.phases.items()})
+        disks.append(one.disk_bytes - 4 * plan.total_parameters[1])
+    assert peaks[0] == peaks[1]
+    # Two generations, each of the compressed path and the dense model's.
+    assert disks == [4 * 8 * 64 * 512 * 4] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "phase"),
+    [({"allocation": "error"}, "profile"), ({"allocation": "search"}, "profile")],
+)
+def test_what_is_done_besides_is_in_the_estimate(changes, phase):
+    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    model = skeleton()
+    plain = estimate(model, plan_compression(model, config), config)
+    other = replace(config, **changes)
+    more = estimate(model, plan_compression(model, other), other)
+    assert phase not in plain.phases
+    assert more.phases[phase].host_bytes > 0 and more.phases[phase].operations > 0
+
+
+def test_a_fold_takes_more_passes():
+    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    fold, model = replace(config, selector="fold"), skeleton()
+    costs = [estimate(model, plan_compression(model, c), c).operations for c in (config, fold)]
+    assert costs[1]["forward"] > costs[0]["forward"] and costs[1]["gram"] > costs[0]["gram"]
