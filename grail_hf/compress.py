@@ -149,10 +149,7 @@ def compress(
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
-    # Not the report: a selector that is a function may not be sent.
-    report.groups, report.seconds, report.measured = processes.once(
-        lambda: (report.groups, report.seconds, report.measured), "the report"
-    )
+    report.share()
     return report
 
 

@@ -149,7 +149,8 @@ def compress_checkpoint(
             report.measured = meter.measured
             report.source = digests
             finish = partial(_finish, checkpoint, model, plan, tokenizer, report, journal, output)
-            report = processes.once(finish, _OUTPUT)
+            processes.once(finish, _OUTPUT)
+            report.share()
     return report
 
 
@@ -212,7 +213,7 @@ def _finish(
     report: CompressionReport,
     journal: Journal,
     output: Path,
-) -> CompressionReport:
+) -> None:
     """Write what makes a checkpoint of the weights, and put it in its place."""
     from transformers import GenerationConfig
 
@@ -227,7 +228,6 @@ def _finish(
         tokenizer.save_pretrained(journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
-    return report
 
 
 def _stopped(work: Path) -> Journal | None:

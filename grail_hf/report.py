@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from grail_hf import processes
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import Expert
@@ -179,6 +180,13 @@ class CompressionReport:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
         error = reconstruction_error(repair.weight, repair.weight, stats, bias=repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
+
+    def share(self) -> None:
+        """Of several processes, have all reports say what the first one's does."""
+        # Not the report as a whole: a selector that is a function may not be sent.
+        self.groups, self.seconds, self.measured = processes.once(
+            lambda: (self.groups, self.seconds, self.measured), "the report"
+        )
 
     @property
     def scarce_experts(self) -> tuple[str, ...]:
