@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from grail_hf import processes
 from grail_hf.offload import HiddenStates, Homes, Place
 
 if TYPE_CHECKING:
@@ -400,6 +402,9 @@ JOURNAL, OWN = "journal.json", ".grail"
 class Journal:
     """What a run has done, in its work folder: it can go on from the last layer written here.
 
+    Of several processes each has the same journal, each writes the hidden states of its batches,
+    and the first everything else.
+
     Attributes:
         folder: the work folder, in which the new checkpoint grows.
         identity: what the result depends on: name -> JSON.
@@ -453,6 +458,9 @@ class Journal:
 
     def write(self) -> None:
         """Put it on disk, in place of what was there."""
+        processes.once(self._write, "the journal")
+
+    def _write(self) -> None:
         self.own.mkdir(parents=True, exist_ok=True)
         data = {
             "identity": self.identity,
@@ -466,7 +474,8 @@ class Journal:
 
     def add_shard(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of the new checkpoint."""
-        digest = save_tensors(tensors, self.folder / name, {"format": "pt"})
+        save = partial(save_tensors, tensors, self.folder / name, {"format": "pt"})
+        digest = processes.once(save, name)
         sizes = {key: tensor.nbytes for key, tensor in sorted(tensors.items())}
         self.shards[name] = {"sha256": digest, "bytes": sizes}
 
@@ -474,12 +483,13 @@ class Journal:
         """Write the hidden states in front of a layer."""
         folder = self.own / f"hidden-states-{layer:05d}"
         folder.mkdir(exist_ok=True)
-        self.hidden_states = {}
+        written = []
         for batch in batches:
             path = folder / f"{batch.number:05d}.safetensors"
             tensors = {"hidden": batch.hidden, "dense": batch.dense}
             digest = save_tensors({k: t for k, t in tensors.items() if t is not None}, path)
-            self.hidden_states[f"{folder.name}/{path.name}"] = digest
+            written.append((f"{folder.name}/{path.name}", digest))
+        self.hidden_states = dict(processes.gather(written, folder.name))
 
     def read_hidden_states(self, batches: Sequence[HiddenStates], place: Place) -> None:
         """Give the batches the hidden states that were written last."""
@@ -493,6 +503,8 @@ class Journal:
 
     def sweep(self) -> None:
         """Delete generations of hidden states that the run on disk no longer goes by."""
+        if not processes.is_first():
+            return
         current = {name.partition("/")[0] for name in self.hidden_states}
         for folder in self.own.glob("hidden-states-*"):
             if folder.name not in current:

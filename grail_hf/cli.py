@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, token_windows
@@ -105,6 +107,7 @@ _MENDABLE = (
     ImportError,
     PartlyCompressedError,
     StoppedError,
+    processes.ProcessGroupError,
 )
 _DEFAULTS = GrailConfig(sparsity=0.0)
 
@@ -165,10 +168,12 @@ def compress_command(
     """Compress a model and save it as an ordinary checkpoint."""
     with _errors_in_a_line():
         config = _config(context)
-        check_output(output, overwrite or resume)
+        processes.start(config.device)
+        processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)
         if disk_to_disk is None:
-            disk_to_disk = resume or (texts != SELF and _is_large(source))
+            large = processes.once(partial(_is_large, source), "the source")
+            disk_to_disk = resume or (texts != SELF and large)
         if resume and not disk_to_disk:
             raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
         if disk_to_disk:
@@ -177,6 +182,8 @@ def compress_command(
             )
         else:
             report = _compress_in_memory(source, output, texts, config, eval_text)
+    if not processes.is_first():
+        return
     _console.print(report.table())
     if report.rehomed:
         _console.print(
@@ -200,7 +207,7 @@ def _compress_in_memory(
     # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
     skeleton = _meta_model(source)
     plan_compression(skeleton, config)
-    with replaced_when_whole(output) as folder:
+    with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
         tokenizer = _tokenizer(source)
         tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
@@ -220,10 +227,19 @@ def _compress_in_memory(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        report.save(folder)
+        processes.once(partial(_save, model, tokenizer, report, folder), "the output folder")
     return report
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    report: CompressionReport,
+    folder: Path,
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report.save(folder)
 
 
 def _compress_from_disk(
@@ -243,11 +259,9 @@ def _compress_from_disk(
     if windows is not None and eval_text:
         report.evaluation["evaluation text"] = Path(eval_text).name
         for when, folder in (("before", source), ("after", str(output))):
-            with tempfile.TemporaryDirectory() as scratch:
-                model = _model(folder, device_map="auto", offload_folder=scratch)
-                value = perplexity(model, None, windows, batch_size=config.batch_size)
-            report.evaluation[f"perplexity {when}"] = value
-        report.save(output)
+            measure = partial(_perplexity_of, folder, windows, config)
+            report.evaluation[f"perplexity {when}"] = processes.once(measure, "the evaluation")
+        processes.once(partial(report.save, output), "the output folder")
     return report
 
 
@@ -459,10 +473,21 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     return [Path(name) for name in calibration]
 
 
-def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
-    """Perplexity where layers would run."""
-    with _at_work(model, config):
+def _perplexity_of(folder: str, windows: Tensor, config: GrailConfig) -> float:
+    """Perplexity of a checkpoint, on disk as far as memory does not suffice."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = _model(folder, device_map="auto", offload_folder=scratch)
         return perplexity(model, None, windows, batch_size=config.batch_size)
+
+
+def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
+    """Perplexity where layers would run, measured by the first process."""
+
+    def measure() -> float:
+        with _at_work(model, config):
+            return perplexity(model, None, windows, batch_size=config.batch_size)
+
+    return processes.once(measure, "the evaluation")
 
 
 @contextmanager
@@ -521,7 +546,9 @@ def _errors_in_a_line() -> Iterator[None]:
         yield
     except _MENDABLE as error:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"error: {error}", style="red")
+        number = processes.count()
+        where = f" in process {processes.index()} of {number}" if number > 1 else ""
+        console.print(f"error{where}: {error}", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error  # as shells report it

@@ -15,10 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grail_hf import processes
 from grail_hf.allocation import find_allocation
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
@@ -31,6 +33,7 @@ from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.evaluation import evaluation_mode
 from grail_hf.experts import ExpertsGroup
+from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, choose_place, homes_of
 from grail_hf.planning import (
@@ -82,6 +85,11 @@ def compress(
 ) -> CompressionReport:
     """Make `model` narrower in place and repair it. No training, no labels.
 
+    Where `accelerate launch` or `torchrun` has started several processes, or the program has joined
+    some by accelerate or torch.distributed, they share the calibration's batches: all of them must
+    make this call, with the same model and settings, and all end with the same model and report.
+    The calibration of the first counts.
+
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
             any other with `architecture`; loaded with `device_map` and offloaded, too.
@@ -91,9 +99,10 @@ def compress(
             tensor of token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
             "self" needs no data: the tokens are sampled from the model, in batches of
             `config.batch_size` and where the model is (put it on an accelerator first).
+            Several processes need a batch each.
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
         architecture: the model type's entry where the table has none, see `infer_architecture`.
-        progress: show a bar on standard error.
+        progress: show a bar on standard error, of the first process alone.
 
     Returns:
         What was done and what it cost. `model.save_pretrained(d)` and `report.save(d)` write a
@@ -104,11 +113,14 @@ def compress(
         FloatingPointError: NaN or Inf in weights or in the first activations, before anything is
             changed.
         PartlyCompressedError: a failure after the first group was changed.
+        ProcessGroupError: another process has ended, before anything is changed.
     """
     config = GrailConfig.resolve(config, **overrides)
     plan = plan_compression(model, config, architecture)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
+    processes.start(config.device)
+    progress = progress and processes.is_first()
     device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
@@ -127,6 +139,7 @@ def compress(
             plan = plan_compression(model, config, architecture, profiles)
         report = CompressionReport.begin(model, config, plan)
         report.calibration = tokens.summary()
+        report.processes = processes.count()
 
         with says_what_is_left(report):
             narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
@@ -136,6 +149,7 @@ def compress(
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
+    report.share()
     return report
 
 
@@ -162,8 +176,11 @@ def narrow_layers_(
             config.target if config.targeted else "self",
             config.seed,
             progress,
-            group_batches=group_batches(plan, config, len(tokens.batches), homes.first),
+            group_batches=group_batches(
+                plan, config, len(processes.share(len(tokens.batches))), homes.first
+            ),
             returns_tuple=plan.architecture.returns_tuple,
+            dtype=config.torch_dtype,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
@@ -213,27 +230,31 @@ def repair_(
     intercept = group.kind in plan.biased
 
     with block.meter.phase("gram"):
-        stats = block.collect(group, hold_out).to(dtype)
+        stats = block.collect(group, hold_out)
     with block.meter.phase("select"):
-        reduction = choose(plan.select, group, stats, width, config.selector_name)
+        reduction = block.once(
+            group, partial(choose, plan.select, group, stats, width, config.selector_name)
+        )
     weight, kept = group.weight, reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:
         linear = fold_linearly(weight.to(dtype), stats, reduction, group.columns)
         with block.meter.phase("gram"):
-            stats = block.collect_folded(group, reduction, hold_out).to(dtype)
+            stats = block.collect_folded(group, reduction, hold_out)
         weight = reduction.of_consumer(weight.to(dtype), group.columns)
         kept = torch.arange(kept.numel(), device=kept.device)
     # What was removed is done with: its moments are not held during the solve.
     stats = stats.restricted(kept, weight.to(dtype))
     weight = weight[:, kept].to(dtype)
 
-    repair = Repair(weight)
-    if config.compensate:
-        repair = ridge(weight, stats, None, config.ridge, group.name, intercept)
+    def solve(stats: GramStats) -> Repair:
+        settings = config.ridge, group.name, intercept
+        return processes.once(partial(ridge, weight, stats, None, *settings), group.name)
+
+    repair = solve(stats) if config.compensate else Repair(weight)
     report.add(block.index, group, weight, stats, repair)
     if config.compensate and linear:
-        other = ridge(weight, linear, None, config.ridge, group.name, intercept)
+        other = solve(linear)
         report.fold(weight, stats, other, used=config.fold == "linear")
         repair = other if config.fold == "linear" else repair
 
@@ -255,11 +276,14 @@ def refit_group_(
     With the damping that the consumer took before: on tokens that the refit has seen, less would
     seem to do.
     """
-    part = replace(block, batches=block.batches[:: refit_stride(config.refit_steps)])
+    stride = refit_stride(config.refit_steps)
+    part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
     refit_(part, group, config.refit_steps)
-    stats = block.collect(group).to(config.torch_dtype)
+    stats = block.collect(group)
     weight = group.weight.to(config.torch_dtype)
-    refitted = ridge(weight, stats, None, damping, group.name, intercept)
+    refitted = processes.once(
+        partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
+    )
     report.refit(stats, refitted)
     group.repair_(refitted.weight, refitted.bias)
 
@@ -280,9 +304,10 @@ def narrow_experts_(
     with block.meter.phase("gram"):
         every = block.collect_experts(group, config.holds_out)
     for expert, stats in zip(group.experts, every, strict=True):
-        stats = stats.to(config.torch_dtype)
         select = plan.select if stats.count else magnitude
-        reduction = choose(select, expert, stats, width, config.selector_name)
+        reduction = processes.once(
+            partial(choose, select, expert, stats, width, config.selector_name), expert.name
+        )
         weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
         least = 0.0
         if stats.count < width:
@@ -291,7 +316,8 @@ def narrow_experts_(
         stats, weight = stats.restricted(kept, weight), weight[:, kept]
         repair = Repair(weight)
         if config.compensate:
-            repair = ridge(weight, stats, None, config.ridge, expert.name, least=least)
+            solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
+            repair = processes.once(solve, expert.name)
         report.add(block.index, expert, weight, stats, repair)
         reductions.append(reduction)
         weights.append(repair.weight)
@@ -343,10 +369,27 @@ def read_calibration(
     config: GrailConfig,
     progress: bool = True,
 ) -> TokenBatches:
-    """The calibration tokens for a model.
+    """The calibration tokens for a model: the first process's, in all.
 
     It may be on the meta device, unless the tokens are sampled from it ("self").
+
+    Raises ValueError where there are fewer batches than processes.
     """
+    tokens = processes.once(
+        lambda: _read_calibration(model, tokenizer, calibration, config, progress),
+        "the calibration",
+    )
+    processes.share(len(tokens.batches))
+    return tokens
+
+
+def _read_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: GrailConfig,
+    progress: bool,
+) -> TokenBatches:
     if isinstance(calibration, TokenBatches):
         for batch in calibration.batches:
             check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)

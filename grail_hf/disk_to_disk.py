@@ -12,11 +12,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grail_hf import processes
 from grail_hf.allocation import find_allocation
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import SELF, Calibration, TokenBatches
@@ -45,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that say where things are, not what comes out.
 _IRRELEVANT = {"hidden_states"}
+_OUTPUT = "the output folder"
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -72,7 +75,8 @@ def compress_checkpoint(
     layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
     run that is stopped, or killed, can go on behind the last layer that it had written: its files
     are then, byte for byte, those of a run that was not stopped, but for the times and the memory
-    that `grail.json` reports.
+    that `grail.json` reports. Several processes share the work as in `compress`; the output is in a
+    folder that all of them see.
 
     Args:
         source: a folder in safetensors, or a name on the hub.
@@ -100,6 +104,8 @@ def compress_checkpoint(
 
     config = GrailConfig.resolve(config, **overrides)
     output = Path(output)
+    processes.start(config.device)
+    progress = progress and processes.is_first()
     checkpoint = Checkpoint.open(source)
     model = checkpoint.skeleton()
     plan = plan_compression(model, config, architecture)
@@ -112,27 +118,28 @@ def compress_checkpoint(
         )
     if tokenizer is None and any((checkpoint.folder / name).is_file() for name in _TOKENIZERS):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    check_output(output, overwrite or resume)
+    processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
-    with claimed(output) as work:
+    with processes.first_within(claimed(output), _OUTPUT) as work:
         identity = _identity(config, model, tokens)
-        stopped = Journal.read(work) if Journal.exists(work) else None
+        stopped = processes.once(partial(_stopped, work), _OUTPUT)
         if stopped and not resume:
             raise stopped_there(work)
         if stopped:
             stopped.check_identity(identity)
-        digests = checkpoint.verify(progress)
+        digests = processes.once(partial(checkpoint.verify, progress), str(source))
         identity |= {f"sha256 of {name}": digest for name, digest in digests.items()}
         if stopped:
             stopped.check_identity(identity)
-            stopped.check_files()
+            processes.once(stopped.check_files, _OUTPUT)
         else:
-            if resume and (report := _ended(output, config, digests, tokens)):
+            ended = partial(_ended, output, config, digests, tokens)
+            if resume and (report := processes.once(ended, _OUTPUT)):
                 return report
-            check_output(output, overwrite)
-            empty(work)
+            processes.once(partial(check_output, output, overwrite), _OUTPUT)
+            processes.once(partial(empty, work), _OUTPUT)
         journal = stopped or Journal(work, identity)
-        _check_space(work, journal, model, plan, tokens)
+        processes.once(partial(_check_space, work, journal, model, plan, tokens), _OUTPUT)
         with _says_how_to_go_on(journal):
             meter = Meter(device)
             with meter.on():
@@ -141,8 +148,9 @@ def compress_checkpoint(
                 )
             report.measured = meter.measured
             report.source = digests
-            _finish(checkpoint, model, plan, tokenizer, report, journal)
-            put_in_place(work, output)
+            finish = partial(_finish, checkpoint, model, plan, tokenizer, report, journal, output)
+            processes.once(finish, _OUTPUT)
+            report.share()
     return report
 
 
@@ -173,6 +181,7 @@ def _compress(
         plan = plan_compression(model, config, plan.architecture, profiles, widths)
     report = CompressionReport.begin(model, config, plan)
     report.calibration = tokens.summary()
+    report.processes = processes.count()
     earlier = journal.notes.get("report")
     if earlier:
         report.groups = CompressionReport.from_dict(earlier).groups
@@ -203,8 +212,9 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase | None,
     report: CompressionReport,
     journal: Journal,
+    output: Path,
 ) -> None:
-    """Write what makes a checkpoint of the weights."""
+    """Write what makes a checkpoint of the weights, and put it in its place."""
     from transformers import GenerationConfig
 
     journal.write_index()
@@ -217,6 +227,12 @@ def _finish(
     if tokenizer is not None:
         tokenizer.save_pretrained(journal.folder)
     report.save(journal.folder)
+    put_in_place(journal.folder, output)
+
+
+def _stopped(work: Path) -> Journal | None:
+    """The journal of a run that was stopped in this folder."""
+    return Journal.read(work) if Journal.exists(work) else None
 
 
 def _identity(config: GrailConfig, model: PreTrainedModel, tokens: TokenBatches) -> dict[str, Any]:
@@ -272,7 +288,8 @@ def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
         yield
     except BaseException as error:
         if not journal.layers:
-            empty(journal.folder)
+            if processes.is_first():
+                empty(journal.folder)
             raise
         message = (
             f"stopped; {journal.layers} layers are done and kept in {journal.folder}: resume=True "

@@ -29,7 +29,7 @@ class Symmetric:
     Attributes:
         flat: all block rows, one behind the other: one block of memory, which is given back whole.
         ends: of the blocks; block row i is [ends[i] - ends[i - 1], ends[i]].
-        dtype: of the matrices that are made of it; `flat` keeps its own.
+        dtype: of the matrices that are made of it; `flat` may be held in a smaller one.
     """
 
     flat: Tensor
@@ -45,9 +45,14 @@ class Symmetric:
         return cls(torch.empty(size, dtype=dtype, device=device), tuple(ends), dtype)
 
     @classmethod
-    def zeros(cls, size: int, device: torch.device | str = "cpu") -> Symmetric:
-        """In fp32."""
-        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], torch.float32, device)
+    def zeros(
+        cls,
+        size: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Symmetric:
+        """[size, size], all zero."""
+        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], dtype, device)
         matrix.flat.zero_()
         return matrix
 
@@ -63,9 +68,9 @@ class Symmetric:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def to(self, dtype: torch.dtype) -> Symmetric:
-        """The same sums, of which matrices of another dtype are made."""
-        return replace(self, dtype=dtype)
+    def rounded(self) -> Symmetric:
+        """The same, held in fp32."""
+        return replace(self, flat=self.flat.float())
 
     @property
     def spans(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -77,17 +82,14 @@ class Symmetric:
             start, place = end, place + size
 
     def add_products_(self, x: Tensor) -> None:
-        """Add X^T X of the tokens x [n, H]."""
+        """Add X^T X of the tokens x [n, H]: products in fp32, whatever the dtypes."""
         # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
         # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
         half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
         x = x if half else x.float()
         for start, end, rows in self.spans:
             left, right = x[:, start:end].T, x[:, :end]
-            if half:
-                rows += torch.mm(left, right, out_dtype=torch.float32)
-            else:
-                rows.addmm_(left, right)
+            rows += torch.mm(left, right, out_dtype=torch.float32) if half else left @ right
 
     def dense(self) -> Tensor:
         """[H, H], a matrix of its own."""
@@ -111,12 +113,11 @@ class Symmetric:
         part = Symmetric.empty(ends, self.flat.dtype, self.flat.device)
         for (first, last, mine), (start, _, rows) in zip(part.spans, self.spans, strict=True):
             mine.copy_(rows[(index[first:last] - start)[:, None], index[:last]])
-        return part.to(self.dtype)
+        return replace(part, dtype=self.dtype)
 
     def minus(self, other: Symmetric) -> Symmetric:
         """The difference of two of one size."""
-        difference = self.flat.to(self.dtype, copy=True)
-        return replace(self, flat=difference.sub_(other.flat))
+        return replace(self, flat=self.flat.to(self.dtype, copy=True).sub_(other.flat))
 
     def plus_outer(self, x: Tensor, y: Tensor, z: Tensor) -> Symmetric:
         """G + x y^T + z x^T, which must be symmetric, for x, y, z [H] in its dtype."""
@@ -126,9 +127,8 @@ class Symmetric:
         return moved
 
     def times(self, weight: Tensor) -> Tensor:
-        """[O, H], W G."""
-        product = torch.zeros_like(weight, dtype=self.dtype, memory_format=torch.contiguous_format)
-        weight = weight.to(self.dtype)
+        """[O, H], W G, for W [O, H] in the dtype of the matrix."""
+        product = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         # The largest first: what is converted next fits where the last one was.
         for start, end, rows in reversed(list(self.spans)):
             rows = rows.to(self.dtype)
@@ -154,8 +154,8 @@ class GramStats:
         moments: X^T X = sum x x^T.
         total: [H], sum x.
         count: N.
-        cross: [O, H], Y^T X = sum y x^T, in the dtype of the sums; None where y is the consumer's
-            own output W x, whose sums follow from the Gram.
+        cross: [O, H], Y^T X = sum y x^T, in fp32 after `round_`; None where y is the consumer's own
+            output W x, whose sums follow from the Gram.
         target_energy: sum ||y||^2, where there is a cross moment.
         target_total: [O], sum y, likewise.
         held_out: the same sums over those of the N tokens on which a damping is judged.
@@ -171,21 +171,28 @@ class GramStats:
 
     @classmethod
     def zeros(
-        cls, channels: int, device: torch.device | str = "cpu", outputs: int | None = None
+        cls,
+        channels: int,
+        device: torch.device | str = "cpu",
+        outputs: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> GramStats:
-        """Empty fp32 statistics of `channels` inputs and, where given, `outputs` targets."""
+        """Empty statistics of `channels` inputs and, where given, `outputs` targets.
+
+        Of `dtype`: fp32, or fp64 for sums that do not depend on the order of the updates.
+        """
 
         def empty(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float32, device=device)
+            return torch.zeros(*shape, dtype=dtype, device=device)
 
-        stats = cls(Symmetric.zeros(channels, device), empty(channels))
+        stats = cls(Symmetric.zeros(channels, device, dtype), empty(channels))
         if outputs is not None:
             stats.cross, stats.target_total = empty(outputs, channels), empty(outputs)
         return stats
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrices that are made of the sums, and so of selection and solve."""
+        """Of what is selected and solved by the sums."""
         return self.moments.dtype
 
     @property
@@ -204,16 +211,16 @@ class GramStats:
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
 
-        Products and sums are in fp32 whatever the dtypes.
+        Products are in fp32 whatever the dtypes, and added in the dtype of the statistics.
         """
         self.moments.add_products_(x)
-        self.total += x.sum(dim=0, dtype=torch.float32)
+        self.total += x.sum(dim=0, dtype=self.total.dtype)
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
-            self.cross.addmm_(y.float().T, x.float())
+            add_(self.cross, y.float().T @ x.float())
             self.target_energy += y.float().square().sum().item()
         if self.target_total is not None and y is not None:
-            self.target_total += y.sum(dim=0, dtype=torch.float32)
+            self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 
     def merge_(self, other: GramStats) -> None:
         """Add the tokens that `other` has seen."""
@@ -227,15 +234,18 @@ class GramStats:
         if self.held_out is not None and other.held_out is not None:
             self.held_out._count_(other.held_out)
 
-    def to(self, dtype: torch.dtype) -> GramStats:
-        """The same sums, of which matrices of another dtype are made: no moment is copied."""
-        return replace(
-            self,
-            moments=self.moments.to(dtype),
-            total=self.total.to(dtype),
-            target_total=None if self.target_total is None else self.target_total.to(dtype),
-            held_out=None if self.held_out is None else self.held_out.to(dtype),
-        )
+    def round_(self) -> GramStats:
+        """Hold the matrices in fp32 from now on, and return the statistics.
+
+        They are sums of fp32 products, whose rounding is no smaller; what summing in fp64 has won,
+        that their order does not matter, stays. Half the memory is free for the solve.
+        """
+        self.moments = self.moments.rounded()
+        if self.cross is not None:
+            self.cross = self.cross.float()
+        if self.held_out is not None:
+            self.held_out.round_()
+        return self
 
     def restricted(self, kept: Tensor, weight: Tensor) -> GramStats:
         """Of the kept inputs [K] alone, with the moments of the targets that `weight` stands for.

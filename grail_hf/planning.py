@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from grail_hf import processes
 from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
 from grail_hf.architectures import (
     ATTENTION,
@@ -431,9 +432,11 @@ def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
-    A model that accelerate has dispatched runs where it takes its inputs, a CPU too.
+    A model that accelerate has dispatched runs where it takes its inputs, a CPU too. Of several
+    processes, each has an accelerator of its own.
 
-    Raises ValueError where this machine does not have the wanted device.
+    Raises ValueError where this machine does not have the wanted device, or it is another
+    process's.
     """
     if wanted is not None:
         device = torch.device(wanted)
@@ -441,11 +444,11 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
-        return device
-    own = input_device(model)
-    if own.type not in ("cpu", "meta") or is_dispatched(model):
-        return own
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    elif (own := input_device(model)).type not in ("cpu", "meta") or is_dispatched(model):
+        device = own
+    else:
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return processes.own_device(device)
 
 
 def _ignored_groups(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[tuple[int, str]]:
@@ -640,10 +643,13 @@ def estimate(
                     operations["select"] += experts * greedy
 
                 fold = 1 + hold_out
+                # Summed in the precision of the solve, and held in fp32.
                 sums = fold * (_half_square(inputs, 4) + 4 * targets * inputs)
                 fewer = fold * (_half_square(kept, 4) + 4 * outputs * kept)
+                summed = experts * sums * solve_item // 4
                 kept_square, kept_entries = solve_item * kept**2, solve_item * outputs * kept
-                at_peak("gram", held + experts * sums + pass_bytes + 4 * batch * (inputs + outputs))
+                pass_bytes += 4 * (batch * (inputs + outputs) + targets * inputs)
+                at_peak("gram", held + summed + pass_bytes)
                 select = 2 * entries
                 if removed and eliminates:
                     select = square + entries + solve_item * 2 * _PANEL * (inputs + outputs)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from grail_hf import processes
 from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
 from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
@@ -26,7 +28,7 @@ from grail_hf.offload import Homes, Place, input_device
 from grail_hf.planning import HELD_OUT_TOKENS, LEAST_WINDOWS
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
-from grail_hf.selectors import Folding, check_scores, gram
+from grail_hf.selectors import Folding, Scoring, check_scores, gram
 from grail_hf.stream import Block, as_returned, forwards_replaced, stream
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ def _profile(
     progress: bool,
 ) -> Profiles:
     wanted = find_allocation(config.allocation).divergences
-    fit, held = held_out(batches) if wanted else (list(batches), [])
+    parts, is_held = _in_turns(*(held_out(batches) if wanted else (list(batches), [])))
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.
     score = gram if isinstance(plan.select, Folding) else plan.select
     profiles: dict[tuple[str, int], Profile] = {}
@@ -95,17 +97,20 @@ def _profile(
         model,
         homes,
         plan.specs,
-        [*fit, *held],
+        parts,
         place,
         seed=config.seed,
         progress=False,
         returns_tuple=plan.architecture.returns_tuple,
+        dtype=config.torch_dtype,
     )
     for block in tqdm(
         blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
     ):
-        fitted = replace(block, batches=block.batches[: len(fit)])
-        watched = replace(block, batches=block.batches[len(fit) :])
+        fitted, watched = (
+            replace(block, batches=[b for b in block.batches if is_held[b.number] == held])
+            for held in (False, True)
+        )
         for variant in variants:
             variant.hidden = watched.behind(variant.hidden)
         energies = fitted.energies()
@@ -114,22 +119,23 @@ def _profile(
             budget = plan.budgets[group.kind]
             if block.index in budget.ignored:
                 continue
-            stats = fitted.collect(group).to(config.torch_dtype)
-            scores = check_scores(score(group, stats), group, config.selector_name)
-            weight = group.weight.to(stats.dtype)
-            order = expand_units(best_first(scores, group.partitions), group.columns)
-            errors = error_curve(weight, stats, order, _DAMPING, group.name)
-            profiles[slot] = Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
+            stats = fitted.collect(group)
+            profiles[slot] = fitted.once(
+                group, partial(_measured, group, stats, energy, score, config.selector_name)
+            )
             if wanted:
                 variants += [
-                    _Variant(slot, width, _reduced(watched, group, stats, scores, width))
+                    _Variant(
+                        slot, width, _reduced(watched, group, stats, profiles[slot].scores, width)
+                    )
                     for width in widths_to_measure(budget, plan.sparsity)
                 ]
         if wanted and block.index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
+    own = [parts[batch.number] for batch in watched.batches]
     with homes.surroundings():
         divergences = _divergences(
-            model, layers, held, finals, variants, plan.architecture.returns_tuple
+            model, layers, own, finals, variants, plan.architecture.returns_tuple
         )
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
@@ -169,6 +175,31 @@ def held_out(batches: Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, 
     return fit, held
 
 
+def _measured(group: Group, stats: GramStats, energy: float, score: Scoring, name: str) -> Profile:
+    """The scores that the selector of this name gives, and the error at every width."""
+    scores = check_scores(score(group, stats), group, name)
+    weight = group.weight.to(stats.dtype)
+    order = expand_units(best_first(scores, group.partitions), group.columns)
+    errors = error_curve(weight, stats, order, _DAMPING, group.name)
+    return Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
+
+
+def _in_turns(
+    fit: Sequence[dict[str, Tensor]], held: Sequence[dict[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], list[bool]]:
+    """Batches to fit to and batches to measure on, mixed evenly, and which are of the second kind.
+
+    So that processes that each take a run of them have as many of both.
+    """
+    places = [
+        ((number + 0.5) / len(batches), is_held, batch)
+        for is_held, batches in enumerate((fit, held))
+        for number, batch in enumerate(batches)
+    ]
+    places.sort(key=lambda place: place[:2])
+    return [batch for _, _, batch in places], [bool(is_held) for _, is_held, _ in places]
+
+
 def _reduced(
     block: Block, group: Group, stats: GramStats, scores: Tensor, width: int
 ) -> list[Tensor]:
@@ -177,7 +208,9 @@ def _reduced(
     kept = reduction.kept_channels(group.columns)
     weight = group.weight.to(stats.dtype)
     repaired = torch.zeros_like(weight)
-    repaired[:, kept] = ridge(weight, stats, kept, _DAMPING, group.name).weight
+    repaired[:, kept] = processes.once(
+        lambda: ridge(weight, stats, kept, _DAMPING, group.name).weight, group.name
+    )
     with replaceable_weight(group.projection(group.spec.consumer)) as put:
         put(repaired)
         return block.behind([batch.hidden for batch in block.batches])
@@ -214,4 +247,5 @@ def _divergences(
         for number, variant in enumerate(variants):
             found = log_probabilities(inputs, variant.hidden[index])
             sums[number] += F.kl_div(found, goal, reduction="sum", log_target=True).item()
-    return [total / tokens for total in sums]
+    *totals, count = processes.total([*sums, tokens], "the divergences")
+    return [total / count for total in totals]

@@ -29,6 +29,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grail_hf import processes
 from grail_hf.gram import (
     Symmetric,
     add_,
@@ -77,7 +78,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear = projection.module
     runs = block.runs(group)
     start = linear.weight
-    inputs = _input_moments(block, linear, runs)
+    inputs = _input_moments(block, group, linear, runs)
     factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
 
     def to_weight(t: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             goal = run.without_padding(towards(run, output.detach()))
             add_(total, torch.autograd.grad(output, weight, goal)[0])
             block.progress.update()
+        processes.sum_([total], group.name)
         return to_t_(total)
 
     with replaceable_weight(projection) as put:
@@ -133,7 +135,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             direction.mul_(norm / previous).add_(scaled)
             del image, scaled  # before the next step makes its own
         change = to_weight(solution)
-    fitted = add_(change, start).to(start.dtype).contiguous()
+    fitted = processes.once(lambda: add_(change, start).to(start.dtype).contiguous(), group.name)
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(
             f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "
@@ -142,32 +144,42 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
 
 
-def _input_moments(block: Block, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
-    """[D, D], X^T X over the inputs of `linear`, of which fp64 matrices are made."""
-    moments = Symmetric.zeros(linear.in_features, linear.weight.device)
+def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
+    """[D, D] fp64, X^T X over the inputs of `linear`."""
+    moments = Symmetric.zeros(linear.in_features, linear.weight.device, torch.float64)
     for run in runs:
         with captured_input(linear) as inputs:
             run.output()
         moments.add_products_(run.rows(inputs[0]))
         block.progress.update()
-    return moments.to(torch.float64)
+    processes.sum_([moments.flat], group.name)
+    return moments
 
 
 def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
     """[K, K] fp64, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
 
     Of grouped-query attention, rows of the values stand for the channels of all the query heads
-    that read them. The longest batch is taken for all.
+    that read them. The longest batch is taken for all, of all processes' the first.
     """
-    longest = max(runs, key=lambda run: run.num_tokens)
-    with without_biases(linear), captured_input(group.consumer) as inputs:
-        longest.output()
-    block.progress.update()
-    z, weight = longest.rows(inputs[0]).double(), group.weight.double()
+    tokens = dict(
+        processes.gather([(run.batch.number, run.num_tokens) for run in runs], group.name)
+    )
+    longest = max(tokens, key=lambda number: (tokens[number], -number))
+    weight = group.weight.double()
     coupling = weight.mT @ weight
+    z = coupling.new_zeros(0, len(coupling))  # one process has it
+    for run in runs:
+        if run.batch.number == longest:
+            with without_biases(linear), captured_input(group.consumer) as inputs:
+                run.output()
+            block.progress.update()
+            z = run.rows(inputs[0]).double()
     for start in range(0, len(coupling), _PART):
-        coupling[start : start + _PART] *= z[:, start : start + _PART].mT @ z
-    coupling *= sum(run.num_tokens for run in runs) / longest.num_tokens
+        products = z[:, start : start + _PART].mT @ z
+        processes.sum_([products], group.name)
+        coupling[start : start + _PART] *= products
+    coupling *= sum(tokens.values()) / tokens[longest]
     rows = linear.out_features
     own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
     width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1

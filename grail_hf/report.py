@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from grail_hf import processes
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import Expert
@@ -87,6 +88,7 @@ class CompressionReport:
         calibration: source, samples, tokens and fingerprint of the calibration set.
         evaluation: measurements that were added, for example by the command line's `--eval`.
         seconds: wall time of the layer loop.
+        processes: that shared the calibration.
         versions: of the libraries.
         estimate: phase -> what it was to take: "host_bytes" and "accelerator_bytes", the peaks
             above what the process held at the start, and "operations".
@@ -108,6 +110,7 @@ class CompressionReport:
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    processes: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     estimate: dict[str, dict[str, int]] = field(default_factory=dict)
     measured: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -177,6 +180,13 @@ class CompressionReport:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
         error = reconstruction_error(repair.weight, repair.weight, stats, bias=repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
+
+    def share(self) -> None:
+        """Of several processes, have all reports say what the first one's does."""
+        # Not the report as a whole: a selector that is a function may not be sent.
+        self.groups, self.seconds, self.measured = processes.once(
+            lambda: (self.groups, self.seconds, self.measured), "the report"
+        )
 
     @property
     def scarce_experts(self) -> tuple[str, ...]:
@@ -315,14 +325,6 @@ class CompressionReport:
                 "Experts that saw fewer calibration tokens than they keep channels, and so are "
                 "repaired with more damping or not at all: "
                 f"{', '.join(scarce[:_NAMES_IN_CARD])}{more}.",
-            ]
-        memory = self._memory()
-        if memory:
-            _, estimated, measured = max(memory, key=lambda row: row[2])
-            lines += [
-                "",
-                f"Peak memory: {size(measured)} above what the process held at the start (estimated"
-                f" {size(estimated)}).",
             ]
         if self.evaluation:
             lines += ["", "| measured | value |", "|---|---|"]

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from grail_hf import processes
 from grail_hf.architectures import GroupSpec
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import GramStats
@@ -30,6 +31,8 @@ from grail_hf.selectors import RegionalGradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -115,7 +118,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer on the accelerator, with the calibration hidden states in front of it."""
+    """A decoder layer on the accelerator, with the calibration hidden states in front of it.
+
+    Of several processes, each has its own share of the hidden states; the statistics are those of
+    all, in `dtype`.
+    """
 
     index: int
     name: str
@@ -126,6 +133,7 @@ class Block:
     target: str
     batches: Sequence[_MicroBatch]
     progress: tqdm[Any]
+    dtype: torch.dtype
     meter: Meter
 
     @torch.no_grad()
@@ -148,9 +156,9 @@ class Block:
         consumer = group.consumer
         outputs, channels = group.weight.shape
         targeted = None if self.target == "self" and targets is None else outputs
-        stats = GramStats.zeros(channels, self.device, targeted)
+        stats = GramStats.zeros(channels, self.device, targeted, self.dtype)
         if hold_out:
-            stats.held_out = GramStats.zeros(channels, self.device, targeted)
+            stats.held_out = GramStats.zeros(channels, self.device, targeted, self.dtype)
         position = self.groups.index(group)
         for number, batch in enumerate(self.batches):
             with (
@@ -171,8 +179,9 @@ class Block:
                     None if target is None else batch.held_out_rows(target),
                 )
             self.progress.update()
+        _sum_statistics_([stats], group.name)
         stats.check_finite(group.name)
-        return stats
+        return stats.round_()
 
     @torch.no_grad()
     def collect_experts(self, group: ExpertsGroup, hold_out: bool = False) -> list[GramStats]:
@@ -190,10 +199,10 @@ class Block:
         """
         self.progress.set_postfix_str(f"{group.name} Grams")
         channels = group.weight.shape[2]
-        every = [GramStats.zeros(channels, self.device) for _ in group.experts]
+        every = [GramStats.zeros(channels, self.device, dtype=self.dtype) for _ in group.experts]
         if hold_out:
             for stats in every:
-                stats.held_out = GramStats.zeros(channels, self.device)
+                stats.held_out = GramStats.zeros(channels, self.device, dtype=self.dtype)
         for batch in self.batches:
             with captured_call(group.consumer) as calls:
                 batch.through(self.layer, self.index, batch.hidden, self.device)
@@ -208,8 +217,10 @@ class Block:
                 if stats.held_out is not None:
                     stats.held_out.update_(x[held_out[own]])
             self.progress.update()
+        _sum_statistics_(every, group.name)
         for expert, stats in zip(group.experts, every, strict=True):
             stats.check_finite(expert.name)
+            stats.round_()
         return every
 
     def collect_folded(
@@ -258,8 +269,33 @@ class Block:
             g = gradients.float().reshape(samples, -1, gradients.shape[-1])
             for one in range(samples):
                 squares += (g[one].mT @ x[one]).square()
-        samples = sum(len(batch.hidden) for batch in self.batches)
+        processes.sum_([squares], group.name)
+        numbers = [len(batch.hidden) for batch in self.batches]
+        samples = sum(processes.gather(numbers, group.name))
         return RegionalGradient((squares / samples).sqrt(), samples)
+
+    def once(self, group: Group, function: Callable[[], T]) -> T:
+        """`processes.once`, where `function` may ask for the group's regional gradient.
+
+        That takes all processes. So the first one leaves off where it asks, all of them compute the
+        gradient, and it begins anew.
+        """
+        gradient = group.differentiate
+        if processes.count() == 1 or gradient is None:
+            return processes.once(function, group.name)
+
+        def wanted() -> RegionalGradient:
+            raise _GradientWanted
+
+        group.differentiate = wanted
+        try:
+            return processes.once(function, group.name)
+        except _GradientWanted:
+            found = gradient()
+            group.differentiate = lambda: found
+            return processes.once(function, group.name)
+        finally:
+            group.differentiate = gradient
 
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
@@ -316,11 +352,15 @@ class Block:
                 scale = group.spec.residual_scale
                 part = next(remaining).float() if group.spec.post_norm else output * (scale or 1.0)
                 behind = behind + part.reshape(behind.shape)
-                for sums, x in ((streams, behind), (given, output), (added, part)):
-                    sums[number] += batch.rows(x).double().square().sum().item()
+                for energies, x in ((streams, behind), (given, output), (added, part)):
+                    energies[number] += batch.rows(x).double().square().sum().item()
+        sums = processes.total([*streams, *given, *added], self.name)
+        each = len(self.groups)
         return [
             stream * energy / gained if gained else stream
-            for stream, energy, gained in zip(streams, given, added, strict=True)
+            for stream, energy, gained in zip(
+                sums[:each], sums[each : 2 * each], sums[2 * each :], strict=True
+            )
         ]
 
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
@@ -366,11 +406,13 @@ def stream(
     progress: bool = True,
     group_batches: int | None = None,
     returns_tuple: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` at work; what follows sees what it has become.
 
     Targets of the dense model ("dense", "residual") take a second set of hidden states, which runs
-    through each layer before it is changed.
+    through each layer before it is changed. Of several processes, each gets the hidden states of
+    its own share of the batches, and the blocks' statistics are those of all.
 
     Args:
         model: any decoder-only transformers model.
@@ -384,6 +426,8 @@ def stream(
         group_batches: batches that the caller will run for groups, in all layers together, for
             the bar's estimate; by default all of them once for each group.
         returns_tuple: the layers return a tuple whose first element is the hidden states.
+        dtype: in which the micro-batches' moments are summed. In fp32 the order of the batches
+            decides between units that are alike, and so does what processes share them.
     """
     layers = homes.layers
     names = {id(module): name for name, module in model.named_modules()}
@@ -410,7 +454,7 @@ def stream(
             with homes.at_work(index) as device:
                 block = Block(
                     *(index, name, layer, groups, device, place, target, micro_batches, bar),
-                    homes.meter,
+                    *(dtype, homes.meter),
                 )
                 for group in groups:
                     group.differentiate = partial(block.regional_gradient, group)
@@ -454,7 +498,7 @@ def record_calls(
     place: Place | None = None,
     returns_tuple: bool = False,
 ) -> list[_MicroBatch]:
-    """Every layer's arguments for every batch, and the hidden states in front of layer 0.
+    """Every layer's arguments for this process's batches, and the hidden states before layer 0.
 
     Masks and rotary embeddings that are equal between layers or batches are stored once. They stay
     where the model takes its inputs, and so do the hidden states, unless they have a `place`.
@@ -463,17 +507,16 @@ def record_calls(
     device = input_device(model)
     place = place or Place(device)
     micro_batches = []
-    for number, (inputs, held_out) in enumerate(
-        zip(batches, held_out_tokens(batches), strict=True)
-    ):
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    held_out = held_out_tokens(batches)
+    for number in processes.share(len(batches)):
+        inputs = {name: tensor.to(device) for name, tensor in batches[number].items()}
         mask = inputs.get("attention_mask")
         batch = _MicroBatch(
             number,
             torch.empty(0),
             None,
             mask.flatten().bool() if mask is not None and not mask.all() else None,
-            held_out,
+            held_out[number],
         )
 
         def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Any:
@@ -491,6 +534,16 @@ def record_calls(
             model.base_model(**inputs, use_cache=False)
         micro_batches.append(batch)
     return micro_batches
+
+
+def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
+    """Add to statistics what the other processes' batches gave for them."""
+    processes.sum_([sums for stats in every for sums in stats.sums], name)
+    parts = [part for stats in every for part in (stats, stats.held_out) if part is not None]
+    numbers = [number for part in parts for number in (part.count, part.target_energy)]
+    totals = iter(processes.total(numbers, name))
+    for part in parts:
+        part.count, part.target_energy = int(next(totals)), next(totals)
 
 
 def held_out_tokens(batches: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -557,6 +610,10 @@ class _Shared:
                 return known
         self.tensors.append(tensor)
         return tensor
+
+
+class _GradientWanted(Exception):
+    """A selector asks for the regional gradient, which all processes compute together."""
 
 
 class _Reached(Exception):

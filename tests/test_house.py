@@ -21,6 +21,7 @@ ORDER = [
         "modeling_grail",
         "groups",
         "experts",
+        "processes",
         "meter",
         "offload",
         "stream",

@@ -198,7 +198,7 @@ def test_targets_lead_back_to_the_dense_model(case, target):
             stats = found[index, spec.kind]
             if index == 0 and spec is specs[0]:
                 continue  # its consumer was still whole when its moments were taken
-            torch.testing.assert_close(stats.cross, y.T @ x, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(stats.cross.float(), y.T @ x, rtol=1e-4, atol=1e-3)
             assert stats.target_energy == pytest.approx(y.square().sum().item(), rel=1e-4)
 
 

@@ -179,8 +179,9 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
         seed=config.seed,
         progress=False,
         returns_tuple=plan.architecture.returns_tuple,
+        dtype=config.torch_dtype,
     ):
-        moments = [block.collect(group).to(config.torch_dtype) for group in block.groups]
+        moments = [block.collect(group) for group in block.groups]
         for group, stats in zip(block.groups, moments, strict=True):
             width = plan.widths[group.kind][block.index]
             if width == group.num_units:
