@@ -18,7 +18,8 @@ import logging
 import lzma
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from grail_hf import processes
+from grail_hf.config import GrailConfig
 from grail_hf.offload import input_device
 
 if TYPE_CHECKING:
@@ -112,6 +115,53 @@ class _Text:
     joiner: str = "\n\n"
     by_document: bool = False
     max_windows: int | None = None
+
+
+def read_calibration(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    calibration: "Calibration | TokenBatches",
+    config: GrailConfig,
+    progress: bool = True,
+) -> TokenBatches:
+    """The calibration tokens for a model: the first process's, in all.
+
+    It may be on the meta device, unless the tokens are sampled from it ("self").
+
+    Raises ValueError where there are fewer batches than processes.
+    """
+    tokens = processes.once(
+        lambda: _read_calibration(model, tokenizer, calibration, config, progress),
+        "the calibration",
+    )
+    processes.share(len(tokens.batches))
+    return tokens
+
+
+def _read_calibration(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    calibration: "Calibration | TokenBatches",
+    config: GrailConfig,
+    progress: bool,
+) -> TokenBatches:
+    if isinstance(calibration, TokenBatches):
+        for batch in calibration.batches:
+            check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
+        return calibration
+    with evaluation_mode(model):
+        return token_batches(
+            calibration,
+            tokenizer,
+            vocab_size=vocabulary_size(model),
+            num_samples=config.num_samples,
+            seq_length=config.seq_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_length=context_length(model),
+            model=model,
+            progress=progress,
+        )
 
 
 def token_batches(
@@ -637,3 +687,28 @@ CORPORA: dict[str, Corpus] = {
         test_windows=256,
     ),
 }
+
+
+def vocabulary_size(model: "PreTrainedModel") -> int:
+    """Rows of the input embedding; token ids lie below it."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def context_length(model: "PreTrainedModel") -> int | None:
+    """Positions that the model was made for; None where its config names no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, and each of its modules back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

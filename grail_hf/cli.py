@@ -23,9 +23,9 @@ from rich.table import Table
 from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
-from grail_hf.calibration import SELF, token_windows
+from grail_hf.calibration import SELF, read_calibration, token_windows
 from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
-from grail_hf.compress import PartlyCompressedError, compress, read_calibration
+from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,46 +25,38 @@ from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
     TokenBatches,
-    check_token_ids,
-    token_batches,
+    evaluation_mode,
+    read_calibration,
 )
 from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import GrailConfig
-from grail_hf.evaluation import evaluation_mode
 from grail_hf.experts import ExpertsGroup
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
+from grail_hf.narrow_experts import narrow_experts_
 from grail_hf.offload import Homes, Place, choose_place, homes_of
 from grail_hf.planning import (
     Plan,
     check_weights,
     choose_device,
-    context_length,
     decoder_layers,
     estimate,
+    group_batches,
     hidden_state_bytes,
     plan_compression,
-    vocabulary_size,
+    warn_of_few_tokens,
 )
 from grail_hf.profiling import profile
-from grail_hf.refit import refit_, refit_batches, refit_stride
+from grail_hf.refit import refit_group_
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
-from grail_hf.selectors import Folding, choose, magnitude
+from grail_hf.selectors import choose
 from grail_hf.stream import Block, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# With 2 tokens a channel and little ridge, repair did worse than plain pruning on held-out text of
-# the bundled model; with 8 it did much better.
-TOKENS_PER_CHANNEL = 4
-
-
-# With fewer tokens than channels an expert's Gram is singular, and any small damping fits noise.
-SCARCE_DAMPING = 0.1
 
 
 class PartlyCompressedError(RuntimeError):
@@ -165,7 +156,7 @@ def narrow_layers_(
 ) -> None:
     """Cut and repair the groups of every decoder layer that is not done yet, in their order."""
     if config.compensate:
-        warn_of_few_tokens(tokens, plan, config)
+        warn_of_few_tokens(tokens.num_tokens, plan, config)
     with evaluation_mode(model):
         for block in stream(
             model,
@@ -211,7 +202,8 @@ def narrow_(
     # Infinite damping says that nothing fitted to these tokens holds on others.
     if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
         with block.meter.phase("refit"):
-            refit_group_(block, group, damping, group.kind in plan.biased, config, report)
+            intercept = group.kind in plan.biased
+            report.refit(*refit_group_(block, group, damping, intercept, config))
 
 
 def repair_(
@@ -261,152 +253,6 @@ def repair_(
     group.shrink_(reduction)
     group.repair_(repair.weight, repair.bias)
     return repair.damping
-
-
-def refit_group_(
-    block: Block,
-    group: Group,
-    damping: float,
-    intercept: bool,
-    config: GrailConfig,
-    report: CompressionReport,
-) -> None:
-    """Refit a repaired group's linear producer, and its consumer again to what that puts out.
-
-    With the damping that the consumer took before: on tokens that the refit has seen, less would
-    seem to do.
-    """
-    stride = refit_stride(config.refit_steps)
-    part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
-    refit_(part, group, config.refit_steps)
-    stats = block.collect(group)
-    weight = group.weight.to(config.torch_dtype)
-    refitted = processes.once(
-        partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
-    )
-    report.refit(stats, refitted)
-    group.repair_(refitted.weight, refitted.bias)
-
-
-def narrow_experts_(
-    block: Block,
-    group: ExpertsGroup,
-    width: int,
-    plan: Plan,
-    config: GrailConfig,
-    report: CompressionReport,
-) -> None:
-    """Cut every expert of a group to `width` units of its own, and repair its consumer.
-
-    An expert that no token came to has only its weights to go by, and no repair.
-    """
-    reductions, weights, scarce = [], [], []
-    with block.meter.phase("gram"):
-        every = block.collect_experts(group, config.holds_out)
-    for expert, stats in zip(group.experts, every, strict=True):
-        select = plan.select if stats.count else magnitude
-        reduction = processes.once(
-            partial(choose, select, expert, stats, width, config.selector_name), expert.name
-        )
-        weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
-        least = 0.0
-        if stats.count < width:
-            least = SCARCE_DAMPING if stats.count else math.inf
-            scarce.append(expert.index)
-        stats, weight = stats.restricted(kept, weight), weight[:, kept]
-        repair = Repair(weight)
-        if config.compensate:
-            solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
-            repair = processes.once(solve, expert.name)
-        report.add(block.index, expert, weight, stats, repair)
-        reductions.append(reduction)
-        weights.append(repair.weight)
-    group.shrink_each_(reductions)
-    group.repair_each_(weights)
-    if scarce and config.compensate:
-        logger.warning(
-            "%s: experts %s saw fewer tokens than the %d channels that they keep, and are repaired "
-            "with damping %g or more: use more num_samples",
-            *(group.name, ", ".join(map(str, scarce)), width, SCARCE_DAMPING),
-        )
-
-
-def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) -> int:
-    """Batches that `narrow_` runs from layer `first` on, with `number` of calibration."""
-    folding = 0
-    if isinstance(plan.select, Folding):
-        folding = 1 if config.targeted else 2
-    total = 0
-    for index, spec in plan.repaired:
-        if index < first:
-            continue
-        refits = config.refit_steps > 0 and spec.linear is not None
-        each = number * (1 + folding * ((index, spec.kind) not in plan.mended) + refits)
-        if refits:
-            each += refit_batches(
-                config.refit_steps, len(range(0, number, refit_stride(config.refit_steps)))
-            )
-        total += each
-    return total
-
-
-def warn_of_few_tokens(tokens: TokenBatches, plan: Plan, config: GrailConfig) -> None:
-    """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
-    channels = max(plan.widths[spec.kind][i] * spec.columns for i, spec in plan.reduced)
-    few = tokens.num_tokens < TOKENS_PER_CHANNEL * channels
-    if few and not isinstance(config.ridge, str) and config.ridge < 0.1:
-        logger.warning(
-            "%d calibration tokens for %d channels are fewer than %d a channel: the repair may do "
-            "harm on other text; use more num_samples, or ridge='auto'",
-            *(tokens.num_tokens, channels, TOKENS_PER_CHANNEL),
-        )
-
-
-def read_calibration(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: Calibration | TokenBatches,
-    config: GrailConfig,
-    progress: bool = True,
-) -> TokenBatches:
-    """The calibration tokens for a model: the first process's, in all.
-
-    It may be on the meta device, unless the tokens are sampled from it ("self").
-
-    Raises ValueError where there are fewer batches than processes.
-    """
-    tokens = processes.once(
-        lambda: _read_calibration(model, tokenizer, calibration, config, progress),
-        "the calibration",
-    )
-    processes.share(len(tokens.batches))
-    return tokens
-
-
-def _read_calibration(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: Calibration | TokenBatches,
-    config: GrailConfig,
-    progress: bool,
-) -> TokenBatches:
-    if isinstance(calibration, TokenBatches):
-        for batch in calibration.batches:
-            check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
-        return calibration
-    with evaluation_mode(model):
-        return token_batches(
-            calibration,
-            tokenizer,
-            vocab_size=vocabulary_size(model),
-            num_samples=config.num_samples,
-            seq_length=config.seq_length,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_length=context_length(model),
-            model=model,
-            progress=progress,
-        )
 
 
 @contextmanager

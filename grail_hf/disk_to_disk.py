@@ -21,11 +21,16 @@ import torch
 from grail_hf import processes
 from grail_hf.allocation import find_allocation
 from grail_hf.architectures import Architecture
-from grail_hf.calibration import SELF, Calibration, TokenBatches
+from grail_hf.calibration import (
+    SELF,
+    Calibration,
+    TokenBatches,
+    evaluation_mode,
+    read_calibration,
+)
 from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
-from grail_hf.compress import narrow_layers_, read_calibration
+from grail_hf.compress import narrow_layers_
 from grail_hf.config import GrailConfig
-from grail_hf.evaluation import evaluation_mode
 from grail_hf.meter import Meter
 from grail_hf.offload import choose_place
 from grail_hf.planning import (
@@ -168,7 +173,7 @@ def _compress(
     model = parts.model
     slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
     size = hidden_state_bytes(model, plan, config, slots)
-    place = choose_place(config.hidden_states, size, device)
+    place = choose_place(config.hidden_states, size, device, journal.own)
     costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
     start = time.perf_counter()
     if plan.reduced and find_allocation(config.allocation).loss is not None:
@@ -292,8 +297,8 @@ def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
                 empty(journal.folder)
             raise
         message = (
-            f"stopped; {journal.layers} layers are done and kept in {journal.folder}: resume=True "
-            "(on the command line --resume) goes on behind them"
+            f"stopped with {journal.layers} of the layers done; they are kept in {journal.folder}: "
+            "resume=True (on the command line --resume) goes on behind them"
         )
         if not isinstance(error, Exception):
             logger.error(message)

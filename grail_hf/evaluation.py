@@ -11,8 +11,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -21,7 +20,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from grail_hf.calibration import TextSource, check_token_ids, token_windows
+from grail_hf.calibration import (
+    TextSource,
+    check_token_ids,
+    evaluation_mode,
+    token_windows,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -187,18 +191,6 @@ def _finite(loss: float, window: int) -> float:
             f"the loss of window {window} is {loss}: the model's weights or its arithmetic overflow"
         )
     return loss
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode, and each of its modules back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _task_manager(

@@ -42,11 +42,11 @@ from grail_hf.architectures import (
     Refusal,
     Whole,
 )
+from grail_hf.calibration import evaluation_mode, vocabulary_size
 from grail_hf.config import ATTENTION_UNITS
-from grail_hf.evaluation import evaluation_mode
 from grail_hf.groups import Group
 from grail_hf.modeling_grail import layer_classes
-from grail_hf.planning import check_model, vocabulary_size
+from grail_hf.planning import check_model
 from grail_hf.reduction import Reduction
 from grail_hf.saving import compressed_config
 from grail_hf.stream import record_calls

@@ -25,12 +25,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from grail_hf import processes
+from grail_hf.compensation import Repair, ridge
+from grail_hf.config import GrailConfig
 from grail_hf.gram import (
+    GramStats,
     Symmetric,
     add_,
     cholesky_,
@@ -57,6 +62,33 @@ def refit_batches(steps: int, number: int) -> int:
     """Batches that `refit_` runs, with `number` of calibration, for an estimate of the time."""
     # The calls, their inputs and the right-hand side come first, and a probe of one batch.
     return (steps + 3) * number + 1
+
+
+def refit_group_(
+    block: Block,
+    group: Group,
+    damping: float,
+    intercept: bool,
+    config: GrailConfig,
+) -> tuple[GramStats, Repair]:
+    """Refit a repaired group's linear producer, and its consumer again to what that puts out.
+
+    With the damping that the consumer took before: on tokens that the refit has seen, less would
+    seem to do.
+
+    Returns:
+        The statistics behind the refitted producer, and what the consumer is now.
+    """
+    stride = refit_stride(config.refit_steps)
+    part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
+    refit_(part, group, config.refit_steps)
+    stats = block.collect(group)
+    weight = group.weight.to(config.torch_dtype)
+    refitted = processes.once(
+        partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
+    )
+    group.repair_(refitted.weight, refitted.bias)
+    return stats, refitted
 
 
 @torch.no_grad()

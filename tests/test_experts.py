@@ -24,7 +24,7 @@ from tiny_models import (
 import grail_hf
 from grail_hf import ARCHITECTURES, CompressionReport, GrailConfig
 from grail_hf.architectures import EXPERTS, SHARED
-from grail_hf.compress import SCARCE_DAMPING
+from grail_hf.narrow_experts import SCARCE_DAMPING
 from grail_hf.planning import EXPERTS_STEP, estimate, plan_compression
 from grail_hf.stream import captured_call
 

@@ -253,7 +253,7 @@ def test_an_interrupt_says_how_to_go_on(source, tmp_path, monkeypatch, caplog):
     interrupt_at(monkeypatch, 7)
     with pytest.raises(KeyboardInterrupt):
         compress(source, tmp_path / "out")
-    assert "1 layers are done and kept" in caplog.text and "--resume" in caplog.text
+    assert "1 of the layers done" in caplog.text and "--resume" in caplog.text
 
 
 def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path, monkeypatch):
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_pat
 
     assert in_child(full) == 0
     said = capfd.readouterr().out
-    assert "model-00003-of-00004.safetensors" in said and "1 layers are done" in said
+    assert "model-00003-of-00004.safetensors" in said and "1 of the layers done" in said
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.partial").glob(".*.tmp"))
     compress(source, tmp_path / "out", resume=True)
@@ -355,7 +355,9 @@ def test_an_overflow_names_the_layer_and_keeps_the_layers_before_it(tmp_path):
         model.model.layers[1].mlp.get_submodule(name).weight.data *= 1e4
     model.save_pretrained(tmp_path / "source")
     settings = {"mlp_sparsity": 0.3, "attention_sparsity": 0, "sparsity": None, "refit": 0}
-    with pytest.raises(grail_hf.StoppedError, match=r"layers\.1\.mlp.*1 layers are done") as error:
+    with pytest.raises(
+        grail_hf.StoppedError, match=r"layers\.1\.mlp.*1 of the layers done"
+    ) as error:
         compress(tmp_path / "source", tmp_path / "out", **settings)
     assert isinstance(error.value.__cause__, FloatingPointError)
     assert not (tmp_path / "out").exists()

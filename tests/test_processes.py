@@ -124,7 +124,7 @@ def test_what_was_done_when_one_is_killed_is_gone_on_with(folder):
     for rank in (0, 2):
         last = printed(folder, 3, rank).strip().splitlines()[-1]
         assert "StoppedError: another process of 3 ended at model.layers.1.mlp" in last
-        assert "1 layers are done and kept" in last
+        assert "1 of the layers done" in last
     processes_worker.from_disk_to_disk(folder / "3", "out", resume=True)
     processes_worker.from_disk_to_disk(folder / "3", "at once")
     outputs = [sorted((folder / "3" / name).iterdir()) for name in ("out", "at once")]
