@@ -81,6 +81,16 @@ class Symmetric:
             yield start, end, self.flat[place : place + size].view(end - start, end)
             start, place = end, place + size
 
+    def converted(self) -> Iterator[tuple[int, int, Tensor]]:
+        """`spans` in the dtype of the matrices, each of them in the place of the last one."""
+        if self.flat.dtype == self.dtype:
+            yield from self.spans
+            return
+        size = max(rows.numel() for _, _, rows in self.spans)
+        place = torch.empty(size, dtype=self.dtype, device=self.flat.device)
+        for start, end, rows in self.spans:
+            yield start, end, place[: rows.numel()].view(rows.shape).copy_(rows)
+
     def add_products_(self, x: Tensor) -> None:
         """Add X^T X of the tokens x [n, H]: products in fp32, whatever the dtypes."""
         # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
@@ -129,9 +139,7 @@ class Symmetric:
     def times(self, weight: Tensor) -> Tensor:
         """[O, H], W G, for W [O, H] in the dtype of the matrix."""
         product = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        # The largest first: what is converted next fits where the last one was.
-        for start, end, rows in reversed(list(self.spans)):
-            rows = rows.to(self.dtype)
+        for start, end, rows in self.converted():
             product[:, start:end].addmm_(weight[:, :end], rows.T)
             product[:, :start].addmm_(weight[:, start:end], rows[:, :start])
         return product
@@ -139,8 +147,8 @@ class Symmetric:
     def quadratic(self, weight: Tensor) -> Tensor:
         """[], tr(W G W^T) for W [O, H] in the dtype of the matrix."""
         total = weight.new_zeros(())
-        for start, end, rows in reversed(list(self.spans)):
-            rows, own = rows.to(self.dtype), weight[:, start:end].T
+        for start, end, rows in self.converted():
+            own = weight[:, start:end].T
             half = rows[:, :start] @ weight[:, :start].T
             total += ((2 * half).addmm_(rows[:, start:], own) * own).sum()
         return total

@@ -8,15 +8,15 @@ no operating system keeps its peak by phase; an accelerator's is kept by torch.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
-_SECONDS = 0.005  # between samples: a solve that allocates takes longer than this where it matters
+_SECONDS = 0.01  # between samples: a solve that allocates takes longer than this where it matters
 
 
 class Meter:
@@ -118,10 +118,10 @@ def anonymous_bytes() -> int | None:
     """Memory of this process that no file stands behind; None where that is not known."""
     if not sys.platform.startswith("linux"):
         return None
-    import psutil
-
-    memory: Any = psutil.Process().memory_info()
-    return int(memory.rss - memory.shared)
+    # What psutil reads too, at a tenth of its cost: pages in all, resident, and shared.
+    with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123
+        _, resident, shared, *_ = map(int, file.read(200).split())
+    return (resident - shared) * mmap.PAGESIZE
 
 
 def give_back() -> None:
