@@ -1,4 +1,4 @@
-"""What memory each phase of a compression takes at its peak, measured while it runs.
+"""What memory each phase of a compression takes at its peak, and how long, measured as it runs.
 
 Host memory is the process's anonymous memory: what is mapped from files (a checkpoint's tensors,
 hidden states on disk) is the system's to drop, and does not count. It is sampled by a thread, since
@@ -11,8 +11,10 @@ import ctypes
 import mmap
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -27,18 +29,21 @@ class Meter:
 
     Attributes:
         device: where layers run.
+        seconds: phase -> wall time.
         host: phase -> peak of anonymous host memory.
         accelerator: phase -> peak of CUDA memory.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.seconds: dict[str, float] = {}
         self.host: dict[str, int] = {}
         self.accelerator: dict[str, int] = {}
         self._phase: str | None = None
         self._whole = False
         self._on = False
         self._bases = (0, 0)
+        self._since = 0.0
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -77,13 +82,16 @@ class Meter:
             self._change(outer, False)
 
     @property
-    def measured(self) -> dict[str, dict[str, int]]:
-        """phase -> {"host_bytes": peak, "accelerator_bytes": peak}, those that are known."""
-        names = [*self.host, *(name for name in self.accelerator if name not in self.host)]
-        peaks = {"host_bytes": self.host, "accelerator_bytes": self.accelerator}
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """phase -> {"seconds": …, "host_bytes": peak, "accelerator_bytes": peak}, as known."""
+        kinds: dict[str, dict[str, Any]] = {
+            "seconds": self.seconds,
+            "host_bytes": self.host,
+            "accelerator_bytes": self.accelerator,
+        }
         return {
-            name: {kind: known[name] for kind, known in peaks.items() if name in known}
-            for name in names
+            name: {kind: known[name] for kind, known in kinds.items() if name in known}
+            for name in self.seconds
         }
 
     def _change(self, name: str | None, whole: bool) -> None:
@@ -96,8 +104,11 @@ class Meter:
                 known = self.accelerator.get(self._phase, 0)
                 self.accelerator[self._phase] = max(known, peak)
             torch.cuda.reset_peak_memory_stats(self.device)
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
         give_back()
-        self._phase, self._whole = name, whole
+        self._phase, self._whole, self._since = name, whole, now
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(_SECONDS):

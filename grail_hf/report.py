@@ -92,7 +92,7 @@ class CompressionReport:
         versions: of the libraries.
         estimate: phase -> what it was to take: "host_bytes" and "accelerator_bytes", the peaks
             above what the process held at the start, and "operations".
-        measured: phase -> the peaks that were measured, where the platform could say.
+        measured: phase -> the same peaks as they were, where the platform could say, and "seconds".
         export: of an exported result: its format, model type, error, and what its card says.
         source: of a compression from disk to disk: the dense checkpoint's files -> their sha256.
     """
@@ -113,7 +113,7 @@ class CompressionReport:
     processes: int = 1
     versions: dict[str, str] = field(default_factory=dict)
     estimate: dict[str, dict[str, int]] = field(default_factory=dict)
-    measured: dict[str, dict[str, int]] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
 
@@ -379,7 +379,7 @@ class CompressionReport:
             (f"{phase}, {titles[kind]}", self.estimate[phase][kind], peak)
             for phase, peaks in self.measured.items()
             for kind, peak in peaks.items()
-            if phase in self.estimate
+            if kind in titles and phase in self.estimate
         ]
 
     def _rows(self) -> list[tuple[str, str, str]]:

@@ -42,7 +42,11 @@ def test_a_peak_belongs_to_the_innermost_phase():
     assert 63 * MB <= meter.host["outer"] < 80 * MB
     assert 127 * MB <= meter.host["inner"] < 144 * MB
     assert meter.host["late"] < 16 * MB
-    assert meter.measured["inner"] == {"host_bytes": meter.host["inner"]}
+    assert meter.measured["inner"] == {
+        "seconds": meter.seconds["inner"],
+        "host_bytes": meter.host["inner"],
+    }
+    assert 0.1 <= meter.seconds["outer"] < 10 and 0.05 <= meter.seconds["inner"] < 10
 
 
 @measurable
