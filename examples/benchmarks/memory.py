@@ -42,6 +42,8 @@ from grail_hf.meter import anonymous_bytes
 
 MB, GB = 10**6, 10**9
 LAYERS_ALLOWED, DEPTH_TOLERANCE, ESTIMATE_TOLERANCE, SPEED_UP = 3, 0.10, 0.15, 1.6
+# Of itself, glibc keeps freed blocks of up to 32 MB for later, more or fewer of them by chance.
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 console = Console(width=120)
 
 
@@ -225,7 +227,7 @@ def in_processes(
     write_model(case, source)
     size = sum(path.stat().st_size for path in source.iterdir())
     task = {"case": vars(case), "source": str(source), "output": str(output), "settings": settings}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
+    environment = {**GLIBC, **os.environ, "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
