@@ -309,9 +309,19 @@ def _by_layer(
             free = budget.layers - len(budget.ignored)
             shrink({kind}, sparsity * free * budget.num_units * budget.unit_cost)
     if config.sparsity is not None:
-        kept = sum(budgets[kind].cost_of(widths[kind]) for kind in budgets)
-        shrink(together, config.sparsity * total - (total - kept))
-        reached = 1 - sum(budgets[kind].cost_of(widths[kind]) for kind in budgets) / total
+        wanted = (1 - config.sparsity) * total
+
+        def missing() -> float:
+            """Parameters still to be removed."""
+            return sum(budgets[kind].cost_of(widths[kind]) for kind in budgets) - wanted
+
+        shrink(together, missing())
+        if missing() > TOLERANCE * total:
+            open_ = {slot: curve for slot, curve in curves.items() if slot[0] in together}
+            now = {(kind, layer): widths[kind][layer] for kind, layer in open_}
+            for (kind, layer), width in _exchanged(open_, budgets, now, missing()).items():
+                widths[kind][layer] = width
+        reached = config.sparsity - missing() / total
         if abs(reached - config.sparsity) > TOLERANCE:
             raise ValueError(_unreachable(config.sparsity, {reached}, config))
     return {kind: tuple(values) for kind, values in widths.items()}
@@ -345,6 +355,39 @@ def _spend(
         fits = wide - (left + finest / 2) / unit_cost
         widths[slot] = min(w for w in curves[slot] if max(narrow, fits) <= w < wide or w == wide)
         left -= (wide - widths[slot]) * unit_cost
+    return widths
+
+
+def _exchanged(
+    curves: Mapping[tuple[str, int], Curve],
+    budgets: Budgets,
+    widths: Mapping[tuple[str, int], int],
+    left: float,
+) -> dict[tuple[str, int], int]:
+    """Widths that remove `left` parameters more, where all steps that are left are too long.
+
+    The step that costs least is taken all the same, and finer ones are taken back for it.
+    """
+    widths = dict(widths)
+    steps = [
+        (slot, max(width for width in curve if width < widths[slot]))
+        for slot, curve in curves.items()
+        if widths[slot] > min(curve)
+    ]
+    if not steps:
+        return widths
+    taken, width = min(
+        steps, key=lambda step: curves[step[0]][step[1]] - curves[step[0]][widths[step[0]]]
+    )
+    left -= (widths[taken] - width) * budgets[taken[0]].unit_cost
+    widths[taken] = width
+    for slot in sorted(
+        curves.keys() - {taken}, key=lambda slot: (budgets[slot[0]].unit_cost, slot)
+    ):
+        cost, now = budgets[slot[0]].unit_cost, widths[slot]
+        back = [width for width in curves[slot] if width >= now]
+        widths[slot] = min(back, key=lambda width: abs(left + (width - now) * cost))
+        left += (widths[slot] - now) * cost
     return widths
 
 

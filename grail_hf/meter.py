@@ -21,6 +21,9 @@ import torch
 _SECONDS = 0.01  # between samples: a solve that allocates takes longer than this where it matters
 
 
+_WORTH_GIVING_BACK = 8 * 2**20  # of memory that has come to be held since it was last given back
+
+
 class Meter:
     """Peaks by phase, in bytes above what the process held when the meter was switched on.
 
@@ -44,6 +47,7 @@ class Meter:
         self._on = False
         self._bases = (0, 0)
         self._since = 0.0
+        self._least = 0
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -51,7 +55,8 @@ class Meter:
         stop = threading.Event()
         thread = None
         give_back()
-        self._bases = (anonymous_bytes() or 0, self._allocated())
+        self._least = anonymous_bytes() or 0
+        self._bases = (self._least, self._allocated())
         self._on = True
         if anonymous_bytes() is not None:
             thread = threading.Thread(target=self._watch, args=(stop,), daemon=True)
@@ -69,7 +74,8 @@ class Meter:
         """What happens inside is a phase's; of phases inside a phase, the innermost's.
 
         Where the phase is a `whole`, those inside it count as part of it. Memory that is free goes
-        back to the system on the way in and out, so that no phase pays for another's.
+        back to the system on the way in and out, where it may be much, so that no phase pays for
+        another's.
         """
         if self._whole:
             yield
@@ -107,7 +113,10 @@ class Meter:
         now = time.perf_counter()
         if self._phase is not None:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
-        give_back()
+        held = anonymous_bytes() or 0
+        if held - self._least > _WORTH_GIVING_BACK:
+            give_back()
+            self._least = anonymous_bytes() or 0
         self._phase, self._whole, self._since = name, whole, now
 
     def _watch(self, stop: threading.Event) -> None:

@@ -456,3 +456,24 @@ def test_layers_without_units_cost_what_they_cost_and_have_no_width():
         widths = allocate(budgets, GrailConfig(sparsity=0.3, multiple_of=1, allocation=rule))
         assert widths[ATTENTION] == (0, 0)
         assert sum(widths[MLP]) == pytest.approx(140, abs=3)
+
+
+def test_a_step_that_is_too_long_is_taken_where_finer_ones_can_be_given_back():
+    """All MLP units would go before the last heads, whose step is longer than what is left."""
+    budgets = {
+        ATTENTION: Budget(4, 49, fixed_cost=0, step=1, layers=4),
+        MLP: Budget(64, 10, fixed_cost=0, step=1, layers=4, ignored=frozenset({0})),
+    }
+    curves = {
+        (kind, layer): Profile(
+            torch.arange(float(budget.num_units)),
+            torch.linspace(scale, 0, budget.num_units + 1, dtype=torch.float64) ** 2,
+            {},
+        )
+        for kind, budget, scale in ((ATTENTION, budgets[ATTENTION], 1e3), (MLP, budgets[MLP], 1.0))
+        for layer in range(4)
+        if layer not in budget.ignored
+    }
+    for wanted in torch.linspace(0.5, 0.72, 45).tolist():
+        widths = allocate(budgets, GrailConfig(sparsity=wanted, allocation="error"), curves)
+        assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
