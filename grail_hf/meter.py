@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_SECONDS = 0.01  # between samples: a solve that allocates takes longer than this where it matters
+_SECONDS = 0.05  # between samples: more of them take the processor from threads that compute
 
 
 _WORTH_GIVING_BACK = 8 * 2**20  # of memory that has come to be held since it was last given back
