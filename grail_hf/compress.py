@@ -15,12 +15,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from grail_hf import processes
-from grail_hf.allocation import find_allocation
+from grail_hf.allocation import Widths, find_allocation
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
@@ -42,7 +42,6 @@ from grail_hf.planning import (
     decoder_layers,
     estimate,
     group_batches,
-    hidden_state_bytes,
     plan_compression,
     warn_of_few_tokens,
 )
@@ -118,20 +117,10 @@ def compress(
     start = time.perf_counter()
     layers = decoder_layers(model, plan.architecture)
     homes = homes_of(model, layers, device, asked=config.device is not None)
-    size = sum(batch["input_ids"].numel() for batch in tokens.batches)
     costs = estimate(model, plan, config, device, batches=tokens.batches)
-    place = choose_place(
-        config.hidden_states, hidden_state_bytes(model, plan, config, size), device
-    )
+    place = choose_place(config.hidden_states, costs.hidden_bytes, device)
     with homes.meter.on():
-        if find_allocation(config.allocation).loss is not None:
-            with evaluation_mode(model):
-                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
-            plan = plan_compression(model, config, architecture, profiles)
-        report = CompressionReport.begin(model, config, plan)
-        report.calibration = tokens.summary()
-        report.processes = processes.count()
-
+        plan, report = settle(model, plan, tokens, config, homes, place, progress)
         with says_what_is_left(report):
             narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
             apply_config_(model, plan.config)
@@ -142,6 +131,29 @@ def compress(
     report.seconds = time.perf_counter() - start
     report.share()
     return report
+
+
+def settle(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: TokenBatches,
+    config: GrailConfig,
+    homes: Homes,
+    place: Place,
+    progress: bool,
+    widths: Widths | None = None,
+) -> tuple[Plan, CompressionReport]:
+    """The plan with the widths that its allocation measures, unless they are known; its report."""
+    if plan.reduced and find_allocation(config.allocation).loss is not None:
+        profiles = None
+        if widths is None:
+            with evaluation_mode(model):
+                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
+        plan = plan_compression(model, config, plan.architecture, profiles, widths)
+    report = CompressionReport.begin(model, config, plan)
+    report.calibration = tokens.summary()
+    report.processes = processes.count()
+    return plan, report
 
 
 def narrow_layers_(
@@ -267,7 +279,12 @@ def says_what_is_left(report: CompressionReport) -> Iterator[None]:
             f"stopped at {report.groups[-1].name} or just after it; the model in memory is partly "
             "compressed: load it again"
         )
-        if not isinstance(error, Exception):
-            logger.error(message)
-            raise
-        raise PartlyCompressedError(f"{error} ({message})") from error
+        fail(error, PartlyCompressedError, message)
+
+
+def fail(error: BaseException, kind: type[RuntimeError], message: str) -> NoReturn:
+    """Raise an error as one of a kind, with a message more; an interrupt as it is."""
+    if not isinstance(error, Exception):
+        logger.error(message)
+        raise error
+    raise kind(f"{error} ({message})") from error

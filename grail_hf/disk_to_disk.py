@@ -7,7 +7,6 @@ weights; a layer is read from the checkpoint, narrowed, repaired, written and dr
 from __future__ import annotations
 
 import errno
-import logging
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf import processes
-from grail_hf.allocation import find_allocation
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     SELF,
     Calibration,
     TokenBatches,
-    evaluation_mode,
     read_calibration,
 )
 from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
-from grail_hf.compress import narrow_layers_
+from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
 from grail_hf.meter import Meter
 from grail_hf.offload import choose_place
@@ -38,17 +35,13 @@ from grail_hf.planning import (
     choose_device,
     decoder_layers,
     estimate,
-    hidden_state_bytes,
     plan_compression,
 )
-from grail_hf.profiling import profile
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
 from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 # Settings that say where things are, not what comes out.
 _IRRELEVANT = {"hidden_states"}
@@ -171,22 +164,13 @@ def _compress(
 ) -> tuple[Plan, CompressionReport]:
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
     model = parts.model
-    slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
-    size = hidden_state_bytes(model, plan, config, slots)
-    place = choose_place(config.hidden_states, size, device, journal.own)
     costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
+    place = choose_place(config.hidden_states, costs.hidden_bytes, device, journal.own)
     start = time.perf_counter()
-    if plan.reduced and find_allocation(config.allocation).loss is not None:
-        profiles, widths = None, journal.notes.get("widths")
-        if widths is None:
-            homes = CheckpointHomes(parts, device)
-            homes.meter = meter
-            with evaluation_mode(model):
-                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
-        plan = plan_compression(model, config, plan.architecture, profiles, widths)
-    report = CompressionReport.begin(model, config, plan)
-    report.calibration = tokens.summary()
-    report.processes = processes.count()
+    reading = CheckpointHomes(parts, device)
+    reading.meter = meter
+    known = journal.notes.get("widths")
+    plan, report = settle(model, plan, tokens, config, reading, place, progress, known)
     earlier = journal.notes.get("report")
     if earlier:
         report.groups = CompressionReport.from_dict(earlier).groups
@@ -243,12 +227,17 @@ def _stopped(work: Path) -> Journal | None:
 def _identity(config: GrailConfig, model: PreTrainedModel, tokens: TokenBatches) -> dict[str, Any]:
     """What the result depends on besides the source's weights, as JSON."""
     return {
-        **{name: value for name, value in config.to_dict().items() if name not in _IRRELEVANT},
+        **_relevant(config),
         "calibration": tokens.fingerprint,
         "batches": [list(batch["input_ids"].shape) for batch in tokens.batches],
         "source's config": model.config.to_dict(),
         "versions": versions(),
     }
+
+
+def _relevant(config: GrailConfig) -> dict[str, Any]:
+    """The settings on which the result depends."""
+    return {name: value for name, value in config.to_dict().items() if name not in _IRRELEVANT}
 
 
 def _ended(
@@ -259,7 +248,7 @@ def _ended(
         return None
     report = CompressionReport.load(output)
     same = (
-        report.config.to_dict() == config.to_dict()
+        _relevant(report.config) == _relevant(config)
         and report.source == digests
         and report.calibration == tokens.summary()
     )
@@ -300,7 +289,4 @@ def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
             f"stopped with {journal.layers} of the layers done; they are kept in {journal.folder}: "
             "resume=True (on the command line --resume) goes on behind them"
         )
-        if not isinstance(error, Exception):
-            logger.error(message)
-            raise
-        raise StoppedError(f"{error} ({message})") from error
+        fail(error, StoppedError, message)

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
-    monkeypatch.setattr(disk_to_disk, "profile", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys.modules["grail_hf.compress"], "profile", lambda *_: 1 / 0)
     compress(source, tmp_path / "out", resume=True, **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
