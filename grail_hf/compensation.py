@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from grail_hf.gram import (
 from grail_hf.reduction import Reduction
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Rows of a weight for which a damping is tried at a time.
+_PART = 512
 
 
 class Repair(NamedTuple):
@@ -122,18 +125,14 @@ def choose_damping(
     fitted.cross = None
     errors = {math.inf: reconstruction_error(weight, weight, held_out)}
     for damping in DAMPINGS:
-        new = _solved(fitted.moments, missing, damping * scale)
-        if new is not None:
-            errors[damping] = reconstruction_error(weight, new.add_(weight), held_out)
-            del new  # before the next one is made
+        factor = sound_cholesky_(fitted.moments.dense(), damping * scale)
+        if factor is not None:
+            pairs = zip(missing.split(_PART), weight.split(_PART), strict=True)
+            parts = (cholesky_solve_(part.clone(), factor).add_(own) for part, own in pairs)
+            errors[damping] = _relative(_squared_error(parts, held_out), held_out)
+        del factor  # before the next one is made
     best = min(errors, key=errors.__getitem__)
     return best, errors[best]
-
-
-def _solved(moments: Symmetric, missing: Tensor, shift: Tensor) -> Tensor | None:
-    """M (G + shift I)^-1 for M [O, K], or None where the matrix is singular."""
-    factor = sound_cholesky_(moments.dense(), shift)
-    return None if factor is None else cholesky_solve_(missing.clone(), factor)
 
 
 def reconstruction_error(
@@ -154,14 +153,27 @@ def reconstruction_error(
     """
     if kept is not None:
         stats = stats.restricted(kept, weight)
-    assert stats.cross is not None
-    energy = stats.target_energy
-    error = stats.moments.quadratic(new) - 2 * sum_of_products(new, stats.cross) + energy
+    error = _squared_error([new], stats)
     if bias is not None:
         shortfall = stats.target_total_of(weight) - new @ stats.total
-        error += bias @ (stats.count * bias - 2 * shortfall)
-    # Rounding may take an exact zero below it.
-    return (error.clamp_min(0) / energy).item() if energy > 0 else 0.0
+        error += (bias @ (stats.count * bias - 2 * shortfall)).item()
+    return _relative(error, stats)
+
+
+def _squared_error(parts: Iterable[Tensor], stats: GramStats) -> float:
+    """||Y - X V^T||^2 for V [O, K], which comes some of its rows at a time."""
+    assert stats.cross is not None
+    error, start = stats.target_energy, 0
+    for part in parts:
+        cross = stats.cross[start : start + len(part)]
+        error += stats.moments.quadratic(part).item() - 2 * sum_of_products(part, cross)
+        start += len(part)
+    return error
+
+
+def _relative(error: float, stats: GramStats) -> float:
+    """To ||Y||^2; rounding may take an exact zero below it."""
+    return max(error, 0.0) / stats.target_energy if stats.target_energy > 0 else 0.0
 
 
 def error_curve(

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
-# Rows of a Gram that are held, summed and converted at a time.
+# Rows of moments that are held, summed and converted at a time.
 BLOCK = 256
 # Rows of other matrices that are converted at a time.
 _PART = 64
@@ -225,8 +225,10 @@ class GramStats:
         self.total += x.sum(dim=0, dtype=self.total.dtype)
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
-            add_(self.cross, y.float().T @ x.float())
-            self.target_energy += y.float().square().sum().item()
+            x, y = x.float(), y.float()
+            for rows, targets in zip(self.cross.split(BLOCK), y.split(BLOCK, dim=1), strict=True):
+                rows += targets.T @ x
+            self.target_energy += y.square().sum().item()
         if self.target_total is not None and y is not None:
             self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 
@@ -254,6 +256,17 @@ class GramStats:
         if self.held_out is not None:
             self.held_out.round_()
         return self
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> GramStats:
+        """The same, every tensor put where `move` puts it."""
+        return replace(
+            self,
+            moments=replace(self.moments, flat=move(self.moments.flat)),
+            total=move(self.total),
+            cross=None if self.cross is None else move(self.cross),
+            target_total=None if self.target_total is None else move(self.target_total),
+            held_out=self.held_out and self.held_out.moved(move),
+        )
 
     def restricted(self, kept: Tensor, weight: Tensor) -> GramStats:
         """Of the kept inputs [K] alone, with the moments of the targets that `weight` stands for.
@@ -340,11 +353,11 @@ class GramStats:
             )
 
 
-def add_(wide: Tensor, other: Tensor) -> Tensor:
-    """Add a matrix of another dtype to the first, and return that; it is not converted whole."""
-    for start in range(0, len(wide), _PART):
-        wide[start : start + _PART] += other[start : start + _PART]
-    return wide
+def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
+    """Add a matrix of another dtype, times a factor, to one; neither is converted whole."""
+    for mine, part in zip(to.split(_PART), other.split(_PART), strict=True):
+        mine.add_(part, alpha=factor)
+    return to
 
 
 def sum_of_products(wide: Tensor, other: Tensor) -> float:

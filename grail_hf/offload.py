@@ -75,8 +75,9 @@ class Place:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"hidden states cannot be kept in {self.folder} ({error.strerror}): name a folder "
-                "with more room in the environment variable TMPDIR, or lower num_samples",
+                f"hidden states and moments cannot be kept in {self.folder} ({error.strerror}): "
+                "name a folder with more room in the environment variable TMPDIR, or lower "
+                "num_samples",
             ) from error
         return mapped.view(tensor.shape)
 

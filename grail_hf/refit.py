@@ -150,23 +150,29 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         rows = coupling.diagonal()[:, None].clone()
         rows = rows.clamp_min(1e-6 * rows.max().clamp_min(torch.finfo(rows.dtype).tiny))
         preconditioner, _ = cholesky_(coupling, damping * rows.flatten())
+        rows = rows.to(factor)
 
-        solution = torch.zeros_like(start, dtype=factor.dtype)
+        def preconditioned(residual: Tensor) -> Tensor:
+            return cholesky_solve_(residual.to(preconditioner), preconditioner, left=True)
+
+        # What is added to weights in the end need not be more exact than they are.
+        solution = torch.zeros_like(start, dtype=torch.float32)
         residual = adjoint(put(start), lambda run, output: run.target.to(output) - output)
-        direction = cholesky_solve_(residual.clone(), preconditioner, left=True)
+        direction = preconditioned(residual).to(residual)
         norm = sum_of_products(residual, direction)
         for _ in range(steps):
             if norm <= 0:
                 break
             image = normal(direction).addcmul_(rows, direction, value=damping)
             length = norm / sum_of_products(direction, image)
-            solution.add_(direction, alpha=length)
+            add_(solution, direction, length)
             residual.sub_(image, alpha=length)
-            scaled = cholesky_solve_(image.copy_(residual), preconditioner, left=True)
+            del image
+            scaled = preconditioned(residual)
             previous, norm = norm, sum_of_products(residual, scaled)
-            direction.mul_(norm / previous).add_(scaled)
-            del image, scaled  # before the next step makes its own
-        change = to_weight(solution)
+            add_(direction.mul_(norm / previous), scaled)
+            del scaled  # before the next step makes its own
+        change = to_weight(solution.to(factor))
     fitted = processes.once(lambda: add_(change, start).to(start.dtype).contiguous(), group.name)
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(
@@ -189,8 +195,9 @@ def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence
 
 
 def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
-    """[K, K] fp64, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
+    """[K, K] fp32, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
 
+    That is precise enough for a preconditioner, which is damped by a tenth of its diagonal.
     Of grouped-query attention, rows of the values stand for the channels of all the query heads
     that read them. The longest batch is taken for all, of all processes' the first.
     """
@@ -198,7 +205,7 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
         processes.gather([(run.batch.number, run.num_tokens) for run in runs], group.name)
     )
     longest = max(tokens, key=lambda number: (tokens[number], -number))
-    weight = group.weight.double()
+    weight = group.weight.float()
     coupling = weight.mT @ weight
     z = coupling.new_zeros(0, len(coupling))  # one process has it
     for run in runs:
@@ -206,7 +213,7 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
             with without_biases(linear), captured_input(group.consumer) as inputs:
                 run.output()
             block.progress.update()
-            z = run.rows(inputs[0]).double()
+            z = run.rows(inputs[0]).float()
     for start in range(0, len(coupling), _PART):
         products = z[:, start : start + _PART].mT @ z
         processes.sum_([products], group.name)

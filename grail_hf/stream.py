@@ -183,6 +183,18 @@ class Block:
         stats.check_finite(group.name)
         return stats.round_()
 
+    @contextmanager
+    def held_out_aside(self, stats: GramStats) -> Iterator[None]:
+        """The held-out tokens' moments lie where hidden states are kept, inside the context.
+
+        Only the choice of the damping reads them. Until then, selection needs the memory.
+        """
+        if stats.held_out is not None:
+            stats.held_out = stats.held_out.moved(self.place.keep)
+        yield
+        if stats.held_out is not None:
+            stats.held_out = stats.held_out.moved(lambda tensor: tensor.to(self.device))
+
     @torch.no_grad()
     def collect_experts(self, group: ExpertsGroup, hold_out: bool = False) -> list[GramStats]:
         """Second moments of what each expert's consumer reads, as the layer is now.
