@@ -27,19 +27,13 @@ from grail_hf.calibration import SELF, read_calibration, token_windows
 from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
+from grail_hf.costs import Estimate, estimate
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
 from grail_hf.infer import architecture_source, infer_architecture
-from grail_hf.planning import (
-    Estimate,
-    check_weights,
-    choose_device,
-    estimate,
-    plan_compression,
-    window_length,
-)
+from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS

@@ -21,7 +21,7 @@ from grail_hf.reduction import Reduction
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Rows of a weight for which a damping is tried at a time.
-_PART = 512
+PART = 512
 
 
 class Repair(NamedTuple):
@@ -127,7 +127,7 @@ def choose_damping(
     for damping in DAMPINGS:
         factor = sound_cholesky_(fitted.moments.dense(), damping * scale)
         if factor is not None:
-            pairs = zip(missing.split(_PART), weight.split(_PART), strict=True)
+            pairs = zip(torch.split(missing, PART), torch.split(weight, PART), strict=True)
             parts = (cholesky_solve_(part.clone(), factor).add_(own) for part, own in pairs)
             errors[damping] = _relative(_squared_error(parts, held_out), held_out)
         del factor  # before the next one is made

@@ -30,6 +30,7 @@ from grail_hf.calibration import (
 )
 from grail_hf.compensation import Repair, fold_linearly, ridge
 from grail_hf.config import GrailConfig
+from grail_hf.costs import estimate
 from grail_hf.experts import ExpertsGroup
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
@@ -40,7 +41,6 @@ from grail_hf.planning import (
     check_weights,
     choose_device,
     decoder_layers,
-    estimate,
     group_batches,
     plan_compression,
     warn_of_few_tokens,

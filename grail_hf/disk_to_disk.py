@@ -28,15 +28,10 @@ from grail_hf.calibration import (
 from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
+from grail_hf.costs import Estimate, estimate
 from grail_hf.meter import Meter
-from grail_hf.offload import choose_place
-from grail_hf.planning import (
-    Plan,
-    choose_device,
-    decoder_layers,
-    estimate,
-    plan_compression,
-)
+from grail_hf.offload import Place, choose_place
+from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
 from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
 
@@ -137,13 +132,16 @@ def compress_checkpoint(
             processes.once(partial(check_output, output, overwrite), _OUTPUT)
             processes.once(partial(empty, work), _OUTPUT)
         journal = stopped or Journal(work, identity)
-        processes.once(partial(_check_space, work, journal, model, plan, tokens), _OUTPUT)
+        costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
+        place = choose_place(config.hidden_states, costs.hidden_bytes, device, journal.own)
+        processes.once(partial(_check_space, journal, costs, place), _OUTPUT)
         with _says_how_to_go_on(journal):
             meter = Meter(device)
             with meter.on():
                 plan, report = _compress(
-                    parts, plan, tokens, config, device, journal, progress, meter
+                    parts, plan, tokens, config, device, place, journal, progress, meter
                 )
+            report.estimate = costs.phases_to_dict()
             report.measured = meter.measured
             report.source = digests
             finish = partial(_finish, checkpoint, model, plan, tokenizer, report, journal, output)
@@ -158,14 +156,13 @@ def _compress(
     tokens: TokenBatches,
     config: GrailConfig,
     device: torch.device,
+    place: Place,
     journal: Journal,
     progress: bool,
     meter: Meter,
 ) -> tuple[Plan, CompressionReport]:
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
     model = parts.model
-    costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
-    place = choose_place(config.hidden_states, costs.hidden_bytes, device, journal.own)
     start = time.perf_counter()
     reading = CheckpointHomes(parts, device)
     reading.meter = meter
@@ -190,7 +187,6 @@ def _compress(
                 pass
             writing.done(index, [])
     notes()
-    report.estimate = costs.phases_to_dict()
     return plan, report
 
 
@@ -255,23 +251,17 @@ def _ended(
     return report if same else None
 
 
-def _check_space(
-    work: Path, journal: Journal, model: PreTrainedModel, plan: Plan, tokens: TokenBatches
-) -> None:
+def _check_space(journal: Journal, costs: Estimate, place: Place) -> None:
     """Raise OSError where the disk has no room for what is still to be written."""
-    item = model.dtype.itemsize
-    weights = plan.total_parameters[1] * item
     written = sum(sum(shard["bytes"].values()) for shard in journal.shards.values())
-    slots = sum(batch["input_ids"].numel() for batch in tokens.batches)
-    # Two generations, each of the compressed path and the dense model's.
-    hidden = 4 * slots * model.config.get_text_config().hidden_size * item
-    needed, free = weights - written + hidden, shutil.disk_usage(work).free
+    kept = costs.hidden_bytes if place.folder == journal.own else 0
+    needed, free = costs.disk_bytes - written + kept, shutil.disk_usage(journal.folder).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
             f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
             "room, or choose an output on another disk",
-            str(work),
+            str(journal.folder),
         )
 
 

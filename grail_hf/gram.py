@@ -226,7 +226,9 @@ class GramStats:
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
             x, y = x.float(), y.float()
-            for rows, targets in zip(self.cross.split(BLOCK), y.split(BLOCK, dim=1), strict=True):
+            for rows, targets in zip(
+                torch.split(self.cross, BLOCK), torch.split(y, BLOCK, dim=1), strict=True
+            ):
                 rows += targets.T @ x
             self.target_energy += y.square().sum().item()
         if self.target_total is not None and y is not None:
@@ -355,7 +357,7 @@ class GramStats:
 
 def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
     """Add a matrix of another dtype, times a factor, to one; neither is converted whole."""
-    for mine, part in zip(to.split(_PART), other.split(_PART), strict=True):
+    for mine, part in zip(torch.split(to, _PART), torch.split(other, _PART), strict=True):
         mine.add_(part, alpha=factor)
     return to
 

@@ -1,4 +1,4 @@
-"""What a compression will do, from shapes alone: widths, parameters, config, memory, arithmetic.
+"""What a compression will do, from shapes alone: widths, parameters, config.
 
 Everything that can be refused is refused here, before a weight or a calibration token is read.
 A plan can be made of a model on the meta device.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,10 +26,8 @@ from grail_hf.architectures import (
     find_architecture,
 )
 from grail_hf.calibration import context_length
-from grail_hf.compensation import DAMPINGS
-from grail_hf.config import AUTO, GrailConfig
+from grail_hf.config import GrailConfig
 from grail_hf.experts import group_in
-from grail_hf.gram import BLOCK
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_batches, refit_stride
@@ -45,17 +43,6 @@ logger = logging.getLogger(__name__)
 # transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
 # of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
 EXPERTS_STEP = 8
-
-# Divergences of an allocation's variants are measured on few tokens, since they are the same ones.
-HELD_OUT_TOKENS = 4096
-LEAST_WINDOWS = 4  # to hold one out
-
-_PHASES = ("profile", "embed", "forward", "gram", "select", "solve", "refit")
-_PANEL = 128  # of greedy elimination
-# On a CPU: what matrix products pack their arguments into, and what the C library has not given
-# back yet.
-_SCRATCH = 2**25
-
 
 # With 2 tokens a channel and little ridge, repair did worse than plain pruning on held-out text of
 # the bundled model; with 8 it did much better.
@@ -501,270 +488,3 @@ def _matches(entry: int | str, index: int, name: str, num_layers: int) -> bool:
     if isinstance(entry, int):
         return index == (entry if entry >= 0 else num_layers + entry)
     return fnmatchcase(f".{name}.", f"*.{entry}.*")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a phase takes.
-
-    Attributes:
-        accelerator_bytes: peak where layers run.
-        host_bytes: peak of anonymous memory of the host, above what the process held at the start.
-        operations: floating-point operations.
-    """
-
-    accelerator_bytes: int = 0
-    host_bytes: int = 0
-    operations: int = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What compressing will take, from shapes alone.
-
-    Attributes:
-        tokens: of calibration.
-        phases: phase -> its cost, in the order of the work: "profile" (where an allocation is
-            measured), "embed", "forward", "gram", "select", "solve", "refit", "write" (from disk
-            to disk).
-        weights_bytes: of the dense model, where it is in host memory as a whole; else 0.
-        hidden_bytes: of the hidden states, in host memory or wherever they are kept; the phases'
-            host memory has them in it where that is host memory.
-        disk_bytes: of the new checkpoint and, from disk to disk, two generations of hidden states.
-        one_memory: layers run on the CPU: the accelerator's bytes are among the host's.
-    """
-
-    tokens: int
-    phases: dict[str, Cost]
-    weights_bytes: int
-    hidden_bytes: int
-    disk_bytes: int
-    one_memory: bool
-
-    @property
-    def accelerator_bytes(self) -> int:
-        """Peak of all phases."""
-        return max(cost.accelerator_bytes for cost in self.phases.values())
-
-    @property
-    def host_bytes(self) -> int:
-        """Peak of all phases, with the dense weights."""
-        return self.weights_bytes + max(cost.host_bytes for cost in self.phases.values())
-
-    @property
-    def operations(self) -> dict[str, int]:
-        """By phase, of those that take any."""
-        return {name: cost.operations for name, cost in self.phases.items() if cost.operations}
-
-    def phases_to_dict(self) -> dict[str, dict[str, int]]:
-        """phase -> its cost, as JSON."""
-        return {name: asdict(cost) for name, cost in self.phases.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        totals = {
-            "accelerator_bytes": self.accelerator_bytes,
-            "host_bytes": self.host_bytes,
-            "operations": self.operations,
-        }
-        return asdict(self) | totals
-
-
-def estimate(
-    model: PreTrainedModel,
-    plan: Plan,
-    config: GrailConfig,
-    device: torch.device | None = None,
-    *,
-    disk_to_disk: bool = False,
-    batches: Sequence[Mapping[str, torch.Tensor]] | None = None,
-) -> Estimate:
-    """Memory, disk and arithmetic of a compression; works on the meta device.
-
-    With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per projection
-    parameter for the pass up to its consumer, N H^2 for half a Gram and 2 N O H for the moments
-    with a target of the dense model (and a dense pass for it), and a quarter of the moments more
-    for the tokens held out; for a refit, all this once more at the new width, and 6 N per parameter
-    for a step (half as much for one or two steps). A solve is K^3/3 + 2 O K^2, the choice of the
-    ridge that and O K^2 more for each damping tried, a selection at most 5/3 H^3 + 2 O H^2 (greedy
-    elimination: factor, inverse and update), and the two errors in the report 2 O H^2. A fold takes
-    a pass more, or two. Each of a mixture's experts has a Gram and a solve, and its share of the
-    tokens. Causal attention adds 2 N T per query channel and pass.
-
-    Memory, with s bytes a number in the solve: the moments are half a square and O H numbers in
-    fp32, and as much for the tokens held out. Greedy elimination has a square and O H numbers of s
-    bytes beside them; the choice of the ridge works at K channels, with the moments in fp32, those
-    of the fit and a square, and three times O K numbers; a refit has K^2 and four times K D.
-
-    Args:
-        model: the dense one.
-        plan: of it.
-        config: the settings.
-        device: where layers will run; by default where this machine would have them run.
-        disk_to_disk: by `compress_checkpoint`: no model is in memory, and layers are mapped.
-        batches: the calibration's, where they are known; else as many as the config asks for.
-    """
-    layers = decoder_layers(model, plan.architecture)
-    length, tokens = window_length(model, config), config.num_samples * window_length(model, config)
-    batch = min(config.batch_size, config.num_samples) * length
-    if batches:
-        shapes = [tuple(one["input_ids"].shape) for one in batches]
-        length = max(shape[1] for shape in shapes)
-        tokens, batch = (f(a * b for a, b in shapes) for f in (sum, max))
-    device = device or choose_device(model, config.device)
-    one_memory = device.type == "cpu"
-    item, solve_item = model.dtype.itemsize, config.torch_dtype.itemsize
-    targeted, hold_out = config.targeted, config.holds_out
-    dampings = len(DAMPINGS) if hold_out else 0
-    folds = (1 if targeted else 2) * isinstance(plan.select, Folding)
-    eliminates = config.selector in ("gram", "slimgpt")
-    profiled = find_allocation(config.allocation)
-    repaired = {(index, spec.kind) for index, spec in plan.repaired}
-    operations = dict.fromkeys((*_PHASES, "write"), 0)
-    peaks = dict.fromkeys((*_PHASES, "write"), 0)
-    inputs_of_refit = 0
-    width_of_stream = model.config.get_text_config().hidden_size
-
-    def at_peak(phase: str, size: float) -> None:
-        peaks[phase] = max(peaks[phase], int(size))
-
-    for index, layer in enumerate(layers):
-        upstream = passes = 0
-        whole = sum(p.numel() for p in layer.parameters()) * item
-        changed = 0  # bytes of what the layer has become, which no file stands behind
-        groups = [group_in(layer, spec, "") for spec in plan.specs[index]]
-        for group in groups:
-            width = plan.widths[group.kind][index]
-            left = group.num_parameters - (group.num_units - width) * group.unit_cost
-            held = (0 if one_memory else whole) + changed * disk_to_disk * one_memory
-            if (index, group.kind) in repaired or profiled.loss is not None:
-                experts, routed = group.spec.experts or 1, group.spec.routed or 1
-                *_, outputs, inputs = group.weight.shape
-                kept = width * group.columns
-                pass_bytes = batch * (item * 3 * max(inputs, width_of_stream) + 4 * inputs)
-                targets = outputs * (targeted and not group.spec.experts)
-                square, entries = solve_item * inputs**2, solve_item * outputs * inputs
-            if profiled.loss is not None:
-                operations["profile"] += 2 * tokens * (3 * group.num_parameters)
-                operations["profile"] += tokens * inputs**2 + 2 * inputs**3
-                moments = _half_square(inputs, 4)
-                at_peak("profile", held + moments + 2.5 * square + 3 * entries + pass_bytes)
-            if (index, group.kind) in repaired:
-                removed = inputs - kept
-                refits = config.refit_steps > 0 and group.spec.linear is not None
-                collects = 1 + refits
-                passes += collects + folds
-                before = _parameters_per_token(group) - routed * inputs * outputs
-                operations["forward"] += 2 * tokens * (upstream + before) * (collects + folds)
-                moments = _moments(inputs, targets) * (4 + hold_out) // 4
-                after = _moments(kept, targets)
-                operations["gram"] += tokens * routed * (moments + (refits + (folds > 0)) * after)
-                if refits:
-                    steps = config.refit_steps / refit_stride(config.refit_steps)
-                    operations["refit"] += int(6 * tokens * group.num_parameters * steps)
-                each = (kept**3 // 3 + 2 * outputs * kept**2) * (collects + dampings)
-                each += outputs * kept**2 * dampings + 2 * outputs * inputs**2
-                operations["solve"] += experts * each
-                if removed and eliminates:
-                    greedy = 5 * inputs**3 // 3 + 2 * outputs * inputs**2
-                    operations["select"] += experts * greedy
-
-                fold = 1 + hold_out
-                # Summed in the precision of the solve, and held in fp32.
-                sums = fold * (_half_square(inputs, 4) + 4 * targets * inputs)
-                fewer = fold * (_half_square(kept, 4) + 4 * outputs * kept)
-                summed = experts * sums * solve_item // 4
-                kept_square, kept_entries = solve_item * kept**2, solve_item * outputs * kept
-                pass_bytes += 4 * (batch * (inputs + outputs) + targets * inputs)
-                at_peak("gram", held + summed + pass_bytes)
-                select = 2 * entries
-                if removed and eliminates:
-                    select = square + entries + solve_item * 2 * _PANEL * (inputs + outputs)
-                solve = experts * sums * (experts > 1) + fewer + kept_square + 3 * kept_entries
-                solve += solve_item * kept**2 // 2 * hold_out
-                at_peak("select", held + experts * sums + select)
-                at_peak("solve", held + max(experts * sums + fewer + entries, solve))
-                changed += left * item
-                held += left * item * disk_to_disk * one_memory
-                if refits:
-                    linear = group.projection(str(group.spec.linear)).weight
-                    rows = linear.shape[0] * kept // inputs
-                    vectors = solve_item * (rows**2 + 4 * rows * linear.shape[1])
-                    vectors += solve_item * linear.shape[1] ** 2 + 3 * item * rows * linear.shape[1]
-                    at_peak("refit", held + max(vectors + pass_bytes, solve - kept_square // 2))
-                    part = tokens // refit_stride(config.refit_steps)
-                    inputs_of_refit = part * (linear.shape[1] * item + outputs * 4)
-            upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)
-        operations["forward"] += 2 * tokens * upstream
-        operations["forward"] += 2 * tokens * sum(map(_parameters_per_token, groups)) * targeted
-        passes += 1 + targeted
-        channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
-        operations["forward"] += 2 * tokens * length * channels * passes
-        widest = max([width_of_stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
-        held = changed * disk_to_disk if one_memory else whole
-        at_peak("forward", held + batch * item * 6 * widest)
-        at_peak("write", 2 * (changed if one_memory else whole))
-    total = sum(p.numel() for p in model.parameters()) * item
-    outside = total - sum(p.numel() for layer in layers for p in layer.parameters()) * item
-    at_peak("embed", batch * item * 4 * width_of_stream)
-    at_peak("write", outside)
-
-    hidden = hidden_state_bytes(model, plan, config, tokens)
-    variants = 0
-    if profiled.divergences:
-        most = min(tokens, max(2 * HELD_OUT_TOKENS, tokens // LEAST_WINDOWS))
-        variants = 3 * len(plan.reduced) * most * width_of_stream * item
-    generation = tokens * width_of_stream * item * (1 + targeted)
-    in_host = config.hidden_states == "host" or (one_memory and config.hidden_states != "disk")
-    in_host |= config.hidden_states == AUTO
-    on_accelerator = config.hidden_states == "accelerator" and not one_memory
-    phases = {}
-    for name in (*_PHASES, *(["write"] * disk_to_disk)):
-        if not peaks[name] and not operations[name]:
-            continue
-        peaks[name] += _SCRATCH * one_memory
-        kept_states = {"embed": generation // (1 + targeted), "profile": generation + variants}.get(
-            name, hidden + inputs_of_refit * (name == "refit")
-        )
-        working = peaks[name] if name != "write" else 0
-        phases[name] = Cost(
-            working + kept_states * on_accelerator,
-            (peaks[name] if one_memory or name == "write" else 0) + kept_states * in_host,
-            operations[name],
-        )
-    return Estimate(
-        tokens,
-        phases,
-        weights_bytes=0 if disk_to_disk else total,
-        hidden_bytes=hidden,
-        disk_bytes=plan.total_parameters[1] * item + 2 * generation * disk_to_disk,
-        one_memory=one_memory,
-    )
-
-
-def _half_square(size: int, item: int) -> int:
-    """Bytes of `gram.Symmetric`."""
-    return item * size * (size + BLOCK) // 2 if size > BLOCK else item * size**2
-
-
-def _moments(inputs: int, targets: int) -> int:
-    """Multiplications a token for the moments of inputs and targets, twice."""
-    return inputs * (inputs + min(inputs, BLOCK)) + 2 * inputs * targets
-
-
-def hidden_state_bytes(model: PreTrainedModel, plan: Plan, config: GrailConfig, tokens: int) -> int:
-    """What hidden states take together, of so many tokens."""
-    # With a target: the dense hidden states in front of and behind a layer, and its outputs.
-    copies = 1 + config.targeted * (2 + len(plan.specs[0]))
-    each: int = model.config.get_text_config().hidden_size * model.dtype.itemsize
-    return tokens * each * copies
-
-
-def _parameters_per_token(group: Group) -> int:
-    """Parameters of the group's projections that a token meets: of experts, those routed to."""
-    spec = group.spec
-    return (
-        group.num_parameters * spec.routed // spec.experts
-        if spec.experts
-        else (group.num_parameters)
-    )

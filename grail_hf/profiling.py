@@ -25,7 +25,6 @@ from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, input_device
-from grail_hf.planning import HELD_OUT_TOKENS, LEAST_WINDOWS
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
@@ -38,6 +37,10 @@ if TYPE_CHECKING:
     from grail_hf.planning import Plan
 
 _DAMPING = 1e-4
+
+# Divergences of variants are measured on few tokens, since they are the same ones for all.
+HELD_OUT_TOKENS = 4096
+LEAST_WINDOWS = 4  # to hold one out
 
 Batches = Sequence[dict[str, Tensor]]
 

@@ -172,6 +172,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             previous, norm = norm, sum_of_products(residual, scaled)
             add_(direction.mul_(norm / previous), scaled)
             del scaled  # before the next step makes its own
+        del residual, direction
         change = to_weight(solution.to(factor))
     fitted = processes.once(lambda: add_(change, start).to(start.dtype).contiguous(), group.name)
     if not torch.isfinite(fitted).all():

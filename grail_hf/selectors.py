@@ -21,7 +21,7 @@ from grail_hf.config import unknown_name
 from grail_hf.gram import GramStats, add_, cholesky_inverse_, cholesky_solve_, damped_cholesky
 from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
-_PANEL = 128
+PANEL = 128
 # Rows of a matrix that are copied at a time.
 _PART = 64
 
@@ -315,7 +315,7 @@ def elimination_order_(
         columns: C, columns a unit owns.
         partitions: no run loses its (n+1)-th unit before every run has lost its n-th.
     """
-    device, panel = weight.device, max(1, _PANEL // columns)
+    device, panel = weight.device, max(1, PANEL // columns)
     alive = torch.arange(weight.shape[1] // columns, device=device)
     run = alive // (alive.numel() // partitions)
     lost = torch.zeros(partitions, dtype=torch.int64, device=device)

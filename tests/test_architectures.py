@@ -40,8 +40,9 @@ from grail_hf import ARCHITECTURES, GrailConfig
 from grail_hf.allocation import TOLERANCE
 from grail_hf.architectures import ATTENTION, EXPERTS, MLP, architectures_table
 from grail_hf.config import ATTENTION_UNITS
+from grail_hf.costs import estimate
 from grail_hf.experts import group_in
-from grail_hf.planning import estimate, plan_compression
+from grail_hf.planning import plan_compression
 from grail_hf.reduction import Reduction
 from grail_hf.saving import apply_config_, compressed_config
 from grail_hf.stream import stream

@@ -24,8 +24,9 @@ from tiny_models import (
 import grail_hf
 from grail_hf import ARCHITECTURES, CompressionReport, GrailConfig
 from grail_hf.architectures import EXPERTS, SHARED
+from grail_hf.costs import estimate
 from grail_hf.narrow_experts import SCARCE_DAMPING
-from grail_hf.planning import EXPERTS_STEP, estimate, plan_compression
+from grail_hf.planning import EXPERTS_STEP, plan_compression
 from grail_hf.stream import captured_call
 
 MIXTURES = [

@@ -11,8 +11,9 @@ from transformers import LlamaForCausalLM
 
 import grail_hf
 from grail_hf.config import GrailConfig
+from grail_hf.costs import estimate
 from grail_hf.meter import Meter
-from grail_hf.planning import estimate, plan_compression
+from grail_hf.planning import plan_compression
 
 MB = 2**20
 CPU = torch.device("cpu")

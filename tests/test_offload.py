@@ -487,6 +487,33 @@ def test_folds_and_profiles_keep_hidden_states_likewise(settings, folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("place", ["host", "disk"])
+def test_the_held_out_moments_lie_with_the_hidden_states_while_units_are_chosen(place, folder):
+    seen = []
+
+    def select(group, stats):
+        seen.append([file_behind(sums) for sums in stats.sums])
+        return SELECTORS["wanda"](group, stats)
+
+    compress(tiny_model("llama"), hidden_states=place, selector=select)
+    for files in seen:
+        own, aside = files[: len(files) // 2], files[len(files) // 2 :]
+        assert set(own) == {""}
+        assert all(f.startswith(f"{folder}/hidden-states-") == (place == "disk") for f in aside)
+    assert seen
+
+
+def file_behind(tensor):
+    """The path of the file that the tensor is mapped from; empty where there is none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, inode, *path = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= tensor.data_ptr() < last:
+            return path[0] if int(inode) else ""
+    raise AssertionError("the tensor is nowhere in memory")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize("place", ["host", "disk"])
 def test_hidden_states_on_disk_are_mapped_files_without_a_name(place, folder):
     maps = []
 
@@ -511,8 +538,12 @@ def test_from_disk_to_disk_the_place_changes_no_bit_either(saved, folder, tmp_pa
 
 @pytest.mark.parametrize(("short", "mapped"), [(0, False), (1, True)])
 def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatch):
-    """Of 8 x 24 and 7 x 21 tokens: compressed, dense in front and behind, two dense outputs."""
-    size = (8 * 24 + 7 * 21) * 48 * 4 * (1 + 2 + 2)
+    """Of 8 x 24 and 7 x 21 tokens: compressed, dense in front and behind, two dense outputs.
+
+    Of half of them, what a refit starts from: the block's inputs and its target.
+    """
+    tokens = 8 * 24 + 7 * 21
+    size = 48 * 4 * (tokens * (1 + 2 + 2) + tokens // 2 * 2)
     monkeypatch.setattr(offload, "_free_bytes", lambda device: 2 * size - short)
     keep, kept = Place.keep, []
 
