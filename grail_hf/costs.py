@@ -15,7 +15,7 @@ from grail_hf.compensation import DAMPINGS
 from grail_hf.compensation import PART as ROWS_TRIED
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import ExpertsGroup, group_in
-from grail_hf.gram import BLOCK
+from grail_hf.gram import BLOCK, half_square
 from grail_hf.groups import Group
 from grail_hf.planning import Plan, choose_device, decoder_layers, window_length
 from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS
@@ -252,15 +252,11 @@ class _Work:
         for group in groups:
             left = group.num_parameters
             left -= (group.num_units - self.plan.widths[group.kind][index]) * group.unit_cost
-            before = 0 if self.one_memory else whole
-            # A layer that is mapped from a file takes memory for what has been changed of it.
-            after = before
-            if self.disk_to_disk and self.one_memory:
-                before, after = changed, changed + left * self.item
+            held = changed * self._maps if self.one_memory else whole
             if self.measures:
-                self._add_profile(group, before)
+                self._add_profile(group, held)
             if (index, group.kind) in self.repaired:
-                passes += self._add_repair(index, group, upstream, before, after)
+                passes += self._add_repair(index, group, upstream, held, left * self.item)
                 changed += left * self.item
             upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)
         dense = sum(map(_parameters_per_token, groups)) * targeted
@@ -268,7 +264,7 @@ class _Work:
         self.operations["forward"] += 2 * self.tokens * (upstream + dense)
         self.operations["forward"] += 2 * self.tokens * self.length * channels * passes
         widest = max([self.stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
-        held = changed * self.disk_to_disk if self.one_memory else whole
+        held = changed * self._maps if self.one_memory else whole
         self.at_peak("forward", held + self.batch * self.item * 6 * widest)
         self.at_peak("write", 2 * (changed if self.one_memory else whole))
 
@@ -278,12 +274,12 @@ class _Work:
         square, entries = self.solve_item * inputs**2, self.solve_item * outputs * inputs
         self.operations["profile"] += 6 * self.tokens * group.num_parameters
         self.operations["profile"] += self.tokens * inputs**2 + 2 * inputs**3
-        moments = half_square(inputs, _FP32)
+        moments = _FP32 * half_square(inputs)
         working = moments + 5 * square // 2 + 3 * entries + self._pass_bytes(inputs, outputs)
         self.at_peak("profile", held + working)
 
     def _add_repair(
-        self, index: int, group: Group | ExpertsGroup, upstream: int, before: int, after: int
+        self, index: int, group: Group | ExpertsGroup, upstream: int, held: int, left: int
     ) -> int:
         """A group's selection, solve and refit: the passes up to its consumer.
 
@@ -291,20 +287,24 @@ class _Work:
             index: of the layer.
             group: of it.
             upstream: parameters that a token meets in the groups before it.
-            before, after: bytes of the layer in memory, before and after it is repaired.
+            held: bytes of the layer in memory.
+            left: bytes of the group's projections afterwards.
         """
         config, tokens, number = self.config, self.tokens, self.solve_item
         experts, routed = group.spec.experts or 1, group.spec.routed or 1
+        at_once = self.plan.experts_at_once if group.spec.experts else 1
         *_, outputs, inputs = group.weight.shape
         kept = self.plan.widths[group.kind][index] * group.columns
         targets = outputs * (config.targeted and not group.spec.experts)
         held_out = config.holds_out
+        runs = -(-experts // at_once)
         refits = config.refit_steps > 0 and isinstance(group, Group) and bool(group.spec.linear)
         folds = (1 if config.targeted else 2) * isinstance(self.plan.select, Folding)
         eliminates = kept < inputs and config.selector in ("gram", "slimgpt")
         collects, dampings = 1 + refits, len(DAMPINGS) * held_out
 
-        passed = upstream + _parameters_per_token(group) - routed * inputs * outputs
+        passed = _parameters_per_token(group) - routed * inputs * outputs
+        passed += runs * upstream  # each expert's own part is run once
         self.operations["forward"] += 2 * tokens * passed * (collects + folds)
         wide, narrow = _moments(inputs, targets) * (4 + held_out) // 4, _moments(kept, targets)
         self.operations["gram"] += tokens * routed * (wide + (refits + (folds > 0)) * narrow)
@@ -315,31 +315,34 @@ class _Work:
         solves += outputs * kept**2 * dampings + 2 * outputs * inputs**2
         self.operations["solve"] += experts * solves
 
-        one = half_square(inputs, _FP32) + _FP32 * targets * inputs
-        sums = experts * (1 + held_out) * one
+        one = _FP32 * (half_square(inputs) + targets * inputs)
+        sums = at_once * (1 + held_out) * one
         pass_bytes = self._pass_bytes(inputs, outputs) + _FP32 * min(targets, BLOCK) * inputs
         # Summed in the precision of the solve; rounded to fp32, a matrix at a time.
-        rounding = half_square(inputs, _FP32) * (number > _FP32)
-        self.at_peak("gram", before + sums * number // _FP32 + max(pass_bytes, rounding))
-        if self._puts_aside and held_out and experts == 1:
-            self.aside = max(self.aside, one)
-            sums_then = one
-        else:
-            sums_then = sums
+        rounding = _FP32 * half_square(inputs) * (number > _FP32)
+        self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
+        aside = one * (self._puts_aside and held_out and not group.spec.experts)
+        self.aside = max(self.aside, aside)
         select = 2 * number * outputs * inputs
         if eliminates:
             select = number * (inputs**2 + outputs * inputs + 2 * PANEL * (inputs + outputs))
-        self.at_peak("select", before + sums_then + select)
-        fewer = (1 + held_out) * (half_square(kept, _FP32) + _FP32 * outputs * kept)
+        self.at_peak("select", held + sums - aside + select)
+        fewer = (1 + held_out) * _FP32 * (half_square(kept) + outputs * kept)
         square, entries = number * kept**2, number * outputs * kept
-        solve = fewer + square + 2 * entries + sums * (experts > 1)
+        solve = fewer + square + 2 * entries
         if held_out:
-            solve += half_square(kept, number) + 2 * number * min(outputs, ROWS_TRIED) * kept
-        self.at_peak("solve", before + max(sums + fewer + number * outputs * inputs, solve))
+            solve += number * (half_square(kept) + 2 * min(outputs, ROWS_TRIED) * kept)
+        widened = sums + fewer + number * outputs * inputs
+        if group.spec.experts:
+            # The repaired weights, until all experts have theirs; then the layer's new ones.
+            repaired = self.item * experts * outputs * kept
+            widened = max(widened, sums + solve) + repaired
+            self.at_peak("solve", held + 2 * left)
+        self.at_peak("solve", held + max(widened, solve))
         if refits:
             assert isinstance(group, Group)
-            self._add_refit(group, kept, after, solve)
-        return collects + folds
+            self._add_refit(group, kept, held + left * self._maps, solve)
+        return runs * (collects + folds)
 
     def _add_refit(self, group: Group, kept: int, held: int, solve: int) -> None:
         """A refit of a group with `kept` inputs left, whose last solve takes `solve` bytes."""
@@ -363,15 +366,15 @@ class _Work:
         return self.batch * (wide + _FP32 * (2 * inputs + outputs))
 
     @property
+    def _maps(self) -> bool:
+        """A layer is mapped from a file, and takes memory for what has been changed of it."""
+        return self.one_memory and self.disk_to_disk
+
+    @property
     def _puts_aside(self) -> bool:
         """Hidden states are kept elsewhere than where layers run."""
         states = self.config.hidden_states
         return states == "disk" if self.one_memory else states != "accelerator"
-
-
-def half_square(size: int, item: int) -> int:
-    """Bytes of `gram.Symmetric` of so many rows, with `item` bytes a number."""
-    return item * size * (size + BLOCK) // 2 if size > BLOCK else item * size**2
 
 
 def _moments(inputs: int, targets: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf.architectures import GroupSpec, Producer
+from grail_hf.gram import half_square
 from grail_hf.groups import Group, parameter_like, reduced_rows
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
@@ -102,6 +103,15 @@ class ExpertsGroup(Group):
     @property
     def experts(self) -> tuple[Expert, ...]:
         return tuple(Expert(self, index) for index in range(self.spec.experts))
+
+    def at_once(self, item: int) -> int:
+        """Experts whose Grams, of `item` bytes a number, are no larger than all experts' weights.
+
+        One at least. It decides how often a layer is run for them, and about nothing else.
+        """
+        gram = item * half_square(self.num_units)
+        weights = self.num_parameters * self.weight.element_size()
+        return min(self.spec.experts, max(1, weights // gram)) if self.num_units else 1
 
     @property
     def producer(self) -> Producer:

@@ -20,6 +20,20 @@ BLOCK = 256
 _PART = 64
 
 
+def half_square(size: int) -> int:
+    """Numbers that a `Symmetric` [size, size] holds."""
+    return _numbers(_ends(size))
+
+
+def _ends(size: int) -> list[int]:
+    """Of block rows of `BLOCK` rows."""
+    return [*range(BLOCK, size, BLOCK), size]
+
+
+def _numbers(ends: Sequence[int]) -> int:
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
 @dataclass(frozen=True)
 class Symmetric:
     """A symmetric matrix [H, H], held and summed as block rows of its lower triangle.
@@ -41,7 +55,7 @@ class Symmetric:
         cls, ends: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> Symmetric:
         """With values yet to be given."""
-        size = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+        size = _numbers(ends)
         return cls(torch.empty(size, dtype=dtype, device=device), tuple(ends), dtype)
 
     @classmethod
@@ -52,15 +66,14 @@ class Symmetric:
         dtype: torch.dtype = torch.float32,
     ) -> Symmetric:
         """[size, size], all zero."""
-        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], dtype, device)
+        matrix = cls.empty(_ends(size), dtype, device)
         matrix.flat.zero_()
         return matrix
 
     @classmethod
     def of(cls, whole: Tensor) -> Symmetric:
         """A symmetric [H, H], copied."""
-        size = len(whole)
-        matrix = cls.empty([*range(BLOCK, size, BLOCK), size], whole.dtype, whole.device)
+        matrix = cls.empty(_ends(len(whole)), whole.dtype, whole.device)
         for start, end, rows in matrix.spans:
             rows.copy_(whole[start:end, :end])
         return matrix

@@ -6,11 +6,15 @@ import logging
 import math
 from functools import partial
 
+from torch import Tensor
+
 from grail_hf import processes
 from grail_hf.compensation import Repair, ridge
 from grail_hf.config import GrailConfig
-from grail_hf.experts import ExpertsGroup
+from grail_hf.experts import Expert, ExpertsGroup
+from grail_hf.gram import GramStats
 from grail_hf.planning import Plan
+from grail_hf.reduction import Reduction
 from grail_hf.report import CompressionReport
 from grail_hf.selectors import choose, magnitude
 from grail_hf.stream import Block
@@ -33,27 +37,23 @@ def narrow_experts_(
 
     An expert that no token came to has only its weights to go by, and no repair.
     """
-    reductions, weights, scarce = [], [], []
-    with block.meter.phase("gram"):
-        every = block.collect_experts(group, config.holds_out)
-    for expert, stats in zip(group.experts, every, strict=True):
-        select = plan.select if stats.count else magnitude
-        reduction = processes.once(
-            partial(choose, select, expert, stats, width, config.selector_name), expert.name
-        )
-        weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
-        least = 0.0
-        if stats.count < width:
-            least = SCARCE_DAMPING if stats.count else math.inf
-            scarce.append(expert.index)
-        stats, weight = stats.restricted(kept, weight), weight[:, kept]
-        repair = Repair(weight)
-        if config.compensate:
-            solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
-            repair = processes.once(solve, expert.name)
-        report.add(block.index, expert, weight, stats, repair)
-        reductions.append(reduction)
-        weights.append(repair.weight)
+    done: list[tuple[Reduction, Tensor]] = []
+    scarce: list[int] = []
+    for start in range(0, len(group.experts), plan.experts_at_once):
+        experts = group.experts[start : start + plan.experts_at_once]
+        with block.meter.phase("gram"):
+            every = block.collect_experts(group, experts, config.holds_out)
+        scarce += [
+            expert.index
+            for expert, stats in zip(experts, every, strict=True)
+            if stats.count < width
+        ]
+        done += [
+            _narrowed(block, expert, stats, width, plan, config, report)
+            for expert, stats in zip(experts, every, strict=True)
+        ]
+        del every  # before the next ones are summed
+    reductions, weights = zip(*done, strict=True)
     group.shrink_each_(reductions)
     group.repair_each_(weights)
     if scarce and config.compensate:
@@ -62,3 +62,29 @@ def narrow_experts_(
             "with damping %g or more: use more num_samples",
             *(group.name, ", ".join(map(str, scarce)), width, SCARCE_DAMPING),
         )
+
+
+def _narrowed(
+    block: Block,
+    expert: Expert,
+    stats: GramStats,
+    width: int,
+    plan: Plan,
+    config: GrailConfig,
+    report: CompressionReport,
+) -> tuple[Reduction, Tensor]:
+    """The units that an expert keeps, and its consumer's new weight, in the model's dtype."""
+    select = plan.select if stats.count else magnitude
+    reduction = processes.once(
+        partial(choose, select, expert, stats, width, config.selector_name), expert.name
+    )
+    weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
+    stats, weight = stats.restricted(kept, weight), weight[:, kept]
+    repair = Repair(weight)
+    if config.compensate:
+        least = SCARCE_DAMPING if stats.count < width else 0.0
+        least = least if stats.count else math.inf
+        solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
+        repair = processes.once(solve, expert.name)
+    report.add(block.index, expert, weight, stats, repair)
+    return reduction, repair.weight.to(expert.weight.dtype)

@@ -27,7 +27,7 @@ from grail_hf.architectures import (
 )
 from grail_hf.calibration import context_length
 from grail_hf.config import GrailConfig
-from grail_hf.experts import group_in
+from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_batches, refit_stride
@@ -67,6 +67,7 @@ class Plan:
         newly_biased: kinds whose projections have biases in `config`, and did not have them.
         projection_parameters: of all decoder blocks' projections, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
+        experts_at_once: experts of a layer whose Grams are held at a time.
     """
 
     architecture: Architecture
@@ -80,6 +81,7 @@ class Plan:
     newly_biased: frozenset[str]
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
+    experts_at_once: int
 
     @property
     def units(self) -> dict[str, int]:
@@ -203,6 +205,15 @@ def plan_compression(
         frozenset(newly_biased),
         (before, after),
         (total, total - before + after - norms),
+        min(
+            (
+                group.at_once(config.torch_dtype.itemsize * (1 + config.holds_out))
+                for layer in groups
+                for group in layer
+                if isinstance(group, ExpertsGroup)
+            ),
+            default=0,
+        ),
     )
 
 
@@ -417,7 +428,8 @@ def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) 
         if index < first:
             continue
         refits = config.refit_steps > 0 and spec.linear is not None
-        each = number * (1 + folding * ((index, spec.kind) not in plan.mended) + refits)
+        runs = -(-spec.experts // plan.experts_at_once) if spec.experts else 1
+        each = number * (runs + folding * ((index, spec.kind) not in plan.mended) + refits)
         if refits:
             each += refit_batches(
                 config.refit_steps, len(range(0, number, refit_stride(config.refit_steps)))

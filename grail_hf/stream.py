@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.architectures import GroupSpec
-from grail_hf.experts import ExpertsGroup, group_in
+from grail_hf.experts import Expert, ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.meter import Meter
@@ -196,14 +196,17 @@ class Block:
             stats.held_out = stats.held_out.moved(lambda tensor: tensor.to(self.device))
 
     @torch.no_grad()
-    def collect_experts(self, group: ExpertsGroup, hold_out: bool = False) -> list[GramStats]:
-        """Second moments of what each expert's consumer reads, as the layer is now.
+    def collect_experts(
+        self, group: ExpertsGroup, experts: Sequence[Expert], hold_out: bool = False
+    ) -> list[GramStats]:
+        """Second moments of what each of some experts' consumers reads, as the layer is now.
 
         An expert's tokens are those that are routed to it, padding not among them. Its target is
         its own output: what a block's output lacks belongs to no one expert.
 
         Args:
             group: of this layer.
+            experts: of the group.
             hold_out: as in `collect`.
 
         Raises:
@@ -211,7 +214,7 @@ class Block:
         """
         self.progress.set_postfix_str(f"{group.name} Grams")
         channels = group.weight.shape[2]
-        every = [GramStats.zeros(channels, self.device, dtype=self.dtype) for _ in group.experts]
+        every = [GramStats.zeros(channels, self.device, dtype=self.dtype) for _ in experts]
         if hold_out:
             for stats in every:
                 stats.held_out = GramStats.zeros(channels, self.device, dtype=self.dtype)
@@ -220,7 +223,7 @@ class Block:
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             hidden, chosen = group.routed(*calls[0])
             held_out = batch.held_out.to(hidden.device)
-            for expert, stats in zip(group.experts, every, strict=True):
+            for expert, stats in zip(experts, every, strict=True):
                 own = (chosen == expert.index).any(dim=-1)
                 if batch.tokens is not None:
                     own &= batch.tokens.to(own.device)
@@ -230,7 +233,7 @@ class Block:
                     stats.held_out.update_(x[held_out[own]])
             self.progress.update()
         _sum_statistics_(every, group.name)
-        for expert, stats in zip(group.experts, every, strict=True):
+        for expert, stats in zip(experts, every, strict=True):
             stats.check_finite(expert.name)
             stats.round_()
         return every

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from test_architectures import groups_of, narrower, streamed
+from test_refit import Bar
 from tiny_models import (
     ARCHITECTURE_CASES,
     all_specs_of,
@@ -25,9 +26,10 @@ import grail_hf
 from grail_hf import ARCHITECTURES, CompressionReport, GrailConfig
 from grail_hf.architectures import EXPERTS, SHARED
 from grail_hf.costs import estimate
+from grail_hf.experts import ExpertsGroup
 from grail_hf.narrow_experts import SCARCE_DAMPING
 from grail_hf.planning import EXPERTS_STEP, plan_compression
-from grail_hf.stream import captured_call
+from grail_hf.stream import Block, captured_call
 
 MIXTURES = [
     case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].experts
@@ -87,7 +89,7 @@ def test_an_experts_gram_is_that_of_the_tokens_routed_to_it(case):
             if not group.spec.experts:
                 continue
             hidden, chosen = calls_of(model, group.consumer)
-            every = block.collect_experts(group, hold_out=True)
+            every = block.collect_experts(group, group.experts, hold_out=True)
             assert sum(stats.count for stats in every) == chosen.numel()
             for expert, stats in zip(group.experts, every, strict=True):
                 own = hidden[[expert.index in row for row in chosen.tolist()]]
@@ -132,6 +134,43 @@ def test_each_expert_is_fitted_to_its_own_tokens_by_least_squares(case):
         assert kept.sum() == new.num_units < old.num_units
         assert relative_error(new.weight.double(), fitted) < 1e-3
         assert relative_error(old.weight[:, kept].double(), fitted) > 0.05
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
+    together, in_turns = (tiny_architecture("mixtral") for _ in range(2))
+    narrower(together, selector="gram", ridge=1e-4)
+    collect, numbers = Block.collect_experts, []
+
+    def counted(self, group, experts, hold_out):
+        numbers.append(len(experts))
+        return collect(self, group, experts, hold_out)
+
+    monkeypatch.setattr(Block, "collect_experts", counted)
+    monkeypatch.setattr(ExpertsGroup, "at_once", lambda self, item: at_once)
+    bars = []
+    monkeypatch.setattr(
+        "grail_hf.stream.tqdm", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
+    )
+    narrower(in_turns, selector="gram", ridge=1e-4)
+    (bar,) = bars
+    assert bar.done == bar.total
+    assert_state(in_turns, state_of(together))
+    total = len(experts_of(together)[0].experts)
+    assert max(numbers) == at_once < total
+    assert sum(numbers) == total * len(layers_of(together))
+
+
+@every_mixture
+def test_no_more_grams_are_held_than_weights(case):
+    for group in experts_of(tiny_architecture(case)):
+        weights = group.num_parameters * 4
+        gram = group.num_units**2  # of fewer units than have a part of their own
+        numbers = [group.at_once(item) for item in (1, 8, 10**9)]
+        assert numbers[0] == len(group.experts) and numbers[2] == 1
+        assert numbers[1] * 8 * gram <= weights < (numbers[1] + 1) * 8 * gram or (
+            numbers[1] == len(group.experts)
+        )
 
 
 # Few tokens
