@@ -334,10 +334,10 @@ class _Work:
             solve += number * (half_square(kept) + 2 * min(outputs, ROWS_TRIED) * kept)
         widened = sums + fewer + number * outputs * inputs
         if group.spec.experts:
-            # The repaired weights, until all experts have theirs; then the layer's new ones.
+            # The repaired weights wait until all experts have theirs; then come the stacked ones.
             repaired = self.item * experts * outputs * kept
             widened = max(widened, sums + solve) + repaired
-            self.at_peak("solve", held + 2 * left)
+            self.at_peak("solve", held + left + repaired)
         self.at_peak("solve", held + max(widened, solve))
         if refits:
             assert isinstance(group, Group)

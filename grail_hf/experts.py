@@ -9,7 +9,7 @@ arguments and `_apply_gate`, the activation between the two products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -163,10 +163,10 @@ class ExpertsGroup(Group):
 
         The consumers are left for `repair_each_`.
         """
-        rows = [
+        rows = (
             reduced_rows(own, self.producer, reduction)
             for own, reduction in zip(self.stacked("gate_up_proj"), reductions, strict=True)
-        ]
+        )
         bias = self.producer_bias
         if bias is not None:
             biases = [
@@ -194,9 +194,13 @@ class ExpertsGroup(Group):
                 )
         self._put_("down_proj", self._stored(fitting))
 
-    def _stored(self, weights: Sequence[Tensor]) -> Tensor:
+    def _stored(self, weights: Iterable[Tensor]) -> Tensor:
         """Weights [out, in] of all experts the way in which the module stores them."""
-        stacked = torch.stack(list(weights))
+        stacked = torch.empty(0)
+        for index, weight in enumerate(weights):
+            if index == 0:
+                stacked = weight.new_empty(self.spec.experts, *weight.shape)
+            stacked[index] = weight
         return stacked.mT if self.spec.transposed else stacked
 
     def _put_(self, name: str, new: Tensor) -> None:
