@@ -227,5 +227,11 @@ def fold_linearly(
         mean(cross.mT).mT,
         sum_of_products(cross, weight) if stats.cross is None else stats.target_energy,
         stats.target_total_of(weight),
-        stats.held_out and fold_linearly(weight, stats.held_out, reduction, columns),
+        stats.held_out
+        and fold_linearly(
+            weight,
+            stats.held_out.moved(lambda tensor: tensor.to(weight.device)),
+            reduction,
+            columns,
+        ),
     )

@@ -235,7 +235,7 @@ def repair_(
 
     with block.meter.phase("gram"):
         stats = block.collect(group, hold_out)
-    with block.meter.phase("select"), block.held_out_aside(stats):
+    with block.meter.phase("select"):
         reduction = block.once(
             group, partial(choose, plan.select, group, stats, width, config.selector_name)
         )

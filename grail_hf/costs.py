@@ -149,7 +149,7 @@ def estimate(
         plan,
         config,
         *(tokens, length, batch, model.config.get_text_config().hidden_size),
-        *(model.dtype.itemsize, one_memory, disk_to_disk),
+        *(model.dtype.itemsize, one_memory, disk_to_disk, device.type == "cuda"),
     )
     for index, layer in enumerate(layers):
         work.add_layer(index, layer)
@@ -204,6 +204,7 @@ class _Work:
         stream: D, the hidden size.
         item: bytes of a weight.
         one_memory, disk_to_disk: as in `estimate`.
+        reads_ahead: the next layer comes to the accelerator while one is at work.
         operations: phase -> floating-point operations.
         peaks: phase -> peak in bytes where layers run, without hidden states.
         refit_inputs: bytes kept for a refit, of a block's calls and their targets.
@@ -219,6 +220,7 @@ class _Work:
     item: int
     one_memory: bool
     disk_to_disk: bool
+    reads_ahead: bool
     operations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0))
     peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0))
     refit_inputs: int = 0
@@ -252,7 +254,7 @@ class _Work:
         for group in groups:
             left = group.num_parameters
             left -= (group.num_units - self.plan.widths[group.kind][index]) * group.unit_cost
-            held = changed * self._maps if self.one_memory else whole
+            held = changed * self._maps if self.one_memory else whole * (1 + self.reads_ahead)
             if self.measures:
                 self._add_profile(group, held)
             if (index, group.kind) in self.repaired:
@@ -264,7 +266,7 @@ class _Work:
         self.operations["forward"] += 2 * self.tokens * (upstream + dense)
         self.operations["forward"] += 2 * self.tokens * self.length * channels * passes
         widest = max([self.stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
-        held = changed * self._maps if self.one_memory else whole
+        held = changed * self._maps if self.one_memory else whole * (1 + self.reads_ahead)
         self.at_peak("forward", held + self.batch * self.item * 6 * widest)
         self.at_peak("write", 2 * (changed if self.one_memory else whole))
 
@@ -332,7 +334,7 @@ class _Work:
         solve = fewer + square + 2 * entries
         if held_out:
             solve += number * (half_square(kept) + 2 * min(outputs, ROWS_TRIED) * kept)
-        widened = sums + fewer + number * outputs * inputs
+        widened = sums - aside + fewer + number * outputs * inputs
         if group.spec.experts:
             # The repaired weights wait until all experts have theirs; then come the stacked ones.
             repaired = self.item * experts * outputs * kept

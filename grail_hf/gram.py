@@ -94,13 +94,13 @@ class Symmetric:
             yield start, end, self.flat[place : place + size].view(end - start, end)
             start, place = end, place + size
 
-    def converted(self) -> Iterator[tuple[int, int, Tensor]]:
-        """`spans` in the dtype of the matrices, each of them in the place of the last one."""
-        if self.flat.dtype == self.dtype:
+    def converted(self, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+        """`spans` in the dtype of the matrices, on a device, each in the place of the last one."""
+        if (self.flat.dtype, self.flat.device) == (self.dtype, device):
             yield from self.spans
             return
         size = max(rows.numel() for _, _, rows in self.spans)
-        place = torch.empty(size, dtype=self.dtype, device=self.flat.device)
+        place = torch.empty(size, dtype=self.dtype, device=device)
         for start, end, rows in self.spans:
             yield start, end, place[: rows.numel()].view(rows.shape).copy_(rows)
 
@@ -129,13 +129,14 @@ class Symmetric:
         return torch.cat(parts).to(self.dtype)
 
     def restricted(self, index: Tensor) -> Symmetric:
-        """[K, K], the rows and columns `index` [K], int64."""
+        """[K, K], the rows and columns `index` [K], int64, on the device of that."""
+        device = index.device
         if (index.diff() <= 0).any():
-            return Symmetric.of(self.dense()[index[:, None], index])
-        ends = torch.searchsorted(index, torch.tensor(self.ends, device=index.device)).tolist()
-        part = Symmetric.empty(ends, self.flat.dtype, self.flat.device)
+            return Symmetric.of(self.dense().to(device)[index[:, None], index])
+        ends = torch.searchsorted(index, torch.tensor(self.ends, device=device)).tolist()
+        part = Symmetric.empty(ends, self.flat.dtype, device)
         for (first, last, mine), (start, _, rows) in zip(part.spans, self.spans, strict=True):
-            mine.copy_(rows[(index[first:last] - start)[:, None], index[:last]])
+            mine.copy_(rows.to(device)[(index[first:last] - start)[:, None], index[:last]])
         return replace(part, dtype=self.dtype)
 
     def minus(self, other: Symmetric) -> Symmetric:
@@ -152,7 +153,7 @@ class Symmetric:
     def times(self, weight: Tensor) -> Tensor:
         """[O, H], W G, for W [O, H] in the dtype of the matrix."""
         product = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-        for start, end, rows in self.converted():
+        for start, end, rows in self.converted(weight.device):
             product[:, start:end].addmm_(weight[:, :end], rows.T)
             product[:, :start].addmm_(weight[:, start:end], rows[:, :start])
         return product
@@ -160,7 +161,7 @@ class Symmetric:
     def quadratic(self, weight: Tensor) -> Tensor:
         """[], tr(W G W^T) for W [O, H] in the dtype of the matrix."""
         total = weight.new_zeros(())
-        for start, end, rows in self.converted():
+        for start, end, rows in self.converted(weight.device):
             own = weight[:, start:end].T
             half = rows[:, :start] @ weight[:, :start].T
             total += ((2 * half).addmm_(rows[:, start:], own) * own).sum()
@@ -289,6 +290,9 @@ class GramStats:
         Args:
             kept: [K] int64.
             weight: [O, H], the consumer's.
+
+        Returns:
+            Them on the device of the kept, wherever these are.
         """
         cross, energy = self.cross, self.target_energy
         if cross is None:
@@ -296,9 +300,9 @@ class GramStats:
             energy = sum_of_products(cross, weight)
         return GramStats(
             self.moments.restricted(kept),
-            self.total[kept],
+            self.total.to(kept.device)[kept],
             self.count,
-            cross[:, kept],
+            _columns(cross, kept),
             energy,
             self.target_total_of(weight),
             self.held_out and self.held_out.restricted(kept, weight),
@@ -329,7 +333,8 @@ class GramStats:
 
     def target_total_of(self, weight: Tensor) -> Tensor:
         """[O], sum y; for the weight's own output it is W sum x."""
-        return weight @ self.total if self.target_total is None else self.target_total
+        known = self.target_total
+        return weight @ self.total.to(weight.device) if known is None else known.to(weight.device)
 
     def about(self, x: Tensor, y: Tensor) -> GramStats:
         """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""
@@ -366,6 +371,14 @@ class GramStats:
                 f"the dense model's output of {name} is NaN or Inf; float16 models overflow like "
                 "this: load the model in bfloat16 or float32"
             )
+
+
+def _columns(matrix: Tensor, index: Tensor) -> Tensor:
+    """[O, K], the columns `index` [K] of a matrix [O, H], on the device of the index."""
+    chosen = matrix.new_empty(len(matrix), len(index), device=index.device)
+    for mine, part in zip(torch.split(chosen, BLOCK), torch.split(matrix, BLOCK), strict=True):
+        mine.copy_(part.to(index.device)[:, index])
+    return chosen
 
 
 def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:

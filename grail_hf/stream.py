@@ -146,7 +146,8 @@ class Block:
 
         Args:
             group: of this layer.
-            hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too.
+            hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too;
+                they lie where hidden states are kept.
             targets: other targets than the block's, as `outputs` gives them.
 
         Raises:
@@ -181,19 +182,11 @@ class Block:
             self.progress.update()
         _sum_statistics_([stats], group.name)
         stats.check_finite(group.name)
-        return stats.round_()
-
-    @contextmanager
-    def held_out_aside(self, stats: GramStats) -> Iterator[None]:
-        """The held-out tokens' moments lie where hidden states are kept, inside the context.
-
-        Only the choice of the damping reads them. Until then, selection needs the memory.
-        """
+        stats.round_()
         if stats.held_out is not None:
+            # Only the choice of the damping reads them; until then, selection needs the memory.
             stats.held_out = stats.held_out.moved(self.place.keep)
-        yield
-        if stats.held_out is not None:
-            stats.held_out = stats.held_out.moved(lambda tensor: tensor.to(self.device))
+        return stats
 
     @torch.no_grad()
     def collect_experts(

@@ -611,6 +611,18 @@ def test_the_room_on_this_machine_is_known():
 
 
 @cuda
+@pytest.mark.parametrize("settings", [{}, {"target": "self"}, {"selector": "fold"}])
+def test_what_lies_on_the_host_or_on_disk_is_brought_back(settings, folder):
+    found = []
+    for place in ("accelerator", "host", "disk"):
+        model = tiny_model("llama")
+        compress(model, device="cuda", hidden_states=place, **settings)
+        found.append(model.state_dict())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+@cuda
 def test_the_room_on_the_accelerator_is_known():
     total = torch.cuda.get_device_properties(0).total_memory
     assert 0 < offload._free_bytes(torch.device("cuda:0")) <= total
