@@ -33,6 +33,7 @@ from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
 from grail_hf.infer import architecture_source, infer_architecture
+from grail_hf.meter import keep_no_freed_blocks
 from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import replaced_when_whole
@@ -245,6 +246,7 @@ def _compress_from_disk(
     resume: bool,
     overwrite: bool,
 ) -> CompressionReport:
+    keep_no_freed_blocks()
     windows = None
     if eval_text:
         length = window_length(_meta_model(source), config)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 _SECONDS = 0.05  # between samples: more of them take the processor from threads that compute
-
-
 _WORTH_GIVING_BACK = 8 * 2**20  # of memory that has come to be held since it was last given back
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
+_RETURNED = 4 * 2**20
 
 
 class Meter:
@@ -150,6 +150,22 @@ def give_back() -> None:
     It keeps freed blocks of up to 32 MB for later, whole squares of a small group among them, even
     where the next request is a larger one that they cannot serve.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def keep_no_freed_blocks() -> None:
+    """Have the C library (glibc) return every block of 4 MiB or more as soon as it is freed.
+
+    Of itself it comes to keep blocks of up to 32 MB, more or fewer of them by chance. The setting
+    is the process's, and lasts: for programs, not for libraries.
+    """
+    set_option = _of_c_library("mallopt")
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _RETURNED)
+
+
+def _of_c_library(name: str) -> Any:
+    """A function of glibc's; None on other systems."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

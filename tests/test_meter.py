@@ -1,5 +1,7 @@
 """Peaks by phase against allocations of known size, and estimates against what is measured."""
 
+import platform
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -65,6 +67,37 @@ def test_a_meter_that_is_off_measures_nothing():
     with meter.phase("a phase"):
         hold(8)
     assert meter.measured == {}
+
+
+FRAGMENTED = """
+import torch
+from grail_hf.meter import anonymous_bytes, keep_no_freed_blocks
+
+def hold_and_free():
+    first = torch.ones(20 * 2**18)  # the C library learns from its end to keep such blocks
+    del first
+    second = torch.ones(20 * 2**18)
+    behind = [torch.ones(2**10) for _ in range(64)]  # so that it is not at the end of the heap
+    del second
+    return behind
+
+torch.ones(1)
+base = anonymous_bytes()
+kept = hold_and_free()
+before = anonymous_bytes() - base
+del kept
+keep_no_freed_blocks()
+base = anonymous_bytes()
+kept = hold_and_free()
+print(before, anonymous_bytes() - base)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_blocks_go_back_where_that_is_asked_for():
+    run = [sys.executable, "-c", FRAGMENTED]
+    before, after = map(int, subprocess.check_output(run, text=True).split())
+    assert before > 15 * MB > 2 * MB > after
 
 
 SHAPES = {

@@ -38,12 +38,10 @@ import grail_hf
 from grail_hf import processes
 from grail_hf.checkpoint import INDEX, Checkpoint, read_spans
 from grail_hf.config import AUTO
-from grail_hf.meter import anonymous_bytes
+from grail_hf.meter import anonymous_bytes, keep_no_freed_blocks
 
 MB, GB = 10**6, 10**9
 LAYERS_ALLOWED, DEPTH_TOLERANCE, ESTIMATE_TOLERANCE, SPEED_UP = 3, 0.10, 0.15, 1.6
-# Of itself, glibc keeps freed blocks of up to 32 MB for later, more or fewer of them by chance.
-GLIBC = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**20)}
 console = Console(width=120)
 
 
@@ -181,6 +179,7 @@ def measure(case: Case, source: Path, output: Path, settings: dict[str, Any]) ->
         (case.samples, case.length),
         generator=torch.Generator().manual_seed(0),
     )
+    keep_no_freed_blocks()  # as the command line does
     warm_up(settings)
     if case.written:
         import grail_hf.disk_to_disk as disk_to_disk
@@ -227,7 +226,7 @@ def in_processes(
     write_model(case, source)
     size = sum(path.stat().st_size for path in source.iterdir())
     task = {"case": vars(case), "source": str(source), "output": str(output), "settings": settings}
-    environment = {**GLIBC, **os.environ, "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TMPDIR": str(folder)}
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
