@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _PHASES = ("profile", "embed", "forward", "gram", "select", "solve", "refit", "write")
 # On a CPU: what matrix products pack their arguments into, and what the C library has not given
 # back yet.
-_SCRATCH = 2**25
+_SCRATCH = 2**26
 _FP32, _FP64 = 4, 8  # bytes a number
 
 
