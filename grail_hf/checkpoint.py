@@ -80,8 +80,11 @@ class Checkpoint:
         if not folder.is_dir():
             folder = _download(str(source))
         if (folder / INDEX).is_file():
-            index = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-            files = {name: folder / file for name, file in index.items()}
+            try:
+                index = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+                files = {name: folder / file for name, file in index.items()}
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise OSError(f"{folder / INDEX} is damaged ({error!r}): get it again") from error
         elif (folder / WEIGHTS).is_file():
             files = {}
         else:
@@ -432,7 +435,15 @@ class Journal:
 
     @classmethod
     def read(cls, folder: Path) -> Journal:
-        return cls(folder, **json.loads((folder / OWN / JOURNAL).read_text("utf-8")))
+        """Raises OSError where there is none of this version's, naming the file."""
+        path = folder / OWN / JOURNAL
+        try:
+            return cls(folder, **json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise OSError(
+                f"{path} is damaged, or of another version ({error!r}): delete {folder} and start "
+                "again"
+            ) from error
 
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Raise ValueError where the run was another one, naming what differs."""
@@ -510,6 +521,13 @@ class Journal:
             if folder.name not in current:
                 shutil.rmtree(folder)
 
+    @property
+    def bytes_written(self) -> int:
+        """Of the files that the run goes by."""
+        files = [self.folder / name for name in self.shards]
+        files += [self.own / name for name in self.hidden_states]
+        return sum(path.stat().st_size for path in files)
+
     def write_index(self) -> None:
         """Write which file of the new checkpoint holds which tensor."""
         weights = {key: name for name, shard in self.shards.items() for key in shard["bytes"]}
@@ -562,12 +580,12 @@ class WritingHomes(CheckpointHomes):
                 self.journal.add_shard(self._name(index + 2), self.parts.state(index))
 
     def done(self, index: int, batches: Sequence[HiddenStates]) -> None:
-        self.journal.layers = index + 1
-        if self.journal.layers < len(self.layers):
+        if index + 1 < len(self.layers):
             with self.meter.phase("write"):
                 self.journal.add_hidden_states(index + 1, batches)
         else:
             self.journal.hidden_states = {}
+        self.journal.layers = index + 1
         self.journal.notes = self.notes()
         self.journal.write()
         self.journal.sweep()

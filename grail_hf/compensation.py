@@ -195,6 +195,7 @@ def error_curve(
         damping: relative to the mean diagonal, >= 0.
         name: of the group, for messages.
     """
+    order = order.to(weight.device)
     factor, _ = damped_cholesky(stats.moments.restricted(order).dense, damping, name)
     lost = (weight[:, order] @ factor).square().sum(dim=0)
     return torch.cat([lost.flip(0).cumsum(dim=0).flip(0), lost.new_zeros(1)])

@@ -243,6 +243,7 @@ def repair_(
     linear = None
     if reduction.folds:
         linear = fold_linearly(weight.to(dtype), stats, reduction, group.columns)
+        del stats  # before others are summed
         with block.meter.phase("gram"):
             stats = block.collect_folded(group, reduction, hold_out)
         weight = reduction.of_consumer(weight.to(dtype), group.columns)

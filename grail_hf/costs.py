@@ -149,7 +149,8 @@ def estimate(
         plan,
         config,
         *(tokens, length, batch, model.config.get_text_config().hidden_size),
-        *(model.dtype.itemsize, one_memory, disk_to_disk, device.type == "cuda"),
+        *(model.dtype.itemsize, one_memory, disk_to_disk),
+        reads_ahead=device.type == "cuda" and not disk_to_disk,
     )
     for index, layer in enumerate(layers):
         work.add_layer(index, layer)

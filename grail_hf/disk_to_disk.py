@@ -226,7 +226,11 @@ def _identity(config: GrailConfig, model: PreTrainedModel, tokens: TokenBatches)
         **_relevant(config),
         "calibration": tokens.fingerprint,
         "batches": [list(batch["input_ids"].shape) for batch in tokens.batches],
-        "source's config": model.config.to_dict(),
+        **{
+            f"source's {key}": value
+            for key, value in model.config.to_dict().items()
+            if key != "_name_or_path"
+        },
         "versions": versions(),
     }
 
@@ -253,9 +257,10 @@ def _ended(
 
 def _check_space(journal: Journal, costs: Estimate, place: Place) -> None:
     """Raise OSError where the disk has no room for what is still to be written."""
-    written = sum(sum(shard["bytes"].values()) for shard in journal.shards.values())
-    kept = costs.hidden_bytes if place.folder == journal.own else 0
-    needed, free = costs.disk_bytes - written + kept, shutil.disk_usage(journal.folder).free
+    needed = costs.disk_bytes - journal.bytes_written
+    if place.folder == journal.own:
+        needed += costs.hidden_bytes
+    free = shutil.disk_usage(journal.folder).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
@@ -271,6 +276,8 @@ def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if not journal.folder.exists():
+            raise  # it is in the output's place
         if not journal.layers:
             if processes.is_first():
                 empty(journal.folder)

@@ -292,15 +292,16 @@ class GramStats:
             weight: [O, H], the consumer's.
 
         Returns:
-            Them on the device of the kept, wherever these are.
+            Them on the weight's device, wherever these lie.
         """
+        kept = kept.to(weight.device)
         cross, energy = self.cross, self.target_energy
         if cross is None:
             cross = self.cross_of(weight)
             energy = sum_of_products(cross, weight)
         return GramStats(
             self.moments.restricted(kept),
-            self.total.to(kept.device)[kept],
+            self.total.to(weight.device)[kept],
             self.count,
             _columns(cross, kept),
             energy,

@@ -54,8 +54,8 @@ class Place:
 
     Attributes:
         device: to keep them on, if there is no folder.
-        folder: of the files. They have no name there, and are gone with the tensors, or with the
-            process, however that ends.
+        folder: of the files. They have no name there (on Linux; elsewhere for no longer than it
+            takes to open one), and are gone with the tensors, or with the process, however it ends.
     """
 
     device: torch.device
@@ -67,17 +67,18 @@ class Place:
             return tensor.to(self.device)
         tensor = tensor.detach().cpu().contiguous()
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="hidden-states-") as file:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
                 # Written, not copied into the map: a full disk would kill the process there.
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
                 file.flush()
-                mapped = torch.from_file(file.name, size=tensor.numel(), dtype=tensor.dtype)
+                name = f"/dev/fd/{file.fileno()}"
+                mapped = torch.from_file(name, size=tensor.numel(), dtype=tensor.dtype)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"hidden states and moments cannot be kept in {self.folder} ({error.strerror}): "
-                "name a folder with more room in the environment variable TMPDIR, or lower "
-                "num_samples",
+                "make room, lower num_samples, or choose another disk, from disk to disk by the "
+                "output, else by the environment variable TMPDIR",
             ) from error
         return mapped.view(tensor.shape)
 

@@ -133,6 +133,7 @@ def _profile(
                     )
                     for width in widths_to_measure(budget, plan.sparsity)
                 ]
+            del stats  # before the next ones are summed
         if wanted and block.index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own = [parts[batch.number] for batch in watched.batches]

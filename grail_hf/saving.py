@@ -296,7 +296,7 @@ def claimed(output: Path) -> Iterator[Path]:
     """The folder beside `output` in which its successor grows, for this process alone.
 
     What an earlier process left there stays, so that a run can go on; what it was about to replace
-    when it was killed is back in its place.
+    when it was killed is back in its place, or gone where that was taken.
 
     Raises:
         OSError: another process is at work for the same output, or nothing can be written there.
@@ -314,11 +314,13 @@ def claimed(output: Path) -> Iterator[Path]:
     try:
         if old.exists() and not output.exists():
             old.rename(output)
+        for left in (old, output / OWN):
+            shutil.rmtree(left, ignore_errors=True)
         yield work
     finally:
-        lock.release()
         if work.exists() and {path.name for path in work.rglob("*")} <= {OWN, "lock"}:
             shutil.rmtree(work, ignore_errors=True)
+        lock.release()
 
 
 def put_in_place(work: Path, output: Path) -> None:
@@ -367,7 +369,8 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
             yield work
             put_in_place(work, output)
         except BaseException:
-            empty(work)
+            if work.exists():  # else it is in the output's place
+                empty(work)
             raise
 
 

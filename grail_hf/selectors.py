@@ -455,7 +455,7 @@ def check_scores(scores: object, group: Units, name: str) -> Tensor:
     elif scores.isnan().any():
         got = f"NaN for {int(scores.isnan().sum())} units"
     else:
-        return scores.detach()
+        return scores.detach().to(group.weight.device)
     raise ValueError(
         f"selector {name!r} returned {got} for {group.name}: it must return a real tensor of "
         f"shape [{units}], a score for each unit, of which the highest are kept"

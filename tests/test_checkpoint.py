@@ -221,6 +221,14 @@ def test_a_missing_shard_is_named(tmp_path):
         Checkpoint.open(source)
 
 
+@pytest.mark.parametrize("text", ['{"weight_map": {', '{"metadata": {}}', "[]"])
+def test_an_index_that_is_none_is_named(text, tmp_path):
+    source = saved(tiny_model("llama"), tmp_path / "source", max_shard_size="20KB")
+    (source / INDEX).write_text(text)
+    with pytest.raises(OSError, match=r"model\.safetensors\.index\.json is damaged"):
+        Checkpoint.open(source)
+
+
 def test_a_shard_without_what_the_index_says_is_named(tmp_path):
     source = saved(tiny_model("llama"), tmp_path / "source", max_shard_size="20KB")
     shard = sorted(source.glob("*.safetensors"))[2]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny_model
 
 import grail_hf
-from grail_hf import checkpoint, disk_to_disk, saving, stream
+from grail_hf import checkpoint, disk_to_disk, offload, saving, stream
 from grail_hf.checkpoint import WEIGHTS, Journal
 from grail_hf.saving import claimed
 
@@ -48,7 +48,7 @@ def compress(source, output, **settings):
 
 def files_of(folder):
     """Every file's bytes; of the report, what does not differ between any two runs."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = {path.name: path.is_file() and path.read_bytes() for path in folder.iterdir()}
     report = json.loads(found.pop("grail.json"))
     del report["seconds"], report["measured"]
     return found | {"grail.json": report}
@@ -106,7 +106,7 @@ PHASES = {
     "in the index": (checkpoint.Journal, "write_index", 1, True),
     "behind the report": (grail_hf.CompressionReport, "save", 1, True),
     "in front of the last rename": (disk_to_disk, "put_in_place", 1, False),
-    "behind the last rename": (saving.shutil, "rmtree", 5, False),
+    "behind the last rename": (Path, "rename", 1, True),
 }
 
 
@@ -120,10 +120,72 @@ def test_a_run_killed_anywhere_goes_on_and_ends_alike(phase, source, whole, tmp_
         compress(source, output)
 
     assert in_child(killed) == KILLED
-    assert not output.exists() or files_of(output) == whole
+    if output.exists():
+        (output / ".grail").rename(tmp_path / "aside")  # the new one is whole but for this
+        assert files_of(output) == whole
+        (tmp_path / "aside").rename(output / ".grail")
     compress(source, output, resume=True)
     assert files_of(output) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("disk_to_disk", [True, False])
+def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
+    disk_to_disk, source, tmp_path, monkeypatch
+):
+    """The new output is whole, and what is left of the old one goes next time."""
+    output = tmp_path / "out"
+
+    def write(overwrite):
+        if disk_to_disk:
+            compress(source, output, overwrite=overwrite)
+        else:
+            with saving.replaced_when_whole(output) as folder:
+                (folder / "model").write_text(str(overwrite))
+
+    write(overwrite=False)
+    rmtree = shutil.rmtree
+
+    def interrupted(path, *args, **kwargs):
+        if Path(path).name == ".out.old" and output.exists() and not beside("partial").exists():
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    def beside(what):
+        return tmp_path / f".out.{what}"
+
+    monkeypatch.setattr(saving.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(overwrite=True)
+    assert beside("old").exists() and not beside("partial").exists()
+    monkeypatch.setattr(saving.shutil, "rmtree", rmtree)
+    done = files_of(output) if disk_to_disk else {}
+    write(overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not disk_to_disk or files_of(output) == done
+
+
+def test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file(
+    source, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(offload, "_LEAST_MAPPED", 1)
+    settings = {"hidden_states": "disk"}
+
+    def killed():
+        signalled_at(offload.torch, "from_file", 60, signal.SIGKILL, False)
+        compress(source, tmp_path / "out", **settings)
+
+    assert in_child(killed) == KILLED
+    own = tmp_path / ".out.partial" / ".grail"
+    assert Journal.read(own.parent).layers > 0
+    files = {path.name for path in own.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.endswith(".safetensors")} == {"journal.json", "lock"}
+    compress(source, tmp_path / "out", resume=True, **settings)
+    assert weights_of(files_of(tmp_path / "out")) == weights_of(whole)
+
+
+def weights_of(files):
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
 
 
 def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
@@ -304,6 +366,75 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_pat
     assert not list((tmp_path / ".out.partial").glob(".*.tmp"))
     compress(source, tmp_path / "out", resume=True)
     assert files_of(tmp_path / "out") == whole
+
+
+def test_hidden_states_that_cannot_be_written_undo_no_more_than_their_layer(
+    source, whole, tmp_path, monkeypatch
+):
+    adding = Journal.add_hidden_states
+
+    def full_at(layer):
+        def add(self, number, found):
+            if number == layer:
+                raise OSError(errno.ENOSPC, "No space left on device", "hidden states")
+            adding(self, number, found)
+
+        monkeypatch.setattr(Journal, "add_hidden_states", add)
+
+    full_at(1)
+    with pytest.raises(OSError, match="No space left"):
+        compress(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    full_at(2)
+    with pytest.raises(grail_hf.StoppedError, match="1 of the layers done"):
+        compress(source, tmp_path / "out")
+    full_at(None)
+    compress(source, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_where_a_run_has_room_it_has_room_to_go_on(place, source, tmp_path, monkeypatch):
+    """With no byte more on the disk than the first time."""
+    output, work = tmp_path / "out", tmp_path / ".out.partial"
+    usage, checked, rooms = shutil.disk_usage(tmp_path), disk_to_disk._check_space, []
+
+    def check(journal, costs, where):
+        assert where.folder == (journal.own if place == "disk" else None)
+        if not rooms:
+            rooms.append(costs.disk_bytes + costs.hidden_bytes * (place == "disk"))
+        for spare, fits in ((-1, False), (0, True)):
+            used = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
+            left = usage._replace(free=rooms[0] - used + spare)
+            monkeypatch.setattr(disk_to_disk.shutil, "disk_usage", lambda _, left=left: left)
+            if fits:
+                checked(journal, costs, where)
+            else:
+                with pytest.raises(OSError, match="GiB are to be written"):
+                    checked(journal, costs, where)
+
+    monkeypatch.setattr(disk_to_disk, "_check_space", check)
+    interrupt_at(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        compress(source, output, hidden_states=place)
+    monkeypatch.undo()
+    monkeypatch.setattr(disk_to_disk, "_check_space", check)
+    compress(source, output, hidden_states=place, resume=True)
+
+
+def test_the_same_source_by_another_name_is_gone_on_with(source, whole, tmp_path, monkeypatch):
+    stop(source, tmp_path / "out")
+    monkeypatch.chdir(source.parent)
+    compress("source", tmp_path / "out", resume=True)
+    assert weights_of(files_of(tmp_path / "out")) == weights_of(whole)
+
+
+@pytest.mark.parametrize("text", ['{"layers": 1', '{"identity": {}, "colour": 3}', "[]"])
+def test_a_journal_that_is_none_is_named(text, source, tmp_path):
+    work = stop(source, tmp_path / "out")
+    (work / ".grail" / "journal.json").write_text(text)
+    with pytest.raises(OSError, match=r"journal\.json is damaged, or of another version"):
+        compress(source, tmp_path / "out", resume=True)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_done(source, tmp_path, monkeypatch):
