@@ -84,10 +84,11 @@ class GrailConfig:
         dtype: of selection and solve, "float64" or "float32".
         hidden_states: where the calibration tokens' hidden states are kept between layers; the
             result is the same. "accelerator": where layers run. "host": in host memory. "disk": in
-            files without a name in the folder for temporary files (the environment variable TMPDIR
-            names another), mapped into memory; they are gone with the process. "auto": the first
-            of these where they have room, in a quarter of the accelerator's free memory or half of
-            the host's; on a machine without an accelerator, of the last two.
+            files without a name, mapped into memory; they are gone with the process. They are in
+            the folder for temporary files (the environment variable TMPDIR names another) or, from
+            disk to disk, beside the output. "auto": the first of these where they have room, in a
+            quarter of the accelerator's free memory or half of the host's; on a machine without an
+            accelerator, of the last two.
 
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
