@@ -170,7 +170,7 @@ class Block:
             if targets is None:
                 target = self._target(batch, position, seen)
             else:
-                target = targets[number].to(self.device, torch.float32)
+                target = self._widened(targets[number])
             if target is not None and group.bias is not None:
                 target = target - group.bias.float()  # the bias stays: the weight's part is left
             stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
@@ -354,7 +354,7 @@ class Block:
             with captured_outputs(list(dict.fromkeys(modules))) as outputs:
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             remaining = iter(outputs)
-            behind = batch.hidden.to(self.device, torch.float32)
+            behind = self._widened(batch.hidden)
             for number, group in enumerate(self.groups):
                 output = next(remaining).float()
                 scale = group.spec.residual_scale
@@ -381,16 +381,20 @@ class Block:
         """
         if self.target == "self" or batch.dense is None:
             return None
-        target = batch.outputs[position].to(self.device, torch.float32)
+        target = self._widened(batch.outputs[position])
         groups = self.groups[: position + 1]
         scales = [s for s in (group.spec.residual_scale for group in groups) if s is not None]
         if self.target == "residual" and len(scales) == len(groups):
-            lack = (batch.dense.float() - batch.hidden.float()).to(self.device)
+            lack = self._widened(batch.dense) - self._widened(batch.hidden)
             for scale, dense, compressed in zip(scales[:-1], batch.outputs, seen, strict=False):
-                missing = dense.to(self.device).float() - compressed.float()
+                missing = self._widened(dense) - compressed.float()
                 lack += scale * missing.reshape(lack.shape)
             target = target + lack.reshape(target.shape) / scales[-1]
         return target
+
+    def _widened(self, kept: Tensor) -> Tensor:
+        """Of what is kept, in fp32 where the layer is; the few bytes of half precision travel."""
+        return kept.to(self.device).float()
 
     @torch.no_grad()
     def advance(self) -> None:
