@@ -321,11 +321,12 @@ class _Work:
         one = _FP32 * (half_square(inputs) + targets * inputs)
         sums = at_once * (1 + held_out) * one
         pass_bytes = self._pass_bytes(inputs, outputs) + _FP32 * min(targets, BLOCK) * inputs
-        # Summed in the precision of the solve; rounded to fp32, a matrix at a time.
-        rounding = _FP32 * half_square(inputs) * (number > _FP32)
-        self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
         aside = one * (self._puts_aside and held_out and not group.spec.experts)
         self.aside = max(self.aside, aside)
+        # Summed in the precision of the solve; then rounded to fp32, a matrix at a time. What is
+        # put aside makes room for that.
+        rounding = _FP32 * half_square(inputs) * (number > _FP32 and not aside)
+        self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
         select = 2 * number * outputs * inputs
         if eliminates:
             select = number * (inputs**2 + outputs * inputs + 2 * PANEL * (inputs + outputs))

@@ -274,14 +274,11 @@ class GramStats:
         return self
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> GramStats:
-        """The same, every tensor put where `move` puts it."""
+        """The same, its matrices put where `move` puts them."""
         return replace(
             self,
             moments=replace(self.moments, flat=move(self.moments.flat)),
-            total=move(self.total),
             cross=None if self.cross is None else move(self.cross),
-            target_total=None if self.target_total is None else move(self.target_total),
-            held_out=self.held_out and self.held_out.moved(move),
         )
 
     def restricted(self, kept: Tensor, weight: Tensor) -> GramStats:
@@ -292,7 +289,7 @@ class GramStats:
             weight: [O, H], the consumer's.
 
         Returns:
-            Them on the weight's device, wherever these lie.
+            Them on the weight's device, wherever the matrices lie.
         """
         kept = kept.to(weight.device)
         cross, energy = self.cross, self.target_energy
@@ -301,7 +298,7 @@ class GramStats:
             energy = sum_of_products(cross, weight)
         return GramStats(
             self.moments.restricted(kept),
-            self.total.to(weight.device)[kept],
+            self.total[kept],
             self.count,
             _columns(cross, kept),
             energy,
@@ -334,8 +331,7 @@ class GramStats:
 
     def target_total_of(self, weight: Tensor) -> Tensor:
         """[O], sum y; for the weight's own output it is W sum x."""
-        known = self.target_total
-        return weight @ self.total.to(weight.device) if known is None else known.to(weight.device)
+        return weight @ self.total if self.target_total is None else self.target_total
 
     def about(self, x: Tensor, y: Tensor) -> GramStats:
         """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""

@@ -25,6 +25,7 @@ from grail_hf.meter import Meter
 
 # Smaller tensors are not worth a file.
 _LEAST_MAPPED = 2**20
+_PART = 2**22  # numbers that are written to a file at a time
 
 # Of the memory that is free, what "auto" lets hidden states have, and what a layer that is read
 # ahead may take of the accelerator's: Grams and solves come after it.
@@ -61,18 +62,19 @@ class Place:
     device: torch.device
     folder: Path | None = None
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor, moved here. Raises OSError where the disk is full."""
+    def keep(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor, moved here, in a dtype or its own. Raises OSError where the disk is full."""
+        dtype = dtype or tensor.dtype
         if self.folder is None or tensor.nbytes < _LEAST_MAPPED:
-            return tensor.to(self.device)
-        tensor = tensor.detach().cpu().contiguous()
+            return tensor.to(self.device, dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 # Written, not copied into the map: a full disk would kill the process there.
-                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+                for part in torch.split(tensor.detach().flatten(), _PART):
+                    file.write(part.to(dtype).cpu().view(torch.uint8).numpy().data)
                 file.flush()
                 name = f"/dev/fd/{file.fileno()}"
-                mapped = torch.from_file(name, size=tensor.numel(), dtype=tensor.dtype)
+                mapped = torch.from_file(name, size=tensor.numel(), dtype=dtype)
         except OSError as error:
             raise OSError(
                 error.errno,

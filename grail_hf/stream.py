@@ -182,11 +182,11 @@ class Block:
             self.progress.update()
         _sum_statistics_([stats], group.name)
         stats.check_finite(group.name)
-        stats.round_()
         if stats.held_out is not None:
             # Only the choice of the damping reads them; until then, selection needs the memory.
-            stats.held_out = stats.held_out.moved(self.place.keep)
-        return stats
+            keep = partial(self.place.keep, dtype=torch.float32)
+            stats.held_out = stats.held_out.moved(keep)
+        return stats.round_()
 
     @torch.no_grad()
     def collect_experts(

@@ -496,7 +496,7 @@ def test_the_held_out_moments_lie_with_the_hidden_states_while_units_are_chosen(
 
     compress(tiny_model("llama"), hidden_states=place, selector=select)
     for files in seen:
-        own, aside = files[: len(files) // 2], files[len(files) // 2 :]
+        own, aside = files[:4], files[4::2]  # the matrices
         assert set(own) == {""}
         assert all(f.startswith(f"{folder}/") == (place == "disk") for f in aside)
     assert seen
@@ -547,9 +547,9 @@ def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatc
     monkeypatch.setattr(offload, "_free_bytes", lambda device: 2 * size - short)
     keep, kept = Place.keep, []
 
-    def seen(self, tensor):
+    def seen(self, tensor, dtype=None):
         kept.append(self.folder)
-        return keep(self, tensor)
+        return keep(self, tensor, dtype)
 
     monkeypatch.setattr(Place, "keep", seen)
     compress(tiny_model("llama"))
