@@ -244,7 +244,7 @@ def test_every_selector_takes_channels_that_are_all_dead(name):
 )
 def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypatch):
     """The step at which a unit goes, across panels whole, part-filled, and of one unit."""
-    monkeypatch.setattr(selectors, "_PANEL", panel)
+    monkeypatch.setattr(selectors, "PANEL", panel)
     for seed in range(2):
         group = problem(units, columns, partitions, seed)
         scores = SELECTORS["gram"](group, group.stats())
@@ -254,10 +254,10 @@ def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypat
 
 def test_gram_is_greedy_elimination_over_the_real_panel():
     """Against the panel of one, which is optimal brain surgeon step by step."""
-    group = problem(2 * selectors._PANEL + 20)
+    group = problem(2 * selectors.PANEL + 20)
     scores = SELECTORS["gram"](group, group.stats())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selectors, "_PANEL", 1)
+        patch.setattr(selectors, "PANEL", 1)
         assert torch.equal(SELECTORS["gram"](group, group.stats()), scores)
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         outputs = arguments.outputs or 3 * channels // 8
         weight, inverse = problem(channels, outputs, arguments.device)
         single, order = timed(weight, inverse, panel=1)
-        blocked, other = timed(weight, inverse, panel=selectors._PANEL)
+        blocked, other = timed(weight, inverse, panel=selectors.PANEL)
         operations = 2 * channels**3 / 3 + outputs * channels**2
         table.add_row(
             f"{channels:,}",
@@ -58,13 +58,13 @@ def problem(channels: int, outputs: int, device: str) -> tuple[torch.Tensor, tor
 
 def timed(weight: torch.Tensor, inverse: torch.Tensor, panel: int) -> tuple[float, torch.Tensor]:
     weight, inverse = weight.clone(), inverse.clone()  # both are overwritten
-    usual, selectors._PANEL = selectors._PANEL, panel
+    usual, selectors.PANEL = selectors.PANEL, panel
     try:
         start = time.perf_counter()
         order = selectors.elimination_order_(weight, inverse, columns=1).cpu()
         return time.perf_counter() - start, order
     finally:
-        selectors._PANEL = usual
+        selectors.PANEL = usual
 
 
 if __name__ == "__main__":
