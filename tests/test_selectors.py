@@ -1,10 +1,8 @@
 """Selectors against loops, and greedy elimination against refitting every candidate."""
 
-import runpy
 import statistics
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -360,12 +358,3 @@ def test_scores_that_are_not_one_real_number_a_unit_are_refused(scores, words):
         check_scores(scores, problem(3, 2), "my.module:mine")
     for part in (words, "'my.module:mine'", "layers.3.mlp", "shape [3]"):
         assert part in str(error.value)
-
-
-def test_the_selection_benchmark_finds_one_order_both_ways():
-    """Its panels of one step are a reference for the blocked elimination."""
-    path = Path(__file__).parent.parent / "examples" / "benchmarks" / "selection.py"
-    benchmark = runpy.run_path(str(path))
-    weight, inverse = benchmark["problem"](300, 40, "cpu")
-    orders = [benchmark["timed"](weight, inverse, panel)[1] for panel in (1, 128)]
-    assert torch.equal(*orders) and sorted(orders[0].tolist()) == list(range(300))
