@@ -87,7 +87,7 @@ class Budget:
 
     @property
     def uniform_widths(self) -> list[int]:
-        """Those of them that all layers can have alike."""
+        """The widths that all layers can have alike, ascending."""
         return [width for width in self.widths if self.said is None or width in self.said]
 
 
@@ -345,11 +345,11 @@ def _by_layer(
 def _with_said_widest(
     curves: Mapping[tuple[str, int], Curve], widths: Sequence[int], said: frozenset[int]
 ) -> dict[tuple[str, int], Curve]:
-    """Curves without the attention widths that would keep the widest of a layer from being said.
+    """The curves without attention widths whose widest might be one that the config cannot say.
 
-    The widest layer's is the config's own value, and the narrower layers have entries of theirs.
-    So the first that is widest in `widths` becomes no narrower than the next width said, and the
-    others stay below that or have a width said too.
+    Only the widest layer's is the config's own value; the other layers have entries of theirs. So
+    the layer that is widest in `widths` gets the next width that can be said, or a wider one, and
+    the others one that can be said, or any that is narrower than that.
     """
     first, least = widths.index(max(widths)), min(w for w in said if w > max(widths))
 

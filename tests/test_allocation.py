@@ -16,6 +16,7 @@ from grail_hf.allocation import (
     Budget,
     Profile,
     Widths,
+    _with_said_widest,
     allocate,
     error,
     flap,
@@ -151,6 +152,13 @@ def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, 
     with suppress(ValueError):
         free = uniform(budgets, config)
         assert widths == free or free[ATTENTION] not in said
+
+
+@pytest.mark.parametrize(("share", "heads"), [(0.2, 7), (0.3, 7), (0.4, 4), (0.7, 2), (0.95, 1)])
+def test_a_kind_s_own_sparsity_is_rounded_to_what_the_config_can_say(share, heads):
+    layer = {ATTENTION: Budget(8, 100, said=frozenset({1, 2, 4, 7, 8})), MLP: Budget(100, 10)}
+    config = GrailConfig(mlp_sparsity=0.5, attention_sparsity=share)
+    assert uniform(layer, config) == {ATTENTION: heads, MLP: 50}
 
 
 def test_of_two_equally_near_widths_attention_takes_the_wider():
@@ -352,6 +360,24 @@ def test_the_widest_layer_s_attention_is_one_that_the_config_can_say(rule, case,
         assert max(widths[ATTENTION]) in said
         assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
         assert widths == free or max(free[ATTENTION]) not in said
+
+
+@pytest.mark.parametrize("said", [{5}, {1, 5}, {2, 5}, {1, 2, 5}, {2, 4, 5}])
+def test_whatever_is_left_to_choose_from_has_a_widest_that_can_be_said(said):
+    """All choices from the curves, after all widths that cannot be said."""
+    curve = dict.fromkeys(range(1, 6), 0.0)
+    curves = {(kind, layer): curve for kind in (ATTENTION, MLP) for layer in range(3)}
+    for widths in product(curve, repeat=3):
+        if max(widths) in said:
+            continue
+        left = _with_said_widest(curves, widths, frozenset(said))
+        choices = [left[ATTENTION, layer] for layer in range(3)]
+        assert {max(choice) for choice in product(*choices)} <= said
+        assert all(5 in choice for choice in choices)
+        assert any(
+            max(choice) == min(w for w in said if w > max(widths)) for choice in product(*choices)
+        )
+        assert all(left[MLP, layer] == curve for layer in range(3))
 
 
 @pytest.mark.parametrize("rule", ["error", "search"])
