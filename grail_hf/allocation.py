@@ -40,6 +40,8 @@ class Budget:
         ignored: of these, the ones that keep their width.
         absent: of the ignored, the ones that have no such units; their width is 0.
         whole_cost: projection parameters of the absent layers' blocks together.
+        said: widths that the config can say of all layers alike, with the full one; None: any.
+        remedy: setting with which it could say more; empty where there is none.
     """
 
     num_units: int
@@ -50,6 +52,8 @@ class Budget:
     ignored: frozenset[int] = frozenset()
     absent: frozenset[int] = frozenset()
     whole_cost: int = 0
+    said: frozenset[int] | None = None
+    remedy: str = ""
 
     def cost(self, width: int) -> int:
         """Projection parameters in all layers, of which those not ignored have `width` units."""
@@ -71,8 +75,8 @@ class Budget:
         return (self.layers - len(self.ignored)) * self.num_units * self.unit_cost
 
     def nearest(self, fraction: float) -> int:
-        """The width that is nearest to this fraction of the units."""
-        return min(self.widths, key=lambda width: abs(width - fraction * self.num_units))
+        """The uniform width that is nearest to this fraction of the units."""
+        return min(self.uniform_widths, key=lambda width: abs(width - fraction * self.num_units))
 
     @property
     def widths(self) -> list[int]:
@@ -80,6 +84,11 @@ class Budget:
         if len(self.ignored) == self.layers:
             return [self.num_units]
         return [*range(self.step, self.num_units, self.step), self.num_units]
+
+    @property
+    def uniform_widths(self) -> list[int]:
+        """The widths that all layers can have alike, ascending."""
+        return [width for width in self.widths if self.said is None or width in self.said]
 
 
 Budgets = Mapping[str, Budget]
@@ -197,9 +206,14 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
             (kind, layer): rule.loss(profile, budgets[kind])
             for (kind, layer), profile in profiles.items()
         }
-    if rule.per_layer:
-        return _by_layer(budgets, config, curves or _alike(budgets))
-    return _in_all_layers(budgets, config, curves)
+    if not rule.per_layer:
+        return _in_all_layers(budgets, config, curves)
+    curves = curves or _alike(budgets)
+    widths = _by_layer(budgets, config, curves)
+    said = budgets[ATTENTION].said
+    if said is not None and max(widths[ATTENTION]) not in said:
+        return _by_layer(budgets, config, _with_said_widest(curves, widths[ATTENTION], said))
+    return widths
 
 
 def _in_all_layers(
@@ -250,7 +264,7 @@ def _in_all_layers(
     near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
     if not near:
         every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
-        raise ValueError(_unreachable(wanted, every, config))
+        raise ValueError(_unreachable(wanted, every, config, attention))
     if curves is not None:
         return widths(
             min(
@@ -273,7 +287,7 @@ def _in_all_layers(
 def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
     """The widths to choose from: all, or the one nearest to the kind's own sparsity."""
     if sparsity is None:
-        return budget.widths
+        return budget.uniform_widths
     _check_not_ignored(kind, budget, sparsity)
     return [budget.nearest(1 - sparsity)]
 
@@ -323,8 +337,31 @@ def _by_layer(
                 widths[kind][layer] = width
         reached = config.sparsity - missing() / total
         if abs(reached - config.sparsity) > TOLERANCE:
-            raise ValueError(_unreachable(config.sparsity, {reached}, config))
+            message = _unreachable(config.sparsity, {reached}, config, budgets[ATTENTION])
+            raise ValueError(message)
     return {kind: tuple(values) for kind, values in widths.items()}
+
+
+def _with_said_widest(
+    curves: Mapping[tuple[str, int], Curve], widths: Sequence[int], said: frozenset[int]
+) -> dict[tuple[str, int], Curve]:
+    """The curves without attention widths whose widest might be one that the config cannot say.
+
+    Only the widest layer's is the config's own value; the other layers have entries of theirs. So
+    the layer that is widest in `widths` gets the next width that can be said, or a wider one, and
+    the others one that can be said, or any that is narrower than that.
+    """
+    first, least = widths.index(max(widths)), min(w for w in said if w > max(widths))
+
+    def stays(slot: tuple[str, int], width: int) -> bool:
+        if slot == (ATTENTION, first):
+            return width in said and width >= least
+        return slot[0] != ATTENTION or width in said or width < least
+
+    return {
+        slot: {width: loss for width, loss in curve.items() if stays(slot, width)}
+        for slot, curve in curves.items()
+    }
 
 
 def _spend(
@@ -419,7 +456,9 @@ def _alike(budgets: Budgets) -> dict[tuple[str, int], Curve]:
     }
 
 
-def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> str:
+def _unreachable(
+    wanted: float, reachable: set[float], config: GrailConfig, attention: Budget
+) -> str:
     below = sorted(value for value in reachable if value < wanted)[-3:]
     above = sorted(value for value in reachable if value > wanted)[:3]
     remedies = ["choose one of these"]
@@ -427,10 +466,17 @@ def _unreachable(wanted: float, reachable: set[float], config: GrailConfig) -> s
         remedies.append("a smaller multiple_of")
     if config.mlp_sparsity is not None or config.attention_sparsity is not None:
         remedies.append("drop mlp_sparsity or attention_sparsity")
+    said = ""
+    if attention.uniform_widths != attention.widths:
+        remedies += [attention.remedy] if attention.remedy else []
+        said = (
+            f", where of {attention.num_units} attention units a layer the config can keep "
+            f"{', '.join(map(str, attention.uniform_widths))}"
+        )
     return (
         f"sparsity={wanted:g} cannot be reached within {100 * TOLERANCE:g} points with "
         f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
-        f"ignore={list(config.ignore)}; reachable nearby: "
+        f"ignore={list(config.ignore)}{said}; reachable nearby: "
         f"{', '.join(f'{value:.4f}' for value in below + above)}: {', or '.join(remedies)}"
     )
 

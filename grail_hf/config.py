@@ -30,7 +30,8 @@ class GrailConfig:
             given, the other kind takes what is left to remove.
         mlp_sparsity: fraction of the MLP channels to remove, in [0, 1); of a mixture's experts,
             of each expert's.
-        attention_sparsity: fraction of the attention units to remove, in [0, 1).
+        attention_sparsity: fraction of the attention units to remove, in [0, 1); rounded to what
+            the config can say.
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
@@ -76,7 +77,8 @@ class GrailConfig:
         ignore: decoder layers by index, or groups by a name or pattern of whole name parts
             ("self_attn", "layers.0.mlp", "model.layers.*.mlp"); they stay as they are.
         rehome: allow the result to be saved under another stock model type that computes the
-            same function, where the model's own cannot say the new shape.
+            same function, where the model's own cannot say the new shape; without it, only shapes
+            are chosen that it can say.
         device: where layers run ("cuda", "cuda:1", "cpu"); by default the model's device if it
             is an accelerator, else the machine's accelerator if there is one, else the CPU. With
             a `device_map`, by default where that has them run; layers that it puts on an

@@ -23,6 +23,7 @@ from grail_hf.architectures import (
     MLP,
     Architecture,
     GroupSpec,
+    Rehome,
     find_architecture,
 )
 from grail_hf.calibration import context_length
@@ -31,7 +32,12 @@ from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_batches, refit_stride
-from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
+from grail_hf.saving import (
+    compressed_config,
+    is_stock_causal_lm,
+    said_widths,
+    switch_on_biases_,
+)
 from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
 
 if TYPE_CHECKING:
@@ -156,7 +162,9 @@ def plan_compression(
     ]
     check_offered(groups, model.config.model_type, config)
     ignored = _ignored_groups(groups, config)
+    movable = architecture.rehome if is_stock_causal_lm(model) else None
     budgets = _budgets(groups, ignored, config)
+    budgets[ATTENTION] = _sayable(budgets[ATTENTION], specs, model.config, movable, config.rehome)
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
@@ -171,7 +179,7 @@ def plan_compression(
         model.config,
         specs,
         widths,
-        architecture.rehome if config.rehome and is_stock_causal_lm(model) else None,
+        movable if config.rehome else None,
     )
     biased, newly_biased = set(), set()
     if config.bias:
@@ -330,6 +338,26 @@ def _budget(groups: Sequence[Group | None], ignored: set[int], config: GrailConf
         ignored=frozenset(ignored | kept),
         absent=frozenset(i for i, g in enumerate(groups) if g is None or not g.num_units),
         whole_cost=sum(group.num_parameters for group in present if not group.num_units),
+    )
+
+
+def _sayable(
+    budget: Budget,
+    specs: Sequence[Sequence[GroupSpec]],
+    model_config: PreTrainedConfig,
+    movable: Rehome | None,
+    may_move: bool,
+) -> Budget:
+    """The attention's budget with the widths that the result's config can say.
+
+    These are any where the model can become one of another type, and where a layer keeps all its
+    units: the widest layer's width is the config's own, and the others have entries of theirs.
+    """
+    moves = movable is not None and not movable.obstacles(model_config)
+    if (moves and may_move) or budget.ignored > budget.absent:
+        return budget
+    return replace(
+        budget, said=said_widths(model_config, specs), remedy="rehome=True" if moves else ""
     )
 
 

@@ -110,18 +110,42 @@ def edited_config(
         return _edited(config, edits)
     except _Unsayable as error:
         refusal = f"a stock {config.model_type} config cannot say {says} ({error})"
-        remedy = f"choose another sparsity or attention_unit; {_sayable(config, specs)}"
+        remedy = "choose another sparsity, attention_sparsity or attention_unit"
+        if said := said_widths(config, specs):
+            kept = ", ".join(map(str, sorted(said)))
+            remedy += f"; of {max(said)} attention units a layer it can keep {kept}"
         if rehome is None:
-            raise ValueError(
-                f"{refusal}; {remedy}; or, for a causal LM that can be saved as another stock "
-                "type, leave rehome=True"
-            ) from error
+            raise ValueError(f"{refusal}; {remedy}") from error
         if obstacles := rehome.obstacles(config):
             raise ValueError(
                 f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
                 f"{rehome.model_type}; {remedy}"
             ) from error
     return rehomed_config(config, rehome, edits)
+
+
+def said_widths(
+    config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]
+) -> frozenset[int] | None:
+    """The attention widths that a config of this type can say of all layers alike.
+
+    The full width is always among them. None where no attention units can be removed.
+
+    Args:
+        config: of the dense model; not changed.
+        specs: of each decoder layer, its groups.
+    """
+    attention = (s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
+    spec = next(attention, None)
+    if spec is None:
+        return None
+    config = uniform_config(config.get_text_config())
+    said = {spec.num_units}
+    for width in range(spec.partitions, spec.num_units, spec.partitions):
+        with suppress(_Unsayable):
+            _edited(config, spec.config_values(width))
+            said.add(width)
+    return frozenset(said)
 
 
 def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -177,20 +201,6 @@ def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedCon
     except (StrictDataclassError, ValueError) as error:
         raise _Unsayable(str(error).strip().splitlines()[-1].strip()) from error
     return edited
-
-
-def _sayable(config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]) -> str:
-    """The attention widths that the config can say, for a message."""
-    attention = (s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
-    spec = next(attention, None)
-    if spec is None:
-        return "its attention stays whole"
-    said = []
-    for width in range(spec.partitions, spec.num_units + 1, spec.partitions):
-        with suppress(_Unsayable):
-            _edited(config, spec.config_values(width))
-            said.append(width)
-    return f"of {spec.num_units} attention units a layer it can keep {', '.join(map(str, said))}"
 
 
 def _check_own_widths(config: PreTrainedConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import suppress
 from itertools import pairwise, product
 
 import pytest
@@ -15,6 +16,7 @@ from grail_hf.allocation import (
     Budget,
     Profile,
     Widths,
+    _with_said_widest,
     allocate,
     error,
     flap,
@@ -119,6 +121,44 @@ def test_both_kinds_keep_about_the_same_fraction(budgets, wanted):
     wish = (1 - wanted) * budgets[ATTENTION].num_units
     found = abs(uniform(budgets, config)[ATTENTION] - wish)
     assert found <= min(abs(heads - wish) for heads in feasible) + 1e-9
+
+
+@pytest.mark.parametrize("rule", [name for name, r in ALLOCATIONS.items() if not r.per_layer])
+@given(budgets(), fractions, st.data())
+@few
+def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, wanted, data):
+    every = possible(budgets[ATTENTION])
+    said = frozenset(data.draw(st.sets(st.sampled_from(every)))) | {every[-1]}
+    limited = budgets | {ATTENTION: dataclasses.replace(budgets[ATTENTION], said=said)}
+    config = GrailConfig(sparsity=wanted, allocation=rule)
+    reach = [
+        sparsity_of(budgets, {ATTENTION: heads, MLP: width})
+        for heads in said
+        for width in possible(budgets[MLP])
+    ]
+    gap = min(abs(value - wanted) for value in reach)
+    assume(abs(gap - TOLERANCE) > 1e-9)
+    if gap > TOLERANCE:
+        with pytest.raises(ValueError, match=re.escape(f"sparsity={wanted:g}")) as error:
+            allocate(limited, config)
+        offers = listed(str(error.value))
+        assert all(min(abs(value - offer) for value in reach) <= 1e-4 for offer in offers)
+        kept = f"the config can keep {', '.join(map(str, sorted(said)))};"
+        assert (kept in str(error.value)) == (len(said) < len(every))
+        return
+    widths = uniform(limited, config)
+    assert widths[ATTENTION] in said
+    assert abs(sparsity_of(budgets, widths) - wanted) <= TOLERANCE
+    with suppress(ValueError):
+        free = uniform(budgets, config)
+        assert widths == free or free[ATTENTION] not in said
+
+
+@pytest.mark.parametrize(("share", "heads"), [(0.2, 7), (0.3, 7), (0.4, 4), (0.7, 2), (0.95, 1)])
+def test_a_kind_s_own_sparsity_is_rounded_to_what_the_config_can_say(share, heads):
+    layer = {ATTENTION: Budget(8, 100, said=frozenset({1, 2, 4, 7, 8})), MLP: Budget(100, 10)}
+    config = GrailConfig(mlp_sparsity=0.5, attention_sparsity=share)
+    assert uniform(layer, config) == {ATTENTION: heads, MLP: 50}
 
 
 def test_of_two_equally_near_widths_attention_takes_the_wider():
@@ -297,6 +337,47 @@ def test_layers_of_their_own_widths_reach_the_sparsity(rule, case, wanted):
         for kind, budget in budgets.items():
             assert set(widths[kind]) <= set(budget.widths)
             assert all(widths[kind][layer] == budget.num_units for layer in budget.ignored)
+
+
+@pytest.mark.parametrize("rule", PER_LAYER)
+@given(profiled(), st.floats(0, 0.8), st.data())
+@few
+def test_the_widest_layer_s_attention_is_one_that_the_config_can_say(rule, case, wanted, data):
+    """The layers below it are as free as ever, and all of them where it was one already."""
+    budgets, profiles = case
+    attention = dataclasses.replace(budgets[ATTENTION], ignored=frozenset())
+    said = frozenset(data.draw(st.sets(st.sampled_from(attention.widths)))) | {attention.num_units}
+    budgets[ATTENTION] = attention
+    limited = budgets | {ATTENTION: dataclasses.replace(attention, said=said)}
+    some = next(profile for (kind, _), profile in profiles.items() if kind == ATTENTION)
+    profiles = {(ATTENTION, layer): some for layer in range(LAYERS)} | profiles
+    config = GrailConfig(sparsity=wanted, allocation=rule)
+    for measured in (profiles, None):
+        try:
+            free, widths = allocate(budgets, config, measured), allocate(limited, config, measured)
+        except ValueError:
+            assume(False)
+        assert max(widths[ATTENTION]) in said
+        assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
+        assert widths == free or max(free[ATTENTION]) not in said
+
+
+@pytest.mark.parametrize("said", [{5}, {1, 5}, {2, 5}, {1, 2, 5}, {2, 4, 5}])
+def test_whatever_is_left_to_choose_from_has_a_widest_that_can_be_said(said):
+    """All choices from the curves, after all widths that cannot be said."""
+    curve = dict.fromkeys(range(1, 6), 0.0)
+    curves = {(kind, layer): curve for kind in (ATTENTION, MLP) for layer in range(3)}
+    for widths in product(curve, repeat=3):
+        if max(widths) in said:
+            continue
+        left = _with_said_widest(curves, widths, frozenset(said))
+        choices = [left[ATTENTION, layer] for layer in range(3)]
+        assert {max(choice) for choice in product(*choices)} <= said
+        assert all(5 in choice for choice in choices)
+        assert any(
+            max(choice) == min(w for w in said if w > max(widths)) for choice in product(*choices)
+        )
+        assert all(left[MLP, layer] == curve for layer in range(3))
 
 
 @pytest.mark.parametrize("rule", ["error", "search"])

@@ -142,7 +142,7 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
         (("--selector", "wnada"), "did you mean 'wanda'?"),
         (("--calibration", "no/such/file.txt"), "neither a file that exists nor a named corpus"),
         (("--ignore", "no_such_block"), "matches nothing"),
-        (("--no-rehome", "--sparsity", 0.3), "a stock llama config cannot say"),
+        (("--no-rehome", "--sparsity", 0.07, "--mlp-sparsity", 0), "or rehome=True"),
         (("--eval", "no/such/file.txt"), "neither a file that exists nor a named corpus"),
     ],
 )

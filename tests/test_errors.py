@@ -24,6 +24,7 @@ from transformers import (
 
 import grail_hf
 from grail_hf import SELECTORS, PartlyCompressedError
+from grail_hf.allocation import TOLERANCE
 
 
 class Untouchable:
@@ -152,10 +153,14 @@ def test_what_is_no_transformers_model_is_refused(wrap):
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
-def test_a_model_that_must_move_but_is_no_causal_lm_is_refused(auto):
+def test_a_model_that_is_no_causal_lm_keeps_its_type(auto):
+    """And so gets no 9 heads, which a llama's config cannot say, but 6."""
     model = auto.from_config(tiny_config("llama"))
-    with refused(model, ValueError, "num_attention_heads=9"):
-        compress(model, Untouchable())
+    before = type(model)
+    report = compress(model, batches())
+    assert (type(model), model.config.model_type) == (before, "llama")
+    assert model.config.num_attention_heads == 6
+    assert abs(report.sparsity - 0.3) <= TOLERANCE
 
 
 def test_a_model_without_weights_is_refused():

@@ -16,19 +16,24 @@ from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import (
     CASES,
     CASES_AND_UNITS,
+    SIZES,
     assert_state,
     batches,
+    config_of,
     layers_of,
     logits,
+    random_model,
     relative_error,
     specs_of,
     state_of,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import CompressionReport, GrailConfig
+from grail_hf import ALLOCATIONS, CompressionReport, GrailConfig
+from grail_hf.allocation import TOLERANCE
+from grail_hf.planning import plan_compression
 
 # Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
 LOADER = """
@@ -171,24 +176,68 @@ def test_a_reloaded_model_can_be_compressed_again(saved):
     assert torch.isfinite(logits(again, batches())).all()
 
 
-# Refused before calibration
+# Heads that the config cannot say: 9 do not divide 48
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize(
+    ("model_type", "changes", "rehome"),
+    [
+        ("gemma2", {}, True),
+        ("gemma3_text", {"rope_parameters": None}, True),
+        ("arcee", {}, True),
+        ("llama", {}, False),
+        ("llama", {"mlp_bias": True}, True),
+    ],
+)
+def test_heads_are_as_many_as_the_config_can_say(model_type, changes, rehome, allocation, tmp_path):
+    """Before and after the allocation has measured; the widest layer's, where they differ."""
+    for sparsity in (0.2, 0.3, 0.4):
+        model = random_model(config_of({"model_type": model_type} | SIZES | changes))
+        report = compress(model, sparsity=sparsity, allocation=allocation, rehome=rehome, refit=0)
+        assert report.new_model_type == model_type
+        assert max(report.widths["attention"]) in (1, 2, 4)
+        assert abs(report.sparsity - sparsity) <= TOLERANCE
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("gemma2", (3584, 14336, 16, 8)), ("gemma3_text", (2560, 10240, 8, 4))],
+)
+def test_real_shapes_can_be_had_at_every_sparsity(model_type, sizes, sparsity):
+    """Those of Gemma 2 9B and Gemma 3 4B."""
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    values = dict(zip(keys, sizes, strict=True)) | {"head_dim": 256, "num_hidden_layers": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    plan = plan_compression(model, GrailConfig(sparsity=sparsity))
+    assert abs(plan.sparsity - sparsity) <= TOLERANCE
+    assert model.config.hidden_size % plan.config.num_attention_heads == 0
 
 
 @pytest.mark.parametrize(
-    ("case", "changes", "settings", "reason"),
+    ("case", "changes", "rehome", "helps"),
     [
-        ("llama", {}, {"rehome": False}, "rehome=True"),
-        ("llama-biases", {"hidden_size": 48}, {}, "attention_bias=True, mlp_bias=True keeps it"),
-        ("llama-biases", {"hidden_size": 48, "attention_bias": False}, {}, ", and mlp_bias=True"),
+        ("llama", {}, False, True),
+        ("llama-biases", {"hidden_size": 48}, True, False),
+        ("llama-biases", {"hidden_size": 48}, False, False),
     ],
 )
-def test_heads_that_no_config_can_say_are_refused_first(case, changes, settings, reason):
+def test_a_sparsity_that_only_other_heads_reach_is_refused_first(case, changes, rehome, helps):
+    """9 of 12 heads, and a whole MLP; another type helps where the model can become one."""
     model = tiny_model(case, **changes)
     state = state_of(model)
-    settings = {"sparsity": 0.3, "multiple_of": 1} | settings
-    with pytest.raises(ValueError, match=reason) as caught:
+    quarter = GrailConfig(mlp_sparsity=0, attention_sparsity=0.25)
+    wanted = plan_compression(tiny_model("mistral"), quarter).sparsity
+    settings = {"sparsity": wanted, "mlp_sparsity": 0, "rehome": rehome}
+    with pytest.raises(ValueError, match="of 4 attention units a layer the config can") as caught:
         grail_hf.compress(model, calibration=Untouchable(), progress=False, **settings)
-    assert "num_attention_heads=9" in str(caught.value)
+    assert "can keep 1, 2, 4;" in str(caught.value)
+    assert ("rehome=True" in str(caught.value)) is helps
     assert_state(model, state)
 
 
