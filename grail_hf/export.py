@@ -72,8 +72,8 @@ def export(
             is the checkpoint's dtype. All but "auto" may round.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, ImportError: the folders, the format or
-            the model do not allow it; nothing has been written.
+        OSError, ValueError, ImportError: the folders, the format or the model do not allow it;
+            nothing has been written.
         RuntimeError: the result is not the same function; nothing has been put in place.
     """
     source, output = Path(source), Path(output)

@@ -22,6 +22,7 @@ from grail_hf.experts import Expert
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
+from grail_hf.saving import check_replaceable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -431,7 +432,8 @@ def versions() -> dict[str, str]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where the output folder holds something that may not be replaced."""
+    """Raise OSError where the output folder cannot be replaced, or holds what may not be."""
+    check_replaceable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / REPORT_FILE).is_file()
