@@ -222,24 +222,33 @@ def read_spans(path: Path) -> dict[str, Span]:
     Raises:
         OSError: the file is missing, cut short, or no safetensors file; names it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: get it again")
-    try:
+    with damage_named(str(path)):
         with safe_open(path, framework="pt"):  # checks lengths and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, ValueError) as error:
-        raise OSError(f"{path} is cut short or damaged ({error}): get it again") from error
     header.pop("__metadata__", None)
     spans = {}
     for name, entry in header.items():
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         spans[name] = Span(start, end, tuple(entry["shape"]))
     return spans
+
+
+@contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """An error of safetensors, which names no file, is an OSError that says `what` was read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{what} is cut short or damaged ({error}): get it again") from error
 
 
 class Parts:

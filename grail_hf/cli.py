@@ -24,14 +24,14 @@ from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, read_calibration, token_windows
-from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
+from grail_hf.checkpoint import Checkpoint, NoSafetensorsError, damage_named
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
-from grail_hf.gguf_file import TYPES
+from grail_hf.gguf_file import TYPES, ExportError
 from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.meter import keep_no_freed_blocks
 from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
@@ -100,6 +100,7 @@ _MENDABLE = (
     OSError,
     FloatingPointError,
     ImportError,
+    ExportError,
     PartlyCompressedError,
     StoppedError,
     processes.ProcessGroupError,
@@ -451,7 +452,10 @@ def _shallow_model(source: str) -> PreTrainedModel:
 def _model(source: str, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings)
+    with damage_named(f"a file of weights of {source}"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", **settings
+        )
     return model
 
 

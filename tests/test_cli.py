@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,31 @@ def test_bad_input_is_one_line(compress_arguments, tmp_path, changes, message):
     assert "Traceback" not in err
     assert not out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "export"])
+def test_weights_that_are_cut_short_are_one_line(
+    command, tiny_llama_dir, compress_arguments, jargon_test, tmp_path
+):
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "source")
+    (weights,) = source.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, out, err = run(
+        *{
+            "compress": (command, source, *compress_arguments[2:], "--in-memory"),
+            "evaluate": (command, source, "--text", jargon_test),
+            "export": (command, source, tmp_path / "out"),
+        }[command]
+    )
+    assert (code, out) == (1, "")
+    assert f"{source} is cut short or damaged" in err and "get it again" in err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_device_that_is_none_is_one_line(tiny_llama_dir, jargon_test):
+    code, out, err = run("evaluate", tiny_llama_dir, "--text", jargon_test, "--device", "xyz")
+    assert (code, out) == (1, "")
+    assert "device='xyz' cannot be used here" in err
 
 
 def test_output_folder_is_respected(compress_arguments, tmp_path):
