@@ -36,7 +36,7 @@ from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.meter import keep_no_freed_blocks
 from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
 from grail_hf.report import CompressionReport, check_output, size, width_range
-from grail_hf.saving import replaced_when_whole
+from grail_hf.saving import check_not_stopped, replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -248,17 +248,29 @@ def _compress_from_disk(
     overwrite: bool,
 ) -> CompressionReport:
     keep_no_freed_blocks()
-    windows = None
-    if eval_text:
-        length = window_length(_meta_model(source), config)
-        windows = token_windows(eval_text, _tokenizer(source), seq_length=length)
-    report = compress_checkpoint(source, output, texts, config, resume=resume, overwrite=overwrite)
-    if windows is not None and eval_text:
-        report.evaluation["evaluation text"] = Path(eval_text).name
-        for when, folder in (("before", source), ("after", str(output))):
-            measure = partial(_perplexity_of, folder, windows, config)
-            report.evaluation[f"perplexity {when}"] = processes.once(measure, "the evaluation")
-        processes.once(partial(report.save, output), "the output folder")
+    run = partial(compress_checkpoint, config=config, resume=resume, overwrite=overwrite)
+    if not eval_text or texts == SELF:  # which is refused
+        return run(source, output, texts)
+    # As in memory: cheap refusals, then the texts. The source is measured while it is there: the
+    # output may take its place.
+    skeleton = _meta_model(source)
+    plan_compression(skeleton, config)
+    if not resume:
+        processes.once(partial(check_not_stopped, output), "the output folder")
+    tokenizer = _tokenizer(source)
+    tokens = read_calibration(skeleton, tokenizer, texts, config)
+    windows = token_windows(eval_text, tokenizer, seq_length=window_length(skeleton, config))
+
+    def measure(folder: str | Path) -> float:
+        one = partial(_perplexity_of, str(folder), windows, config)
+        return processes.once(one, "the evaluation")
+
+    measured: dict[str, Any] = {"evaluation text": Path(eval_text).name}
+    measured["perplexity before"] = measure(source)
+    report = run(source, output, tokens)
+    measured["perplexity after"] = measure(output)
+    report.evaluation |= measured
+    processes.once(partial(report.save, output), "the output folder")
     return report
 
 

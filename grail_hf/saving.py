@@ -392,8 +392,7 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
         FileExistsError: a run from disk to disk, which can go on, was stopped there.
     """
     with claimed(output) as work:
-        if Journal.exists(work):
-            raise stopped_there(work)
+        _refuse_stopped(work)
         empty(work)
         try:
             yield work
@@ -402,6 +401,17 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
             if work.exists():  # else it is in the output's place
                 empty(work)
             raise
+
+
+def check_not_stopped(output: Path) -> None:
+    """Raise FileExistsError where a run from disk to disk, which can go on, was stopped."""
+    with claimed(output) as work:
+        _refuse_stopped(work)
+
+
+def _refuse_stopped(work: Path) -> None:
+    if Journal.exists(work):
+        raise stopped_there(work)
 
 
 def stopped_there(work: Path) -> FileExistsError:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tiny_models import SIZES, config_of
 from typer.testing import CliRunner
 
-from grail_hf import CompressionReport
+from grail_hf import CompressionReport, cli
 from grail_hf.architectures import architectures_table
+from grail_hf.checkpoint import Journal
 from grail_hf.cli import app, replaced_when_whole
 
 runner = CliRunner()
@@ -91,6 +92,50 @@ def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
     assert CompressionReport.load(tmp_path / "out").evaluation == measured
     code, _, err = run(*compress_arguments, "--in-memory", "--resume")
     assert code == 1 and "--resume" in err
+
+
+def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_test, tmp_path):
+    """The output is the source: "before" is the dense model's perplexity all the same."""
+    _, source, output, *rest = compress_arguments
+    shutil.copytree(source, output)
+    (output / "grail.json").touch()  # what says that it may be replaced
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
+    flags = ("--disk-to-disk", "--overwrite", "--refit", 0, "--ridge", 1e-3, "--json")
+    code, out, err = run("compress", output, output, *rest, *flags, "--eval", text)
+    assert code == 0, err
+    measured = json.loads(out)["evaluation"]
+    for when, folder in (("before", source), ("after", output)):
+        code, out, err = run(
+            *("evaluate", folder, "--text", text, "--seq-length", 64, "--device", "cpu", "--json")
+        )
+        assert code == 0, err
+        found = json.loads(out)["perplexity"]
+        assert measured[f"perplexity {when}"] == pytest.approx(found, rel=1e-3)
+    assert measured["perplexity before"] < 0.9 * measured["perplexity after"]
+
+
+def test_from_disk_to_disk_refusals_come_before_any_work(
+    compress_arguments, jargon_train, jargon_test, tmp_path, monkeypatch
+):
+    """Before the source is measured, too; and what was stopped is left as it is."""
+    monkeypatch.setattr(cli, "_perplexity_of", lambda *_: 1 / 0)
+    journal = Journal(tmp_path / ".out.partial", {})
+    journal.own.mkdir(parents=True)
+    journal.write()
+    arguments = (*compress_arguments, "--disk-to-disk", "--eval", jargon_test)
+    for changes, words in (
+        ((), "--resume"),
+        (("--resume", "--calibration", tmp_path / "none"), "neither a file that exists"),
+        (("--resume", "--eval", tmp_path / "none"), "neither a file that exists"),
+        (("--resume", "--sparsity", 0.999), "cannot be reached"),
+        (("--resume", "--device", "xyz"), "'xyz' is not a device"),
+    ):
+        code, _, err = run(*arguments, *changes)
+        assert code == 1 and words in err
+    sampled = ["self" if argument == jargon_train else argument for argument in arguments]
+    code, _, err = run(*sampled)
+    assert code == 1 and "samples from the whole model" in err
+    assert Journal.exists(tmp_path / ".out.partial")
 
 
 def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
