@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import SIZES, config_of
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from grail_hf import CompressionReport, cli
@@ -179,6 +181,96 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     moments = (256 * (2 * 256 + 2 * 256) + 1024 * (1024 + 256 + 2 * 256)) * 5 // 4
     moments += 192 * (2 * 192 + 2 * 256) + 704 * (704 + 256 + 2 * 256)
     assert plan["estimate"]["operations"]["gram"] == 128 * 1024 * 6 * moments
+
+
+def test_inspect_takes_the_options_of_compress(tiny_llama_dir):
+    """And shows what they say of the result and of memory, for a device that is not here too."""
+
+    def inspected(*flags):
+        code, out, err = run("inspect", tiny_llama_dir, "--sparsity", 0.3, "--json", *flags)
+        assert code == 0, err
+        return json.loads(out)
+
+    plain, biased = (inspected("--ignore", "self_attn", *b) for b in ((), ("--bias", "auto")))
+    before, after = (plan["total_parameters"][1] for plan in (plain, biased))
+    assert after - before == 6 * (2 * plain["widths"]["mlp"][0] + 256), "of gate, up and down"
+    host, split = (inspected("--device", device)["estimate"] for device in ("cpu", "cuda"))
+    assert host["host_bytes"] >= split["host_bytes"] + split["accelerator_bytes"] > 0
+    assert inspected("--seed", 7, "--fold", "linear")["widths"]
+    assert "fold='odd'" in run("inspect", tiny_llama_dir, "--sparsity", 0.3, "--fold", "odd")[2]
+
+
+@pytest.fixture
+def hub(tiny_llama_dir, tmp_path, monkeypatch):
+    """A hub's cache with a repository whose branch v1 is the bundled model, and main is not."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    for number, branch in enumerate(("main", "v1")):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit := f"{number}" * 40)
+        shutil.copytree(tiny_llama_dir, snapshot := repository / "snapshots" / commit)
+        if branch == "main":
+            config = AutoConfig.from_pretrained(tiny_llama_dir, num_hidden_layers=1)
+            AutoModelForCausalLM.from_config(config).save_pretrained(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "me/tiny"
+
+
+def test_a_source_on_the_hub_can_be_pinned(hub, compress_arguments, jargon_test, tmp_path):
+    def layers(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return len(json.loads(out)["widths"]["mlp"])
+
+    assert layers("inspect", hub, "--sparsity", 0.5) == 1
+    assert layers("inspect", hub, "--sparsity", 0.5, "--revision", "v1") == 6
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
+    tensors = []
+    for way in ("--in-memory", "--disk-to-disk"):
+        quick = ("--no-compensate", "--eval", text)
+        arguments = ("compress", hub, tmp_path / way, *compress_arguments[3:], way, *quick)
+        assert layers(*arguments, "--revision", "v1") == 6
+        assert CompressionReport.load(tmp_path / way).base_model == hub
+        tensors.append(tensors_of(tmp_path / way))
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    measured = []
+    for where in (hub, *((hub, "--revision", branch) for branch in ("main", "v1"))):
+        where = where if isinstance(where, tuple) else (where,)
+        code, out, err = run("evaluate", *where, "--text", text, "--seq-length", 64, "--json")
+        assert code == 0, err
+        measured.append(json.loads(out)["perplexity"])
+    assert measured[0] == measured[1] > 10 * measured[2]
+    code, out, _ = run("infer", hub, "--revision", "v1")
+    assert (code, out) == (0, 'Architecture("llama")\n')
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect", "infer"])
+def test_a_folder_has_no_revision(command, tiny_llama_dir, compress_arguments):
+    flags = {
+        "compress": compress_arguments[2:],
+        "evaluate": ("--text", "c4"),
+        "inspect": ("--sparsity", 0.5),
+        "infer": (),
+    }
+    code, out, err = run(command, tiny_llama_dir, *flags[command], "--revision", "v1")
+    assert (code, out) == (1, "")
+    assert "revision='v1' goes with a name on the hub" in err
+
+
+def test_what_needs_no_tokenizer_does_without(tiny_llama_dir, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama_dir / name, source)
+    flags = ("--sparsity", 0.5, "--num-samples", 8, "--seq-length", 16, "--no-compensate")
+    command = ("compress", source, tmp_path / "out", *flags, "--calibration")
+    code, _, err = run(*command, "self")
+    assert code == 0, err
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    shutil.rmtree(tmp_path / "out")
+    for extra in ((tiny_llama_dir / "config.json",), ("self", "--eval", tiny_llama_dir)):
+        code, _, err = run(*command, *extra)
+        assert code == 1 and "text needs a tokenizer" in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [source]
 
 
 @pytest.mark.parametrize(
