@@ -69,16 +69,22 @@ class Checkpoint:
     spans: dict[Path, dict[str, Span]]
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
+    def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
         """Find the files of a folder or of a hub name, which is downloaded, and what they hold.
 
+        Args:
+            source: a folder, or a name on the hub.
+            revision: of the hub's repository: a branch, a tag or a commit.
+
         Raises:
+            ValueError: a revision of a folder.
             OSError: there is no such checkpoint, it is not in safetensors, or a file is missing,
                 cut short or damaged; names the file.
         """
+        check_revision(source, revision)
         folder = Path(source)
         if not folder.is_dir():
-            folder = _download(str(source))
+            folder = _download(str(source), revision)
         if (folder / INDEX).is_file():
             try:
                 index = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
@@ -205,13 +211,25 @@ class Checkpoint:
         return next((dtype for dtype in every if dtype.is_floating_point), torch.float32)
 
 
-def _download(name: str) -> Path:
+def check_revision(source: str | Path, revision: str | None) -> None:
+    """Raise ValueError for a revision of a folder, which has none."""
+    if revision is not None and Path(source).is_dir():
+        raise ValueError(
+            f"revision={revision!r} goes with a name on the hub, and {source} is a folder"
+        )
+
+
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=kinds, ignore_patterns=["*/*"]
+            )
+        )
     except HFValidationError as error:
         raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from error
 
@@ -222,24 +240,33 @@ def read_spans(path: Path) -> dict[str, Span]:
     Raises:
         OSError: the file is missing, cut short, or no safetensors file; names it.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: get it again")
-    try:
+    with damage_named(str(path)):
         with safe_open(path, framework="pt"):  # checks lengths and offsets
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-    except (SafetensorError, ValueError) as error:
-        raise OSError(f"{path} is cut short or damaged ({error}): get it again") from error
     header.pop("__metadata__", None)
     spans = {}
     for name, entry in header.items():
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         spans[name] = Span(start, end, tuple(entry["shape"]))
     return spans
+
+
+@contextmanager
+def damage_named(what: str) -> Iterator[None]:
+    """An error of safetensors, which names no file, is an OSError that says `what` was read."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{what} is cut short or damaged ({error}): get it again") from error
 
 
 class Parts:

@@ -24,19 +24,19 @@ from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, read_calibration, token_windows
-from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
+from grail_hf.checkpoint import Checkpoint, NoSafetensorsError, check_revision, damage_named
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
-from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
+from grail_hf.disk_to_disk import TOKENIZERS, StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
-from grail_hf.gguf_file import TYPES
+from grail_hf.gguf_file import TYPES, ExportError
 from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.meter import keep_no_freed_blocks
 from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
 from grail_hf.report import CompressionReport, check_output, size, width_range
-from grail_hf.saving import replaced_when_whole
+from grail_hf.saving import check_not_stopped, replaced_when_whole
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -95,11 +95,22 @@ HiddenStates = Annotated[
     str, typer.Option(help="Where hidden states are kept: auto, accelerator, host or disk.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a source on the hub: a branch, a tag or a commit.")
+]
+Seed = Annotated[int, typer.Option(help="Of the windows drawn.")]
+Bias = Annotated[
+    str | None, typer.Option(help='"auto" fits biases too, where the stock config has them.')
+]
+Fold = Annotated[
+    str, typer.Option(help="What the repair of folded units goes by: measured or linear.")
+]
 _MENDABLE = (
     ValueError,
     OSError,
     FloatingPointError,
     ImportError,
+    ExportError,
     PartlyCompressedError,
     StoppedError,
     processes.ProcessGroupError,
@@ -120,21 +131,18 @@ def compress_command(
     compensate: Compensate = _DEFAULTS.compensate,
     target: Target = _DEFAULTS.target,
     refit: Refit = _DEFAULTS.refit,
-    fold: Annotated[
-        str, typer.Option(help="What the repair of folded units goes by: measured or linear.")
-    ] = _DEFAULTS.fold,
+    fold: Fold = _DEFAULTS.fold,
     ridge: Ridge = str(_DEFAULTS.ridge),
-    bias: Annotated[
-        str | None, typer.Option(help='"auto" fits biases too, where the stock config has them.')
-    ] = None,
+    bias: Bias = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
     ] = None,
+    revision: Revision = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,
-    seed: Annotated[int, typer.Option(help="Of the windows drawn.")] = _DEFAULTS.seed,
+    seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = _DEFAULTS.multiple_of,
     attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
     ignore: Ignore = None,
@@ -164,19 +172,20 @@ def compress_command(
     with _errors_in_a_line():
         config = _config(context)
         processes.start(config.device)
+        check_revision(source, revision)
         processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)
         if disk_to_disk is None:
-            large = processes.once(partial(_is_large, source), "the source")
+            large = processes.once(partial(_is_large, source, revision), "the source")
             disk_to_disk = resume or (texts != SELF and large)
         if resume and not disk_to_disk:
             raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
         if disk_to_disk:
             report = _compress_from_disk(
-                source, output, texts, config, eval_text, resume, overwrite
+                source, revision, output, texts, config, eval_text, resume, overwrite
             )
         else:
-            report = _compress_in_memory(source, output, texts, config, eval_text)
+            report = _compress_in_memory(source, revision, output, texts, config, eval_text)
     if not processes.is_first():
         return
     _console.print(report.table())
@@ -197,19 +206,24 @@ def compress_command(
 
 
 def _compress_in_memory(
-    source: str, output: Path, texts: str | list[Path], config: GrailConfig, eval_text: str | None
+    source: str,
+    revision: str | None,
+    output: Path,
+    texts: str | list[Path],
+    config: GrailConfig,
+    eval_text: str | None,
 ) -> CompressionReport:
     # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
-    skeleton = _meta_model(source)
+    skeleton = _meta_model(source, revision)
     plan_compression(skeleton, config)
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
-        tokenizer = _tokenizer(source)
+        tokenizer = _tokenizer(source, revision)
         tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
         if eval_text:
             length = window_length(skeleton, config)
             windows = token_windows(eval_text, tokenizer, seq_length=length)
-        model = _model(source)
+        model = _model(source, revision=revision)
         if tokens is None:
             check_weights(model)
             with _at_work(model, config):
@@ -228,17 +242,19 @@ def _compress_in_memory(
 
 def _save(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     report: CompressionReport,
     folder: Path,
 ) -> None:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     report.save(folder)
 
 
 def _compress_from_disk(
     source: str,
+    revision: str | None,
     output: Path,
     texts: str | list[Path],
     config: GrailConfig,
@@ -247,28 +263,43 @@ def _compress_from_disk(
     overwrite: bool,
 ) -> CompressionReport:
     keep_no_freed_blocks()
-    windows = None
-    if eval_text:
-        length = window_length(_meta_model(source), config)
-        windows = token_windows(eval_text, _tokenizer(source), seq_length=length)
-    report = compress_checkpoint(source, output, texts, config, resume=resume, overwrite=overwrite)
-    if windows is not None and eval_text:
-        report.evaluation["evaluation text"] = Path(eval_text).name
-        for when, folder in (("before", source), ("after", str(output))):
-            measure = partial(_perplexity_of, folder, windows, config)
-            report.evaluation[f"perplexity {when}"] = processes.once(measure, "the evaluation")
-        processes.once(partial(report.save, output), "the output folder")
+    run = partial(
+        compress_checkpoint, config=config, revision=revision, resume=resume, overwrite=overwrite
+    )
+    if not eval_text or texts == SELF:  # which is refused
+        return run(source, output, texts)
+    # As in memory: cheap refusals, then the texts. The source is measured while it is there: the
+    # output may take its place.
+    skeleton = _meta_model(source, revision)
+    plan_compression(skeleton, config)
+    if not resume:
+        processes.once(partial(check_not_stopped, output), "the output folder")
+    tokenizer = _tokenizer(source, revision)
+    tokens = read_calibration(skeleton, tokenizer, texts, config)
+    windows = token_windows(eval_text, tokenizer, seq_length=window_length(skeleton, config))
+
+    def measure(folder: str | Path, revision: str | None = None) -> float:
+        one = partial(_perplexity_of, str(folder), revision, windows, config)
+        return processes.once(one, "the evaluation")
+
+    measured: dict[str, Any] = {"evaluation text": Path(eval_text).name}
+    measured["perplexity before"] = measure(source, revision)
+    report = run(source, output, tokens)
+    measured["perplexity after"] = measure(output)
+    report.evaluation |= measured
+    processes.once(partial(report.save, output), "the output folder")
     return report
 
 
-def _is_large(source: str) -> bool:
+def _is_large(source: str, revision: str | None) -> bool:
     """Whether the weights fill more than half of the free memory."""
     import psutil
 
     try:
-        return Checkpoint.open(source).num_bytes > int(psutil.virtual_memory().available) // 2
+        num_bytes = Checkpoint.open(source, revision).num_bytes
     except NoSafetensorsError:
         return False
+    return num_bytes > int(psutil.virtual_memory().available) // 2
 
 
 @app.command("evaluate")
@@ -288,21 +319,23 @@ def evaluate_command(
     include_path: Annotated[
         Path | None, typer.Option(help="Of lm-eval: a folder of further tasks.")
     ] = None,
+    revision: Revision = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity on text, and run lm-eval's tasks."""
     with _errors_in_a_line():
-        if text is None and not tasks:
+        if text is None and not tasks.strip(" ,"):
             raise ValueError("nothing to evaluate: give --text, --tasks, or both")
-        tokenizer, model = _tokenizer(source), _model(source)
+        check_revision(source, revision)
+        tokenizer, model = _tokenizer(source, revision), _model(source, revision=revision)
         where: Any = choose_device(model, device)
         model.to(where)
         result = evaluate(
             model,
             tokenizer,
             text=text,
-            tasks=tasks.split(",") if tasks else (),
+            tasks=tasks,
             seq_length=seq_length,
             batch_size=batch_size,
             max_windows=max_windows,
@@ -355,25 +388,34 @@ def inspect_command(
     compensate: Compensate = _DEFAULTS.compensate,
     target: Target = _DEFAULTS.target,
     refit: Refit = _DEFAULTS.refit,
+    fold: Fold = _DEFAULTS.fold,
     ridge: Ridge = str(_DEFAULTS.ridge),
+    bias: Bias = None,
+    revision: Revision = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,
+    seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = _DEFAULTS.multiple_of,
     attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
     ignore: Ignore = None,
     rehome: Rehome = _DEFAULTS.rehome,
+    device: Device = None,
     dtype: SolveDtype = _DEFAULTS.dtype,
     hidden_states: HiddenStates = _DEFAULTS.hidden_states,
     as_json: Json = False,
 ) -> None:
     """Say what compressing will do and take, from the config alone: no weights are read."""
+    import torch
+
     with _errors_in_a_line():
         config = _config(context)
-        model = _meta_model(source)
+        check_revision(source, revision)
+        model = _meta_model(source, revision)
         plan = plan_compression(model, config)
-        costs = estimate(model, plan, config)
-        from_disk = estimate(model, plan, config, disk_to_disk=True)
+        where = torch.device(config.device) if config.device else None  # it may be elsewhere
+        costs = estimate(model, plan, config, where)
+        from_disk = estimate(model, plan, config, where, disk_to_disk=True)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
     for kind, units in plan.units.items():
         table.add_row(f"{kind} units per layer", f"{units:,}", width_range(plan.widths[kind]))
@@ -413,18 +455,19 @@ def architectures_command() -> None:
 
 
 @app.command("infer")
-def infer_command(source: Source) -> None:
+def infer_command(source: Source, revision: Revision = None) -> None:
     """Propose the architecture of a type that is not known, as Python, from its config alone."""
     with _errors_in_a_line():
-        entry = infer_architecture(_shallow_model(source))
+        check_revision(source, revision)
+        entry = infer_architecture(_shallow_model(source, revision))
     sys.stdout.write(architecture_source(entry) + "\n")
 
 
-def _meta_model(source: str) -> PreTrainedModel:
+def _meta_model(source: str, revision: str | None) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=config.dtype or torch.float32
@@ -432,11 +475,11 @@ def _meta_model(source: str) -> PreTrainedModel:
     return model
 
 
-def _shallow_model(source: str) -> PreTrainedModel:
+def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
     """A random model with as few of the layers as have every kind among them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""]
     depth = min(text.num_hidden_layers, max(1 + max(map(kinds.index, kinds)), 2))
@@ -451,14 +494,21 @@ def _shallow_model(source: str) -> PreTrainedModel:
 def _model(source: str, **settings: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings)
+    with damage_named(f"a file of weights of {source}"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", **settings
+        )
     return model
 
 
-def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | None:
+    """The source's, or None for a folder without one: what needs it says so."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
     return tokenizer
 
 
@@ -469,10 +519,12 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     return [Path(name) for name in calibration]
 
 
-def _perplexity_of(folder: str, windows: Tensor, config: GrailConfig) -> float:
+def _perplexity_of(
+    folder: str, revision: str | None, windows: Tensor, config: GrailConfig
+) -> float:
     """Perplexity of a checkpoint, on disk as far as memory does not suffice."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = _model(folder, device_map="auto", offload_folder=scratch)
+        model = _model(folder, revision=revision, device_map="auto", offload_folder=scratch)
         return perplexity(model, None, windows, batch_size=config.batch_size)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # Settings that say where things are, not what comes out.
 _IRRELEVANT = {"hidden_states"}
 _OUTPUT = "the output folder"
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class StoppedError(RuntimeError):
@@ -56,6 +56,7 @@ def compress_checkpoint(
     config: GrailConfig | dict[str, Any] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
     architecture: Architecture | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -77,6 +78,7 @@ def compress_checkpoint(
         calibration: as for `compress`, but not "self", which takes the whole model.
         config: the settings; `overrides` are fields of `GrailConfig` and win over it.
         tokenizer: by default the source's, where it has one.
+        revision: of a source on the hub: a branch, a tag or a commit; by default the main branch.
         architecture: the model type's entry where the table has none.
         resume: go on with the run that was stopped; starts one where there is none. Its settings,
             calibration, source and versions have to be the same, and its files unchanged. Returns
@@ -99,7 +101,7 @@ def compress_checkpoint(
     output = Path(output)
     processes.start(config.device)
     progress = progress and processes.is_first()
-    checkpoint = Checkpoint.open(source)
+    checkpoint = Checkpoint.open(source, revision)
     model = checkpoint.skeleton()
     plan = plan_compression(model, config, architecture)
     parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
@@ -109,7 +111,7 @@ def compress_checkpoint(
             f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
             "give texts or tokens, or use compress"
         )
-    if tokenizer is None and any((checkpoint.folder / name).is_file() for name in _TOKENIZERS):
+    if tokenizer is None and any((checkpoint.folder / name).is_file() for name in TOKENIZERS):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)

@@ -141,7 +141,8 @@ def evaluate(
     where nothing is asked for or a task is unknown, ImportError where tasks are but lm-eval is not
     installed, and as `perplexity` does.
     """
-    tasks = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    given = tasks.split(",") if isinstance(tasks, str) else tasks
+    tasks = [task.strip() for task in given if task.strip()]
     if text is None and not tasks:
         raise ValueError("nothing to evaluate: give text, tasks, or both")
     # What can fail at once is tried before the model runs.

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grail_hf.architectures import Architecture, GroupSpec, Rehome, find_architecture
+from grail_hf.checkpoint import damage_named
 from grail_hf.config import unknown_name
-from grail_hf.gguf_file import GGUF_FILE, check_gguf, plan_gguf, write_gguf
+from grail_hf.gguf_file import GGUF_FILE, ExportError, check_gguf, plan_gguf, write_gguf
 from grail_hf.modeling_grail import has_own_widths
 from grail_hf.planning import decoder_layers
 from grail_hf.report import CARD_FILE, REPORT_FILE, USAGE, CompressionReport
@@ -72,9 +73,9 @@ def export(
             is the checkpoint's dtype. All but "auto" may round.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, ImportError: the folders, the format or
-            the model do not allow it; nothing has been written.
-        RuntimeError: the result is not the same function; nothing has been put in place.
+        OSError, ValueError, ImportError: the folders, the format or the model do not allow it;
+            nothing has been written.
+        ExportError: the result is not the same function; nothing has been put in place.
     """
     source, output = Path(source), Path(output)
     if format not in FORMATS:
@@ -227,7 +228,7 @@ def _write_checkpoint(
     expected, actual = _logits(source, ids), _logits(folder, ids)
     error = ((actual - expected).norm() / expected.norm()).item()
     if not error <= TOLERANCE:
-        raise RuntimeError(
+        raise ExportError(
             f"the exported {config.model_type} does not compute what {source} does: relative "
             f"error of the logits {error:.2g}, allowed {TOLERANCE:g}; nothing was written"
         )
@@ -319,12 +320,16 @@ def padded_units(tensor: Tensor, dim: int, old: tuple[int, int], new: tuple[int,
 
 
 def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model in a folder. Raises ValueError where tensors are missing or left over."""
+    """The model in a folder. Raises ValueError where tensors are missing or left over.
+
+    And OSError where a file is cut short or damaged.
+    """
     from transformers import AutoModelForCausalLM
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
-    )
+    with damage_named(f"a file of weights in {folder}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     model, info = loaded
     problems = [f"{key}: {sorted(map(str, found))[:3]}" for key, found in info.items() if found]
     if problems:

@@ -49,6 +49,10 @@ PRE_TOKENIZERS: dict[tuple[str | None, bool], str] = {
 }
 
 
+class ExportError(RuntimeError):
+    """What was written is not what the source holds or computes."""
+
+
 @dataclass(frozen=True)
 class GgufPlan:
     """What will be written: llama.cpp's architecture, the model's config, folder and type."""
@@ -129,7 +133,7 @@ def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:
         The largest relative error of a tensor: 0 unless the type rounds.
 
     Raises:
-        RuntimeError: a tensor is missing, left over, or further off than its type rounds.
+        ExportError: a tensor is missing, left over, or further off than its type rounds.
     """
     import gguf
 
@@ -137,7 +141,7 @@ def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:
     worst = 0.0
     for name, expected in _tensors(model, plan, reorder=False):
         if name not in found:
-            raise RuntimeError(f"{name} is not in {path.name}; nothing was written")
+            raise ExportError(f"{name} is not in {path.name}; nothing was written")
         tensor = found.pop(name)
         data = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
         actual = torch.from_numpy(np.array(data, dtype=np.float32))
@@ -146,14 +150,14 @@ def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:
         expected = expected.float()
         difference = (actual - expected).abs()
         if not (difference <= _rounding(expected, tensor.tensor_type.name)).all():
-            raise RuntimeError(
+            raise ExportError(
                 f"{name} is not in {path.name} as it is in the model: largest difference "
                 f"{difference.max().item():.2g}; nothing was written (f16 cannot hold numbers "
                 "beyond 65504)"
             )
         worst = max(worst, (difference.norm() / expected.norm().clamp_min(1e-30)).item())
     if found:
-        raise RuntimeError(f"{path.name} holds {sorted(found)[:3]}, which the model does not")
+        raise ExportError(f"{path.name} holds {sorted(found)[:3]}, which the model does not")
     return worst
 
 

@@ -493,8 +493,8 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     process's.
     """
     if wanted is not None:
-        device = torch.device(wanted)
         try:
+            device = torch.device(wanted)
             torch.empty(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error

@@ -22,6 +22,7 @@ from grail_hf.experts import Expert
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.planning import Plan
+from grail_hf.saving import check_replaceable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -242,17 +243,19 @@ class CompressionReport:
         """Write `grail.json` and the model card beside the weights.
 
         Raises:
-            FileExistsError: the folder holds a README.md that is not of an earlier report.
+            FileExistsError: the folder holds a README.md that is neither of an earlier report nor
+                what transformers writes when it pushes a compressed model.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        if (directory / CARD_FILE).exists() and not (directory / REPORT_FILE).exists():
+        card = directory / CARD_FILE
+        if card.exists() and not ((directory / REPORT_FILE).exists() or _is_tagged(card)):
             raise FileExistsError(
-                f"{directory / CARD_FILE} is not a compressed model's card; save the report in "
+                f"{card} is not a compressed model's card; save the report in "
                 "the folder given to model.save_pretrained"
             )
         _write(directory / REPORT_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
-        _write(directory / CARD_FILE, self.card())
+        _write(card, self.card())
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload `grail.json` and the card to a model repository, after `model.push_to_hub`.
@@ -431,7 +434,8 @@ def versions() -> dict[str, str]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where the output folder holds something that may not be replaced."""
+    """Raise OSError where the output folder cannot be replaced, or holds what may not be."""
+    check_replaceable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     ours = (output / REPORT_FILE).is_file()
@@ -449,6 +453,12 @@ def _public_name(name: str | None) -> str:
     if not name:
         return "model"
     return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
+
+
+def _is_tagged(card: Path) -> bool:
+    """Whether a card's front matter has the tags that `compress` gives a model."""
+    front, _, _ = card.read_text("utf-8").partition("\n---\n")
+    return {f"- {tag}" for tag in TAGS} <= set(front.splitlines())
 
 
 def _short(value: object) -> str:

@@ -8,6 +8,7 @@ and, where it moves to another model type, that type's own modules around the sa
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -306,14 +307,17 @@ def claimed(output: Path) -> Iterator[Path]:
     """The folder beside `output` in which its successor grows, for this process alone.
 
     What an earlier process left there stays, so that a run can go on; what it was about to replace
-    when it was killed is back in its place, or gone where that was taken.
+    when it was killed is back in its place, or gone where that was taken. Where `output` is a link,
+    all this is about the folder that it leads to.
 
     Raises:
-        OSError: another process is at work for the same output, or nothing can be written there.
+        OSError: another process is at work for the same output, nothing can be written there, or
+            the folder cannot be replaced (see `check_replaceable`).
     """
     from filelock import FileLock, Timeout
 
-    output = output.absolute()
+    check_replaceable(output)
+    output = output.resolve()
     work, old = _beside(output, "partial"), _beside(output, "old")
     (work / OWN).mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / OWN / "lock", timeout=0)
@@ -325,7 +329,7 @@ def claimed(output: Path) -> Iterator[Path]:
         if old.exists() and not output.exists():
             old.rename(output)
         for left in (old, output / OWN):
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left)
         yield work
     finally:
         if work.exists() and {path.name for path in work.rglob("*")} <= {OWN, "lock"}:
@@ -335,14 +339,32 @@ def claimed(output: Path) -> Iterator[Path]:
 
 def put_in_place(work: Path, output: Path) -> None:
     """Have a whole folder take the place of `output`, which is there or not."""
-    output = output.absolute()
+    output = output.resolve()
     old = _beside(output, "old")
-    shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
     if output.exists():
         output.rename(old)
     work.rename(output)
     shutil.rmtree(output / OWN)
-    shutil.rmtree(old, ignore_errors=True)
+    _clear(old)
+
+
+def check_replaceable(output: Path) -> None:
+    """Raise OSError where no other folder can take the place of `output`, which is there or not.
+
+    A mount point cannot be renamed; a shell in the current folder would be left in a deleted one.
+    """
+    output = output.resolve()
+    if os.path.ismount(output):
+        what = "is a mount point"
+    elif Path.cwd().is_relative_to(output):
+        what = "is the current folder, or holds it"
+    else:
+        return
+    raise OSError(
+        f"{output} {what}, so that the result cannot take its place as a whole: name a folder "
+        f"inside it, for example {output / 'model'}"
+    )
 
 
 def empty(work: Path) -> None:
@@ -360,6 +382,14 @@ def _delete(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _clear(path: Path) -> None:
+    """Delete a folder as far as that can be done, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _beside(output: Path, what: str) -> Path:
     return output.with_name(f".{output.name}.{what}")
 
@@ -372,8 +402,7 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
         FileExistsError: a run from disk to disk, which can go on, was stopped there.
     """
     with claimed(output) as work:
-        if Journal.exists(work):
-            raise stopped_there(work)
+        _refuse_stopped(work)
         empty(work)
         try:
             yield work
@@ -382,6 +411,17 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
             if work.exists():  # else it is in the output's place
                 empty(work)
             raise
+
+
+def check_not_stopped(output: Path) -> None:
+    """Raise FileExistsError where a run from disk to disk, which can go on, was stopped."""
+    with claimed(output) as work:
+        _refuse_stopped(work)
+
+
+def _refuse_stopped(work: Path) -> None:
+    if Journal.exists(work):
+        raise stopped_there(work)
 
 
 def stopped_there(work: Path) -> FileExistsError:

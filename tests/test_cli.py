@@ -1,20 +1,24 @@
 """The command line, run as a user runs it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import huggingface_hub
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import SIZES, config_of
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from grail_hf import CompressionReport
+from grail_hf import CompressionReport, cli
 from grail_hf.architectures import architectures_table
+from grail_hf.checkpoint import Journal
 from grail_hf.cli import app, replaced_when_whole
 
 runner = CliRunner()
@@ -92,6 +96,50 @@ def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
     assert code == 1 and "--resume" in err
 
 
+def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_test, tmp_path):
+    """The output is the source: "before" is the dense model's perplexity all the same."""
+    _, source, output, *rest = compress_arguments
+    shutil.copytree(source, output)
+    (output / "grail.json").touch()  # what says that it may be replaced
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
+    flags = ("--disk-to-disk", "--overwrite", "--refit", 0, "--ridge", 1e-3, "--json")
+    code, out, err = run("compress", output, output, *rest, *flags, "--eval", text)
+    assert code == 0, err
+    measured = json.loads(out)["evaluation"]
+    for when, folder in (("before", source), ("after", output)):
+        code, out, err = run(
+            *("evaluate", folder, "--text", text, "--seq-length", 64, "--device", "cpu", "--json")
+        )
+        assert code == 0, err
+        found = json.loads(out)["perplexity"]
+        assert measured[f"perplexity {when}"] == pytest.approx(found, rel=1e-3)
+    assert measured["perplexity before"] < 0.9 * measured["perplexity after"]
+
+
+def test_from_disk_to_disk_refusals_come_before_any_work(
+    compress_arguments, jargon_train, jargon_test, tmp_path, monkeypatch
+):
+    """Before the source is measured, too; and what was stopped is left as it is."""
+    monkeypatch.setattr(cli, "_perplexity_of", lambda *_: 1 / 0)
+    journal = Journal(tmp_path / ".out.partial", {})
+    journal.own.mkdir(parents=True)
+    journal.write()
+    arguments = (*compress_arguments, "--disk-to-disk", "--eval", jargon_test)
+    for changes, words in (
+        ((), "--resume"),
+        (("--resume", "--calibration", tmp_path / "none"), "neither a file that exists"),
+        (("--resume", "--eval", tmp_path / "none"), "neither a file that exists"),
+        (("--resume", "--sparsity", 0.999), "cannot be reached"),
+        (("--resume", "--device", "xyz"), "'xyz' is not a device"),
+    ):
+        code, _, err = run(*arguments, *changes)
+        assert code == 1 and words in err
+    sampled = ["self" if argument == jargon_train else argument for argument in arguments]
+    code, _, err = run(*sampled)
+    assert code == 1 and "samples from the whole model" in err
+    assert Journal.exists(tmp_path / ".out.partial")
+
+
 def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
     """A process of its own gets the signal that Ctrl+C sends, when its first layer is done."""
     longer = ("--disk-to-disk", "--num-samples", 24, "--seq-length", 128)  # to be in time for it
@@ -135,6 +183,96 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     assert plan["estimate"]["operations"]["gram"] == 128 * 1024 * 6 * moments
 
 
+def test_inspect_takes_the_options_of_compress(tiny_llama_dir):
+    """And shows what they say of the result and of memory, for a device that is not here too."""
+
+    def inspected(*flags):
+        code, out, err = run("inspect", tiny_llama_dir, "--sparsity", 0.3, "--json", *flags)
+        assert code == 0, err
+        return json.loads(out)
+
+    plain, biased = (inspected("--ignore", "self_attn", *b) for b in ((), ("--bias", "auto")))
+    before, after = (plan["total_parameters"][1] for plan in (plain, biased))
+    assert after - before == 6 * (2 * plain["widths"]["mlp"][0] + 256), "of gate, up and down"
+    host, split = (inspected("--device", device)["estimate"] for device in ("cpu", "cuda"))
+    assert host["host_bytes"] >= split["host_bytes"] + split["accelerator_bytes"] > 0
+    assert inspected("--seed", 7, "--fold", "linear")["widths"]
+    assert "fold='odd'" in run("inspect", tiny_llama_dir, "--sparsity", 0.3, "--fold", "odd")[2]
+
+
+@pytest.fixture
+def hub(tiny_llama_dir, tmp_path, monkeypatch):
+    """A hub's cache with a repository whose branch v1 is the bundled model, and main is not."""
+    repository = tmp_path / "hub" / "models--me--tiny"
+    for number, branch in enumerate(("main", "v1")):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit := f"{number}" * 40)
+        shutil.copytree(tiny_llama_dir, snapshot := repository / "snapshots" / commit)
+        if branch == "main":
+            config = AutoConfig.from_pretrained(tiny_llama_dir, num_hidden_layers=1)
+            AutoModelForCausalLM.from_config(config).save_pretrained(snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return "me/tiny"
+
+
+def test_a_source_on_the_hub_can_be_pinned(hub, compress_arguments, jargon_test, tmp_path):
+    def layers(*arguments):
+        code, out, err = run(*arguments, "--json")
+        assert code == 0, err
+        return len(json.loads(out)["widths"]["mlp"])
+
+    assert layers("inspect", hub, "--sparsity", 0.5) == 1
+    assert layers("inspect", hub, "--sparsity", 0.5, "--revision", "v1") == 6
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
+    tensors = []
+    for way in ("--in-memory", "--disk-to-disk"):
+        quick = ("--no-compensate", "--eval", text)
+        arguments = ("compress", hub, tmp_path / way, *compress_arguments[3:], way, *quick)
+        assert layers(*arguments, "--revision", "v1") == 6
+        assert CompressionReport.load(tmp_path / way).base_model == hub
+        tensors.append(tensors_of(tmp_path / way))
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    measured = []
+    for where in (hub, *((hub, "--revision", branch) for branch in ("main", "v1"))):
+        where = where if isinstance(where, tuple) else (where,)
+        code, out, err = run("evaluate", *where, "--text", text, "--seq-length", 64, "--json")
+        assert code == 0, err
+        measured.append(json.loads(out)["perplexity"])
+    assert measured[0] == measured[1] > 10 * measured[2]
+    code, out, _ = run("infer", hub, "--revision", "v1")
+    assert (code, out) == (0, 'Architecture("llama")\n')
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect", "infer"])
+def test_a_folder_has_no_revision(command, tiny_llama_dir, compress_arguments):
+    flags = {
+        "compress": compress_arguments[2:],
+        "evaluate": ("--text", "c4"),
+        "inspect": ("--sparsity", 0.5),
+        "infer": (),
+    }
+    code, out, err = run(command, tiny_llama_dir, *flags[command], "--revision", "v1")
+    assert (code, out) == (1, "")
+    assert "revision='v1' goes with a name on the hub" in err
+
+
+def test_what_needs_no_tokenizer_does_without(tiny_llama_dir, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_llama_dir / name, source)
+    flags = ("--sparsity", 0.5, "--num-samples", 8, "--seq-length", 16, "--no-compensate")
+    command = ("compress", source, tmp_path / "out", *flags, "--calibration")
+    code, _, err = run(*command, "self")
+    assert code == 0, err
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    shutil.rmtree(tmp_path / "out")
+    for extra in ((tiny_llama_dir / "config.json",), ("self", "--eval", tiny_llama_dir)):
+        code, _, err = run(*command, *extra)
+        assert code == 1 and "text needs a tokenizer" in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -153,6 +291,31 @@ def test_bad_input_is_one_line(compress_arguments, tmp_path, changes, message):
     assert "Traceback" not in err
     assert not out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compress", "evaluate", "export"])
+def test_weights_that_are_cut_short_are_one_line(
+    command, tiny_llama_dir, compress_arguments, jargon_test, tmp_path
+):
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "source")
+    (weights,) = source.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, out, err = run(
+        *{
+            "compress": (command, source, *compress_arguments[2:], "--in-memory"),
+            "evaluate": (command, source, "--text", jargon_test),
+            "export": (command, source, tmp_path / "out"),
+        }[command]
+    )
+    assert (code, out) == (1, "")
+    assert f"{source} is cut short or damaged" in err and "get it again" in err
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_a_device_that_is_none_is_one_line(tiny_llama_dir, jargon_test):
+    code, out, err = run("evaluate", tiny_llama_dir, "--text", jargon_test, "--device", "xyz")
+    assert (code, out) == (1, "")
+    assert "device='xyz' cannot be used here" in err
 
 
 def test_output_folder_is_respected(compress_arguments, tmp_path):

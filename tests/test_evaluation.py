@@ -205,7 +205,7 @@ def test_report_holds_only_what_was_asked_for(
     report = evaluate(
         tiny_llama,
         tokenizer,
-        tasks=["local_jargon"],
+        tasks=" local_jargon, ",
         include_path=rolling_task[0],
         limit=1,
         num_fewshot=0,
@@ -219,6 +219,12 @@ def test_what_cannot_be_evaluated_fails_before_the_model_runs(
     tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match="nothing to evaluate"):
         evaluate(tiny_llama, tokenizer)
+    for tasks in ("", " , ", [], [""]):
+        with pytest.raises(ValueError, match="nothing to evaluate"):
+            evaluate(tiny_llama, tokenizer, tasks=tasks)
+    with pytest.raises(ValueError, match=r"no task \['jargon', 'slang'\]"):
+        folder = rolling_task[0]
+        evaluate(tiny_llama, tokenizer, tasks="jargon, local_jargon,,slang ", include_path=folder)
     with pytest.raises(ValueError, match=r"no task \['jargon'\].*nearest: \['local_jargon'\]"):
         evaluate(
             tiny_llama, tokenizer, text=windows, tasks=["jargon"], include_path=rolling_task[0]

@@ -33,7 +33,13 @@ from grail_hf import CompressionReport, export
 from grail_hf.architectures import ARCHITECTURES
 from grail_hf.cli import app
 from grail_hf.export import FORMATS, padded_units
-from grail_hf.gguf_file import PRE_TOKENIZERS, deinterleaved, interleaved, rotary_factors
+from grail_hf.gguf_file import (
+    PRE_TOKENIZERS,
+    ExportError,
+    deinterleaved,
+    interleaved,
+    rotary_factors,
+)
 from grail_hf.modeling_grail import AUTO_MAP
 from grail_hf.saving import ALLOW
 
@@ -323,7 +329,7 @@ def test_a_result_that_is_another_function_is_not_put_in_place(tmp_path, monkeyp
     module = sys.modules["grail_hf.export"]
     monkeypatch.setattr(module, "padded_units", lambda *given: right(*given).roll(1, 0))
     (tmp_path / "out").mkdir()
-    with pytest.raises(RuntimeError, match="does not compute what"):
+    with pytest.raises(ExportError, match="does not compute what"):
         export(tmp_path / "in", tmp_path / "out", "padded")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert not list((tmp_path / "out").iterdir())
@@ -554,7 +560,7 @@ def test_a_gguf_that_differs_is_not_put_in_place(tmp_path, with_tokenizer, monke
     }
     monkeypatch.setattr(f"grail_hf.gguf_file.{broken}", wrong[broken])
     monkeypatch.setattr("grail_hf.gguf_file._rounding", lambda tensor, _: 0 * tensor)
-    with pytest.raises(RuntimeError, match=r"is not in model\.gguf as it is in the model"):
+    with pytest.raises(ExportError, match=r"is not in model\.gguf as it is in the model"):
         export(tmp_path / "in", tmp_path / "out", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
@@ -563,8 +569,11 @@ def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, with_tokenizer):
     model = with_tokenizer("llama")
     model.lm_head.weight.data[0, 0] = 1e5
     model.save_pretrained(tmp_path / "in")
-    with pytest.raises(RuntimeError, match="65504"):
+    with pytest.raises(ExportError, match="65504"):
         export(tmp_path / "in", tmp_path / "out", "gguf", gguf_type="f16")
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--format", "gguf"]
+    result = CliRunner().invoke(app, ["export", *arguments, "--gguf-type", "f16"])
+    assert result.exit_code == 1 and "65504" in result.stderr
 
 
 @pytest.mark.parametrize(("pattern", "ignore_merges"), PRE_TOKENIZERS)

@@ -463,6 +463,60 @@ def test_an_output_that_cannot_be_written_is_refused_at_once(source, monkeypatch
         compress(source, Path("/proc/out"))
 
 
+@pytest.mark.parametrize("what", ["a mount point", "the current folder", "above it"])
+def test_an_output_that_cannot_be_replaced_is_refused_at_once(source, tmp_path, monkeypatch, what):
+    """Before the calibration is asked for, and with nothing left behind."""
+    (output := tmp_path / "out").mkdir()
+    if what == "a mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    else:
+        (inside := output / "deeper").mkdir()
+        monkeypatch.chdir(output if what == "the current folder" else inside)
+    monkeypatch.setattr(disk_to_disk, "read_calibration", lambda *_: 1 / 0)
+    before = sorted(tmp_path.rglob("*"))
+    for named in (output, Path(os.path.relpath(output))):
+        message = rf"{output} is .*name a folder inside it, for example {output}/model"
+        with pytest.raises(OSError, match=message):
+            compress(source, named)
+        with pytest.raises(OSError, match=message), saving.replaced_when_whole(named):
+            raise AssertionError("the folder was given out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_root_cannot_be_replaced():
+    """A mount point that every machine has."""
+    with pytest.raises(OSError, match="is a mount point"):
+        saving.check_replaceable(Path("/"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_output_that_is_a_link_stays_one(there, source, whole, tmp_path):
+    """The folder that it leads to is replaced, and what grows lies beside that."""
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if there:
+        compress(source, real, seed=1)
+    stop(source, link, overwrite=True)
+    assert (real.parent / ".real.partial").is_dir()
+    compress(source, link, resume=True, overwrite=True)
+    assert link.is_symlink() and link.resolve() == real
+    assert files_of(real) == whole
+    assert sorted(tmp_path.iterdir()) == [real.parent, link]
+    assert list(real.parent.iterdir()) == [real]
+
+
+def test_a_link_in_the_old_folder_s_place_is_cleared_away(tmp_path):
+    (real := tmp_path / "real").mkdir()
+    (real / "mine").touch()
+    (tmp_path / ".out.old").symlink_to(real)
+    (tmp_path / "out").mkdir()
+    with saving.replaced_when_whole(tmp_path / "out") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "out" / "new").exists() and (real / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
+
+
 def test_an_old_output_stays_until_the_new_one_is_whole(source, tmp_path):
     """Killed between the two renames, too."""
     compress(source, tmp_path / "out", seed=1)

@@ -359,6 +359,20 @@ def test_what_is_pushed_loads_as_it_was(saved, hub, name):
     assert (folder / "README.md").read_text() == report.card()
 
 
+def test_a_model_that_was_pushed_as_it_was_saved_gets_its_card(hub, tmp_path):
+    """Not the one that transformers wrote; and a card that is somebody's stays."""
+    model = tiny_model("qwen3")
+    report = compress(model)
+    model.save_pretrained(tmp_path / "out", push_to_hub=True, repo_id="me/smaller")
+    assert (tmp_path / "out" / "README.md").read_text() == (hub[0] / "README.md").read_text()
+    report.save(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == report.card()
+
+    tiny_model("qwen3").save_pretrained(tmp_path / "dense", push_to_hub=True, repo_id="me/dense")
+    with pytest.raises(FileExistsError, match=r"README\.md"):
+        report.save(tmp_path / "dense")
+
+
 @pytest.mark.parametrize("settings", [{"refit": 1}, {"ignore": (1,)}], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_fitted_biases_are_in_the_checkpoint_and_are_read(case, settings, tmp_path):

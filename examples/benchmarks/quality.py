@@ -11,7 +11,7 @@ well as it can ("best": widths by `allocation="search"`, six steps of refit). "f
 with its own widths, of standardised scores sorted over the whole model, in every column. Prints one
 table of excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the
 best reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
-quality.json that it finds.
+quality.json that it finds, if that is of the same model, texts and numbers of tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -50,6 +51,8 @@ SETTINGS = {
     "ours": {},
     "best": {"allocation": "search", "refit": 6},
 }
+# What every row of one quality.json has in common.
+COMMON = ("model", "calibration", "text", "num_samples", "seq_length", "max_windows")
 # The selectors of the paper, whose references are the ones to beat.
 PAPER = ("magnitude", "wanda", "wanda++", "flap", "flap-global", "slimgpt", "fold")
 
@@ -67,24 +70,33 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=None)
     parser.add_argument("--output", type=Path, default=Path("build/quality"))
     arguments = parser.parse_args()
+    kept = arguments.output / "quality.json"
+    common = {name: getattr(arguments, name) for name in COMMON}
+    rows = []
+    if kept.exists():
+        found = json.loads(kept.read_text())
+        if found.get("settings") != common:
+            parser.error(
+                f"{kept} is of another run, with {found.get('settings', 'unknown settings')}: "
+                "give the same, or another --output"
+            )
+        rows = found["rows"]
     logging.disable_progress_bar()
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows = {
-        Path(text).stem: token_windows(
+        label: token_windows(
             text,
             tokenizer,
             seq_length=arguments.seq_length,
             max_windows=arguments.max_windows,
         )
-        for text in arguments.text
+        for label, text in labels(arguments.text).items()
     }
     dense = load(arguments.model)
     tokens = calibration_tokens(arguments, tokenizer, dense.config.vocab_size)
     baseline = losses(dense, windows)
-    kept = arguments.output / "quality.json"
-    rows = json.loads(kept.read_text())["rows"] if kept.exists() else []
     for sparsity in arguments.sparsities:
         for selector in arguments.selectors:
             for repair in arguments.repairs:
@@ -109,10 +121,23 @@ def main() -> None:
                     }
                 )
                 print(json.dumps(rows[-1]), flush=True)
-                result = {"calibration": tokens.summary(), "dense_loss": baseline, "rows": rows}
+                result = {
+                    "settings": common,
+                    "calibration": tokens.summary(),
+                    "dense_loss": baseline,
+                    "rows": rows,
+                }
                 kept.write_text(json.dumps(result, indent=2))
     Console(width=110).print(results_table(rows, list(windows)))
     plot(rows, baseline, arguments.output / "quality.png")
+
+
+def labels(texts: list[str]) -> dict[str, str]:
+    """A column's name -> its text: the stem, or all of the path where two texts have one stem."""
+    stems = Counter(Path(text).stem for text in set(texts))
+    return {
+        stem if stems[stem] == 1 else text: text for text in texts for stem in [Path(text).stem]
+    }
 
 
 def load(name: str) -> PreTrainedModel:
