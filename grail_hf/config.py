@@ -60,7 +60,8 @@ class GrailConfig:
             before (the paper), which a gate or an attention makes an approximation.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
             chooses it for each block by the error on every fourth window, and fits to all windows;
-            where nothing does better there than plain pruning, that is what is done.
+            where nothing does better there than plain pruning, that is what is done, without a
+            bias.
         bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
             give one (llama, and qwen3's attention; not where a llama is saved as another type for
             its number of heads). The block's other projections get biases of zero with it.
