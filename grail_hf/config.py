@@ -29,8 +29,8 @@ class GrailConfig:
             It always means the total: if one of `mlp_sparsity` and `attention_sparsity` is
             given, the other kind takes what is left to remove.
         mlp_sparsity: fraction of the MLP channels to remove, in [0, 1); of a mixture's experts,
-            of each expert's.
-        attention_sparsity: fraction of the attention units to remove, in [0, 1).
+            of each expert's. It is rounded to whole steps, with a warning where that is far off.
+        attention_sparsity: fraction of the attention units to remove, in [0, 1), likewise.
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
@@ -39,8 +39,8 @@ class GrailConfig:
             "uniform": one width per kind for all layers. "uniform-split": the same, at the split
             between attention and MLP that costs least. "error", "search", "flap": each layer its
             own widths, by the reconstruction error, by the measured divergence from the dense
-            model, or by standardised scores; such a checkpoint loads with `import grail_hf` or
-            `trust_remote_code=True`.
+            model, or by standardised scores (of a selector that measures, as `flap` does); such a
+            checkpoint loads with `import grail_hf` or `trust_remote_code=True`.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             behind the first that lost some, unless `ignore` names them.
@@ -216,9 +216,7 @@ class GrailConfig:
         """The selector's name; `module:qualname` of a function that was passed as one."""
         if isinstance(self.selector, str):
             return self.selector
-        function: Any = self.selector
-        while isinstance(function, functools.partial):
-            function = function.func
+        function = unwrapped(self.selector)
         named = function if hasattr(function, "__qualname__") else type(function)
         return f"{named.__module__}:{named.__qualname__}"
 
@@ -253,6 +251,13 @@ class GrailConfig:
         """One config from a config (or its dict, or nothing) and keyword overrides."""
         settings = config._settings() if isinstance(config, GrailConfig) else dict(config or {})
         return cls.from_dict(settings | overrides)
+
+
+def unwrapped(function: Any) -> Any:
+    """What `functools.partial` gave arguments to; a function without any as it is."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _is_integer(value: object) -> bool:

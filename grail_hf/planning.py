@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from grail_hf import processes
-from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
+from grail_hf.allocation import (
+    EXPERTS_STEP,
+    Budget,
+    Profiles,
+    Widths,
+    allocate,
+    find_allocation,
+)
 from grail_hf.architectures import (
     ATTENTION,
     MLP,
@@ -26,23 +33,19 @@ from grail_hf.architectures import (
     find_architecture,
 )
 from grail_hf.calibration import context_length
-from grail_hf.config import GrailConfig
+from grail_hf.config import GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
 from grail_hf.refit import refit_batches, refit_stride
 from grail_hf.saving import compressed_config, is_stock_causal_lm, switch_on_biases_
-from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
+from grail_hf.selectors import RANKS, Folding, Selector, find_selector, wanda_plus_plus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
-
-# transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
-# of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
-EXPERTS_STEP = 8
 
 # With 2 tokens a channel and little ridge, repair did worse than plain pruning on held-out text of
 # the bundled model; with 8 it did much better.
@@ -160,6 +163,7 @@ def plan_compression(
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
+    check_comparable(select, config)
     widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
@@ -282,10 +286,22 @@ def check_experts(
             f"selector={config.selector_name!r} folds units together, which is not offered for "
             "experts: choose a selector that removes them, or mlp_sparsity=0"
         )
-    if select is wanda_plus_plus:
+    if unwrapped(select) is wanda_plus_plus:
         raise ValueError(
             f"selector={config.selector_name!r} needs a gradient, which is not computed for "
             "experts: choose another selector, for example 'wanda', or mlp_sparsity=0"
+        )
+
+
+def check_comparable(select: Selector, config: GrailConfig) -> None:
+    """Raise ValueError where the allocation compares scores of groups, and they only order one."""
+    if find_allocation(config.allocation).compares_scores and (
+        isinstance(select, Folding) or unwrapped(select) in RANKS
+    ):
+        raise ValueError(
+            f"allocation={config.allocation!r} compares the scores of all groups, and "
+            f"selector={config.selector_name!r} only orders the units of each: use "
+            "selector='flap', or another that measures, or allocation='error'"
         )
 
 
