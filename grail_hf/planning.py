@@ -137,8 +137,9 @@ def plan_compression(
     Raises:
         TypeError: not a transformers model.
         ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised), a sparsity that cannot be reached, an
-            `ignore` entry that matches nothing, widths that no config can say.
+            be compressed (encoder-decoder, quantised, with adapters, with layers that share
+            parameters), a sparsity that cannot be reached, an `ignore` entry that matches nothing,
+            widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -149,6 +150,7 @@ def plan_compression(
             f"{model.config.model_type!r}: give that type's, or None for the table's"
         )
     layers = decoder_layers(model, architecture)
+    check_apart(layers)
     specs = tuple(
         architecture.groups(model.config, layer, config.attention_unit) for layer in layers
     )
@@ -399,6 +401,19 @@ def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.Mod
     return layers
 
 
+def check_apart(layers: nn.ModuleList) -> None:
+    """Raise ValueError where two decoder layers hold one parameter: each is cut by itself."""
+    owners: dict[int, tuple[int, str]] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            owner, own = owners.setdefault(id(parameter), (index, name))
+            if owner != index:
+                raise ValueError(
+                    f"decoder layers {owner} and {index} share a parameter ({own} and {name}), and "
+                    "each layer is cut and repaired by itself: give every layer a copy of its own"
+                )
+
+
 def check_model(model: object) -> None:
     """Raise TypeError or ValueError for a model that no setting could compress."""
     from transformers import PreTrainedModel
@@ -412,6 +427,11 @@ def check_model(model: object) -> None:
         raise ValueError(
             f"{model.config.model_type!r} is an encoder-decoder; grail_hf compresses decoder-only "
             "models"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has PEFT adapters: merge them into it and save it (PeftModel's "
+            "merge_and_unload()), or load it without them"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(
         model.config, "quantization_config", None
