@@ -7,6 +7,7 @@ width a kind, which any stock config can say, or each layer its own.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,17 @@ from itertools import pairwise, product
 
 from torch import Tensor
 
-from grail_hf.architectures import ATTENTION, MLP
+from grail_hf.architectures import ATTENTION, EXPERTS, MLP
 from grail_hf.config import GrailConfig, unknown_name
+
+logger = logging.getLogger(__name__)
 
 # Largest distance between the sparsity asked for and the one reached.
 TOLERANCE = 0.005
+
+# transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
+# of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
+EXPERTS_STEP = 8
 
 Widths = dict[str, tuple[int, ...]]
 """Kind -> units kept, one number a layer."""
@@ -175,11 +182,14 @@ class Allocation:
         loss: what each width of a group loses, from its profile; None where nothing is measured.
         per_layer: each layer gets a width of its own.
         divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
+        compares_scores: whether the loss reads `Profile.scores`, so that those of one group must
+            mean something beside another's.
     """
 
     loss: Callable[[Profile, Budget], Curve] | None = None
     per_layer: bool = True
     divergences: bool = False
+    compares_scores: bool = False
 
 
 def find_allocation(name: str) -> Allocation:
@@ -196,24 +206,87 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
     Without profiles, all layers are taken to lose alike: a forecast where the rule measures.
 
     Raises:
-        ValueError: an unknown rule, or no widths come within `TOLERANCE`; lists the sparsities
-            next to the one asked.
+        ValueError: an unknown rule, infinite scores that it cannot compare, a kind's own sparsity
+            that removes nothing, or no widths come within `TOLERANCE`; lists the sparsities next to
+            the one asked.
     """
     rule = find_allocation(config.allocation)
     curves = None
     if profiles is not None and rule.loss is not None:
+        if rule.compares_scores:
+            _check_finite(profiles, config)
         curves = {
             (kind, layer): rule.loss(profile, budgets[kind])
             for (kind, layer), profile in profiles.items()
         }
-    if not rule.per_layer:
-        return _in_all_layers(budgets, config, curves)
-    curves = curves or _alike(budgets)
-    widths = _by_layer(budgets, config, curves)
-    said = budgets[ATTENTION].said
-    if said is not None and max(widths[ATTENTION]) not in said:
-        return _by_layer(budgets, config, _with_said_widest(curves, widths[ATTENTION], said))
+    if rule.per_layer:
+        curves = curves or _alike(budgets)
+        widths, said = _by_layer(budgets, config, curves), budgets[ATTENTION].said
+        if said is not None and max(widths[ATTENTION]) not in said:
+            curves = _with_said_widest(curves, widths[ATTENTION], said)
+            widths = _by_layer(budgets, config, curves)
+    else:
+        widths = _in_all_layers(budgets, config, curves)
+    if profiles is None:  # once for a plan; what is measured moves units, and not their number
+        _check_own_sparsities(budgets, widths, config)
     return widths
+
+
+def _check_finite(profiles: Profiles, config: GrailConfig) -> None:
+    for (kind, layer), profile in profiles.items():
+        infinite = int((~profile.scores.isfinite()).sum())
+        if infinite:
+            raise ValueError(
+                f"selector {config.selector_name!r} gives {infinite} infinite scores to the {kind} "
+                f"of layer {layer}, which allocation={config.allocation!r} cannot standardise: "
+                "return finite scores, or use allocation='error'"
+            )
+
+
+def _check_own_sparsities(budgets: Budgets, widths: Widths, config: GrailConfig) -> None:
+    """Warn where a kind's own sparsity is missed by far; raise ValueError where nothing goes."""
+    for kind, asked in ((ATTENTION, config.attention_sparsity), (MLP, config.mlp_sparsity)):
+        if not asked:
+            continue
+        own = {
+            name: budget
+            for name, budget in budgets.items()
+            if (name == ATTENTION) == (kind == ATTENTION)
+        }
+        free = sum(budget.free_cost for budget in own.values())
+        full = sum(budget.cost(budget.num_units) for budget in own.values())
+        removed = full - sum(budget.cost_of(widths[name]) for name, budget in own.items())
+        if not removed:
+            raise ValueError(_nothing_goes(kind, asked, own[_leader(own)], config))
+        if abs(removed / free - asked) > TOLERANCE:
+            logger.warning(
+                "%s_sparsity=%g is rounded to whole units: %.4g is reached",
+                *(kind, asked, removed / free),
+            )
+
+
+def _nothing_goes(kind: str, asked: float, budget: Budget, config: GrailConfig) -> str:
+    """Why a kind's own sparsity removes no unit of those of a budget."""
+    units, per_layer = budget.num_units, find_allocation(config.allocation).per_layer
+    widths = budget.widths if per_layer else budget.uniform_widths
+    narrower = [width for width in widths if width < units]
+    if not narrower:
+        return (
+            f"{kind}_sparsity={asked:g} cannot be had: with multiple_of={config.multiple_of} and "
+            f"attention_unit={config.attention_unit!r}, no layer's {kind} can have fewer than its "
+            f"{units} units; use {kind}_sparsity=0"
+        )
+    apart = budget.layers - len(budget.ignored) if per_layer else 1
+    least = (units - max(narrower)) / (units * apart)
+    return (
+        f"{kind}_sparsity={asked:g} is rounded to nothing: the least that removes any of the "
+        f"{units} units in a layer is {kind}_sparsity={least:.4g}; use that, or {kind}_sparsity=0"
+    )
+
+
+def _leader(budgets: Budgets) -> str:
+    """Of several kinds, the one that most can be removed of; a mixture's others go by it."""
+    return max(budgets, key=lambda kind: budgets[kind].free_cost)
 
 
 def _in_all_layers(
@@ -228,7 +301,7 @@ def _in_all_layers(
     """
     attention = budgets[ATTENTION]
     mlps = {kind: budget for kind, budget in budgets.items() if kind != ATTENTION}
-    leader = max(mlps.values(), key=lambda budget: budget.free_cost)
+    leader = mlps[_leader(mlps)]
     total = sum(budget.cost(budget.num_units) for budget in budgets.values())
     attention_widths = _own_widths(ATTENTION, attention, config.attention_sparsity)
     mlp_widths = _own_widths(MLP, leader, config.mlp_sparsity)
@@ -264,7 +337,7 @@ def _in_all_layers(
     near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
     if not near:
         every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
-        raise ValueError(_unreachable(wanted, every, config, attention))
+        raise ValueError(_unreachable(wanted, every, budgets, config))
     if curves is not None:
         return widths(
             min(
@@ -337,8 +410,7 @@ def _by_layer(
                 widths[kind][layer] = width
         reached = config.sparsity - missing() / total
         if abs(reached - config.sparsity) > TOLERANCE:
-            message = _unreachable(config.sparsity, {reached}, config, budgets[ATTENTION])
-            raise ValueError(message)
+            raise ValueError(_unreachable(config.sparsity, {reached}, budgets, config))
     return {kind: tuple(values) for kind, values in widths.items()}
 
 
@@ -374,6 +446,8 @@ def _spend(
     ones that follow take what is left.
     """
     widths = {slot: max(curve) for slot, curve in curves.items()}
+    if parameters <= 0:  # a step of less than half the finest would go all the same
+        return widths
     segments = [
         (slot, wide, narrow) for slot, curve in curves.items() for wide, narrow in _hull(curve)
     ]
@@ -457,16 +531,18 @@ def _alike(budgets: Budgets) -> dict[tuple[str, int], Curve]:
 
 
 def _unreachable(
-    wanted: float, reachable: set[float], config: GrailConfig, attention: Budget
+    wanted: float, reachable: set[float], budgets: Budgets, config: GrailConfig
 ) -> str:
     below = sorted(value for value in reachable if value < wanted)[-3:]
     above = sorted(value for value in reachable if value > wanted)[:3]
     remedies = ["choose one of these"]
-    if config.multiple_of > 1:
+    leader = _leader({kind: budget for kind, budget in budgets.items() if kind != ATTENTION})
+    least = EXPERTS_STEP if leader == EXPERTS else 1
+    if budgets[leader].free_cost and budgets[leader].step > least:
         remedies.append("a smaller multiple_of")
     if config.mlp_sparsity is not None or config.attention_sparsity is not None:
         remedies.append("drop mlp_sparsity or attention_sparsity")
-    said = ""
+    said, attention = "", budgets[ATTENTION]
     if attention.uniform_widths != attention.widths:
         remedies += [attention.remedy] if attention.remedy else []
         said = (
@@ -484,7 +560,7 @@ def _unreachable(
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(per_layer=False),
     "uniform-split": Allocation(search, per_layer=False, divergences=True),
-    "flap": Allocation(flap),
+    "flap": Allocation(flap, compares_scores=True),
     "error": Allocation(error),
     "search": Allocation(search, divergences=True),
 }

@@ -59,20 +59,21 @@ def ridge(
         stats: of the consumer's inputs and targets, fp32 or fp64.
         kept: [K] int64, S; None for all, where the statistics have a cross moment.
         damping: relative to the mean diagonal, >= 0; infinite damping is plain pruning. "auto"
-            chooses by the held-out tokens (`choose_damping`) and fits to all.
+            chooses by the held-out tokens (`choose_damping`), an intercept or none too, and fits
+            to all.
         name: of the group, for messages.
         intercept: fit Y - X_S V^T - 1 b^T: V from moments about the means, with the damping
             relative to those too, and the bias b = mean y - V mean x_S, undamped.
         least: the damping is at least this, whatever is asked or chosen.
 
     Returns:
-        V, and b. More damping than asked is used, with a warning, where the Gram is singular
-        (`damped_cholesky`).
+        V, and b where there is an intercept. More damping than asked is used, with a warning, where
+        the Gram is singular (`damped_cholesky`).
     """
     if kept is not None:
         stats, weight = stats.restricted(kept, weight), weight[:, kept]
     if isinstance(damping, str):
-        damping, _ = choose_damping(weight, stats, intercept=intercept)
+        damping, intercept, _ = choose_damping(weight, stats, intercept=intercept)
     damping = max(damping, least)
     if intercept:
         x, y = stats.mean, stats.target_total_of(weight) / stats.count
@@ -87,16 +88,17 @@ def ridge(
 
 def choose_damping(
     weight: Tensor, stats: GramStats, kept: Tensor | None = None, intercept: bool = False
-) -> tuple[float, float]:
-    """The damping of `DAMPINGS`, or infinity, that does best on the held-out tokens, and its error.
+) -> tuple[float, bool, float]:
+    """The damping of `DAMPINGS`, or infinity, that does best on the held-out tokens.
 
     With the moments G, C of the tokens that are not held out, and G', C', E' of those that are,
     the least over d of
 
         (E' - 2 tr(V C'^T) + tr(V G' V^T)) / E',    V = W_S + (C_S - W_S G_SS) (G_SS + d I)^-1
 
-    where d is relative to mean(diag G_SS). Infinity is plain pruning, V = W_S, so the choice never
-    does worse than that on the held-out tokens. A damping that leaves G_SS singular is no choice.
+    where d is relative to mean(diag G_SS). Infinity is V = W_S and, without an intercept, plain
+    pruning, so the choice never does worse than that on the held-out tokens. A damping that leaves
+    G_SS singular is no choice.
 
     A Cholesky factorisation a damping, K^3 / 3 + 4 O K^2 each, takes 1.4 times as long on a CPU as
     one eigendecomposition for all of them (K = 2048), and needs no care where the Gram is singular.
@@ -105,7 +107,11 @@ def choose_damping(
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, with its held-out part.
         kept: [K] int64, S; None as in `ridge`.
-        intercept: all moments are about the means of the tokens that are not held out.
+        intercept: all but plain pruning have one: with the moments about the means of the tokens
+            that are not held out, the sum above is the error with it.
+
+    Returns:
+        The damping, whether there is an intercept with it, and the error, relative to E' as it is.
 
     Raises:
         ValueError: nothing was held out.
@@ -116,23 +122,24 @@ def choose_damping(
     if kept is not None:
         held_out = held_out.restricted(kept, weight)
         stats, weight = stats.restricted(kept, weight), weight[:, kept]
-    fitted = stats.fitted()
+    fitted, energy = stats.fitted(), held_out.target_energy
+    errors = {(math.inf, False): _squared_error([weight], held_out)}
     if intercept:
         count = max(fitted.count, 1)
         x, y = fitted.total / count, fitted.target_total_of(weight) / count
         fitted, held_out = fitted.about(x, y), held_out.about(x, y)
+        errors[math.inf, True] = _squared_error([weight], held_out)
     missing, scale = fitted.missing_of(weight), fitted.energy.mean()
     fitted.cross = None
-    errors = {math.inf: reconstruction_error(weight, weight, held_out)}
     for damping in DAMPINGS:
         factor = sound_cholesky_(fitted.moments.dense(), damping * scale)
         if factor is not None:
             pairs = zip(torch.split(missing, PART), torch.split(weight, PART), strict=True)
             parts = (cholesky_solve_(part.clone(), factor).add_(own) for part, own in pairs)
-            errors[damping] = _relative(_squared_error(parts, held_out), held_out)
+            errors[damping, intercept] = _squared_error(parts, held_out)
         del factor  # before the next one is made
     best = min(errors, key=errors.__getitem__)
-    return best, errors[best]
+    return *best, _relative(errors[best], energy)
 
 
 def reconstruction_error(
@@ -157,23 +164,26 @@ def reconstruction_error(
     if bias is not None:
         shortfall = stats.target_total_of(weight) - new @ stats.total
         error += (bias @ (stats.count * bias - 2 * shortfall)).item()
-    return _relative(error, stats)
+    return _relative(error, stats.target_energy)
 
 
 def _squared_error(parts: Iterable[Tensor], stats: GramStats) -> float:
-    """||Y - X V^T||^2 for V [O, K], which comes some of its rows at a time."""
+    """||Y - X V^T||^2 for V [O, K], which comes some of its rows at a time.
+
+    Not negative, whatever the rounding.
+    """
     assert stats.cross is not None
     error, start = stats.target_energy, 0
     for part in parts:
         cross = stats.cross[start : start + len(part)]
         error += stats.moments.quadratic(part).item() - 2 * sum_of_products(part, cross)
         start += len(part)
-    return error
+    return max(error, 0.0)
 
 
-def _relative(error: float, stats: GramStats) -> float:
-    """To ||Y||^2; rounding may take an exact zero below it."""
-    return max(error, 0.0) / stats.target_energy if stats.target_energy > 0 else 0.0
+def _relative(error: float, energy: float) -> float:
+    """An error, which rounding may take below zero, to ||Y||^2."""
+    return max(error, 0.0) / energy if energy > 0 else 0.0
 
 
 def error_curve(

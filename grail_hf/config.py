@@ -29,9 +29,9 @@ class GrailConfig:
             It always means the total: if one of `mlp_sparsity` and `attention_sparsity` is
             given, the other kind takes what is left to remove.
         mlp_sparsity: fraction of the MLP channels to remove, in [0, 1); of a mixture's experts,
-            of each expert's.
-        attention_sparsity: fraction of the attention units to remove, in [0, 1); rounded to what
-            the config can say.
+            of each expert's. It is rounded to whole steps, with a warning where that is far off.
+        attention_sparsity: fraction of the attention units to remove, in [0, 1), likewise, and to
+            what the config can say.
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
@@ -40,8 +40,8 @@ class GrailConfig:
             "uniform": one width per kind for all layers. "uniform-split": the same, at the split
             between attention and MLP that costs least. "error", "search", "flap": each layer its
             own widths, by the reconstruction error, by the measured divergence from the dense
-            model, or by standardised scores; such a checkpoint loads with `import grail_hf` or
-            `trust_remote_code=True`.
+            model, or by standardised scores (of a selector that measures, as `flap` does); such a
+            checkpoint loads with `import grail_hf` or `trust_remote_code=True`.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             behind the first that lost some, unless `ignore` names them.
@@ -61,7 +61,8 @@ class GrailConfig:
             before (the paper), which a gate or an attention makes an approximation.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
             chooses it for each block by the error on every fourth window, and fits to all windows;
-            where nothing does better there than plain pruning, that is what is done.
+            where nothing does better there than plain pruning, that is what is done, without a
+            bias.
         bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
             give one (llama, and qwen3's attention; not where a llama is saved as another type for
             its number of heads). The block's other projections get biases of zero with it.
@@ -217,9 +218,7 @@ class GrailConfig:
         """The selector's name; `module:qualname` of a function that was passed as one."""
         if isinstance(self.selector, str):
             return self.selector
-        function: Any = self.selector
-        while isinstance(function, functools.partial):
-            function = function.func
+        function = unwrapped(self.selector)
         named = function if hasattr(function, "__qualname__") else type(function)
         return f"{named.__module__}:{named.__qualname__}"
 
@@ -254,6 +253,13 @@ class GrailConfig:
         """One config from a config (or its dict, or nothing) and keyword overrides."""
         settings = config._settings() if isinstance(config, GrailConfig) else dict(config or {})
         return cls.from_dict(settings | overrides)
+
+
+def unwrapped(function: Any) -> Any:
+    """What `functools.partial` gave arguments to; a function without any as it is."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _is_integer(value: object) -> bool:

@@ -133,7 +133,11 @@ class Group:
         if not isinstance(module, nn.Linear) and not (
             self.spec.transposed and hasattr(module, "nf")
         ):
-            raise TypeError(f"{path} of {self.name} is a {type(module).__name__}, not a Linear")
+            kind = type(module)
+            raise TypeError(
+                f"{path} of {self.name} is a {kind.__module__}.{kind.__qualname__}, not a "
+                "torch.nn.Linear"
+            )
         return Projection(module, self.spec.transposed)
 
     @property

@@ -17,7 +17,14 @@ import torch
 from torch import nn
 
 from grail_hf import processes
-from grail_hf.allocation import Budget, Profiles, Widths, allocate, find_allocation
+from grail_hf.allocation import (
+    EXPERTS_STEP,
+    Budget,
+    Profiles,
+    Widths,
+    allocate,
+    find_allocation,
+)
 from grail_hf.architectures import (
     ATTENTION,
     MLP,
@@ -27,7 +34,7 @@ from grail_hf.architectures import (
     find_architecture,
 )
 from grail_hf.calibration import context_length
-from grail_hf.config import GrailConfig
+from grail_hf.config import GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
@@ -38,17 +45,13 @@ from grail_hf.saving import (
     said_widths,
     switch_on_biases_,
 )
-from grail_hf.selectors import Folding, Selector, find_selector, wanda_plus_plus
+from grail_hf.selectors import RANKS, Folding, Selector, find_selector, wanda_plus_plus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 logger = logging.getLogger(__name__)
-
-# transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
-# of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
-EXPERTS_STEP = 8
 
 # With 2 tokens a channel and little ridge, repair did worse than plain pruning on held-out text of
 # the bundled model; with 8 it did much better.
@@ -140,8 +143,9 @@ def plan_compression(
     Raises:
         TypeError: not a transformers model.
         ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised), a sparsity that cannot be reached, an
-            `ignore` entry that matches nothing, widths that no config can say.
+            be compressed (encoder-decoder, quantised, with adapters, with layers that share
+            parameters), a sparsity that cannot be reached, an `ignore` entry that matches nothing,
+            widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -152,6 +156,7 @@ def plan_compression(
             f"{model.config.model_type!r}: give that type's, or None for the table's"
         )
     layers = decoder_layers(model, architecture)
+    check_apart(layers)
     specs = tuple(
         architecture.groups(model.config, layer, config.attention_unit) for layer in layers
     )
@@ -168,6 +173,7 @@ def plan_compression(
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
+    check_comparable(select, config)
     widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
@@ -290,10 +296,22 @@ def check_experts(
             f"selector={config.selector_name!r} folds units together, which is not offered for "
             "experts: choose a selector that removes them, or mlp_sparsity=0"
         )
-    if select is wanda_plus_plus:
+    if unwrapped(select) is wanda_plus_plus:
         raise ValueError(
             f"selector={config.selector_name!r} needs a gradient, which is not computed for "
             "experts: choose another selector, for example 'wanda', or mlp_sparsity=0"
+        )
+
+
+def check_comparable(select: Selector, config: GrailConfig) -> None:
+    """Raise ValueError where the allocation compares scores of groups, and they only order one."""
+    if find_allocation(config.allocation).compares_scores and (
+        isinstance(select, Folding) or unwrapped(select) in RANKS
+    ):
+        raise ValueError(
+            f"allocation={config.allocation!r} compares the scores of all groups, and "
+            f"selector={config.selector_name!r} only orders the units of each: use "
+            "selector='flap', or another that measures, or allocation='error'"
         )
 
 
@@ -411,6 +429,19 @@ def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.Mod
     return layers
 
 
+def check_apart(layers: nn.ModuleList) -> None:
+    """Raise ValueError where two decoder layers hold one parameter: each is cut by itself."""
+    owners: dict[int, tuple[int, str]] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            owner, own = owners.setdefault(id(parameter), (index, name))
+            if owner != index:
+                raise ValueError(
+                    f"decoder layers {owner} and {index} share a parameter ({own} and {name}), and "
+                    "each layer is cut and repaired by itself: give every layer a copy of its own"
+                )
+
+
 def check_model(model: object) -> None:
     """Raise TypeError or ValueError for a model that no setting could compress."""
     from transformers import PreTrainedModel
@@ -424,6 +455,11 @@ def check_model(model: object) -> None:
         raise ValueError(
             f"{model.config.model_type!r} is an encoder-decoder; grail_hf compresses decoder-only "
             "models"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has PEFT adapters: merge them into it and save it (PeftModel's "
+            "merge_and_unload()), or load it without them"
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(
         model.config, "quantization_config", None

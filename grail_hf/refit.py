@@ -97,7 +97,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
     Args:
         block: the decoder layer and its calibration hidden states.
-        group: already shrunk and repaired; without a linear producer, nothing is done.
+        group: already shrunk and repaired; without a linear producer, or with one that the block's
+            output does not depend on, nothing is done.
         steps: conjugate gradient steps.
         damping: of each row, relative to its own curvature M_ii.
 
@@ -147,6 +148,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         probe = torch.randint(0, 2, (1, start.shape[1]), generator=generator).to(factor) * 2 - 1
         put(to_weight(probe.expand(start.shape)))
         coupling = _coupling(block, group, linear, runs).div_(start.shape[1])
+        if not coupling.any():
+            return  # a dead block: whatever the weight, it puts out the same
         rows = coupling.diagonal()[:, None].clone()
         rows = rows.clamp_min(1e-6 * rows.max().clamp_min(torch.finfo(rows.dtype).tiny))
         preconditioner, _ = cholesky_(coupling, damping * rows.flatten())

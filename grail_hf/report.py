@@ -173,7 +173,7 @@ class CompressionReport:
             linear: the repair that the linear form gives.
             used: the model holds it.
         """
-        error = reconstruction_error(weight, linear.weight, stats)
+        error = reconstruction_error(weight, linear.weight, stats, bias=linear.bias)
         last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
         self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
 

@@ -427,6 +427,10 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
+# Their scores say which of a group's units go first, and nothing of two groups.
+RANKS = (random, gram)
+
+
 def find_selector(selector: str | Selector) -> Selector:
     """The selector of a name; a function or a `Folding` is returned as it is.
 

@@ -177,12 +177,76 @@ def test_sparsity_zero_keeps_all(budgets):
 @given(budgets(), fractions, fractions)
 @few
 def test_a_kind_s_own_sparsity_gives_the_nearest_width(budgets, attention, mlp):
-    widths = uniform(budgets, GrailConfig(attention_sparsity=attention, mlp_sparsity=mlp))
-    for kind, sparsity in ((ATTENTION, attention), (MLP, mlp)):
-        wish = (1 - sparsity) * budgets[kind].num_units
-        assert widths[kind] in possible(budgets[kind])
-        nearest = min(abs(width - wish) for width in possible(budgets[kind]))
-        assert abs(widths[kind] - wish) == nearest
+    config = GrailConfig(attention_sparsity=attention, mlp_sparsity=mlp)
+    asked = {ATTENTION: attention, MLP: mlp}
+    nearest = {
+        kind: min(
+            possible(budget), key=lambda width: abs(width - (1 - asked[kind]) * budget.num_units)
+        )
+        for kind, budget in budgets.items()
+    }
+    whole = [kind for kind in asked if asked[kind] and nearest[kind] == budgets[kind].num_units]
+    if whole:
+        with pytest.raises(ValueError, match=f"{whole[0]}_sparsity.*(rounded to|cannot be had)"):
+            uniform(budgets, config)
+    else:
+        assert uniform(budgets, config) == nearest
+
+
+@pytest.mark.parametrize(
+    ("rule", "asked", "reached", "told"),
+    [
+        ("uniform", 0.25, 0.25, False),
+        ("uniform", 0.38, 0.5, True),
+        ("uniform", 0.3, 0.25, True),
+        ("error", 0.372, 0.375, False),
+        ("error", 0.3, 0.3125, True),
+    ],
+)
+def test_a_kind_s_own_sparsity_says_what_it_is_rounded_to(rule, asked, reached, told, caplog):
+    budgets = {ATTENTION: Budget(4, 100, layers=4), MLP: Budget(100, 10, layers=4)}
+    config = GrailConfig(attention_sparsity=asked, mlp_sparsity=0.5, allocation=rule)
+    assert 1 - sum(allocate(budgets, config)[ATTENTION]) / 16 == reached
+    message = f"attention_sparsity={asked} is rounded to whole units: {reached} is reached"
+    assert [record.getMessage() for record in caplog.records] == [message] * told
+
+
+@pytest.mark.parametrize("total", [None, 0.3])
+@pytest.mark.parametrize(
+    ("rule", "ignored", "least"),
+    [("uniform", [], 0.25), ("error", [], 0.0625), ("error", [1], 1 / 12)],
+)
+def test_a_kind_s_own_sparsity_that_removes_nothing_says_what_would(total, rule, ignored, least):
+    budgets = {
+        ATTENTION: Budget(4, 100, layers=4, ignored=frozenset(ignored)),
+        MLP: Budget(100, 30, layers=4),
+    }
+    rest = {"sparsity": total} if total else {"mlp_sparsity": 0.3}
+    config = GrailConfig(attention_sparsity=least / 3, allocation=rule, **rest)
+    with pytest.raises(ValueError, match="rounded to nothing") as caught:
+        allocate(budgets, config)
+    (offer,) = re.findall(r"is attention_sparsity=([\d.]+)", str(caught.value))
+    assert float(offer) == pytest.approx(least, rel=1e-3)
+    widths = allocate(budgets, dataclasses.replace(config, attention_sparsity=float(offer)))
+    assert sum(widths[ATTENTION]) == (12 if rule == "uniform" else 15)
+
+
+@pytest.mark.parametrize("rule", ALLOCATIONS)
+def test_units_that_cannot_go_singly_are_said(rule):
+    budgets = {ATTENTION: Budget(1, 100, layers=2), MLP: Budget(100, 30, layers=2)}
+    config = GrailConfig(attention_sparsity=0.5, mlp_sparsity=0.3, allocation=rule)
+    with pytest.raises(ValueError, match="can have fewer than its 1 units"):
+        allocate(budgets, config)
+
+
+@pytest.mark.parametrize("rule", ALLOCATIONS)
+@pytest.mark.parametrize("settings", [{"sparsity": 0}, {"sparsity": None, "mlp_sparsity": 0}])
+def test_nothing_asked_is_nothing_removed_where_the_last_step_is_short(rule, settings):
+    """From 83 units to 80 is less than half a step of 8."""
+    budgets = {ATTENTION: Budget(4, 100, layers=2), MLP: Budget(83, 30, step=8, layers=2)}
+    if settings["sparsity"] is None:
+        settings = settings | {"attention_sparsity": 0.25}
+    assert allocate(budgets, GrailConfig(allocation=rule, **settings))[MLP] == (83, 83)
 
 
 @pytest.mark.parametrize("given_kind", [ATTENTION, MLP])
@@ -193,6 +257,7 @@ def test_the_other_kind_takes_what_is_left_to_remove(given_kind, budgets, own, w
     other = ATTENTION if given_kind == MLP else MLP
     wish = (1 - own) * budgets[given_kind].num_units
     fixed = min(possible(budgets[given_kind]), key=lambda width: abs(width - wish))
+    assume(fixed < budgets[given_kind].num_units or own == 0)
     gaps = [
         abs(sparsity_of(budgets, {given_kind: fixed, other: width}) - wanted)
         for width in possible(budgets[other])
@@ -442,6 +507,20 @@ def test_flap_removes_the_lowest_standardised_scores_of_the_whole_model():
     standard = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True)
     kept = standard >= standard.flatten().sort().values[40]
     assert widths == tuple(kept.sum(1).tolist())
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_infinite_scores_cannot_be_standardised(value):
+    budgets = {
+        ATTENTION: Budget(1, 1, layers=2, ignored=frozenset(range(2))),
+        MLP: Budget(8, 1, layers=2),
+    }
+    scores = torch.arange(8.0)
+    profiles = {(MLP, 0): Profile(scores, torch.zeros(9))}
+    profiles[MLP, 1] = Profile(torch.where(scores < 2, value, scores), torch.zeros(9))
+    config = GrailConfig(sparsity=0.3, allocation="flap", selector="mine")
+    with pytest.raises(ValueError, match=r"'mine' gives 2 infinite scores to the mlp of layer 1"):
+        allocate(budgets, config, profiles)
 
 
 def test_flap_takes_alike_scores_to_say_nothing():

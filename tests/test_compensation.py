@@ -260,14 +260,20 @@ def draw_split(tokens: int, channels: int, targeted: bool, seed: int):
 def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
     tokens, targeted, intercept, seed
 ):
-    """Least squares on the activations themselves, and nothing but plain pruning beside it."""
+    """Least squares on the activations themselves, and nothing but plain pruning beside it.
+
+    With an intercept, moving inputs and targets by their means first leaves the same; plain pruning
+    has none.
+    """
     weight, x, y, stats = draw_split(tokens, 12, targeted, seed)
     kept, _ = split(12, 8, seed)
     number = tokens - tokens // 4
+    energy = y[number:].square().sum()
+    plain = y[number:] - x[number:][:, kept] @ weight[:, kept].T
+    errors = {(float("inf"), False): (plain.square().sum() / energy).item()}
     if intercept:
         x, y = x - x[:number].mean(0), y - y[:number].mean(0)
     scale = x[:number][:, kept].square().sum(0).mean()
-    errors = {}
     for damping in (*compensation.DAMPINGS, float("inf")):
         new = weight[:, kept]
         if damping != float("inf"):
@@ -276,14 +282,29 @@ def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
             stacked = torch.cat([y[:number], d * new.T])
             new = torch.linalg.lstsq(system, stacked, driver="gels").solution.T
         miss = y[number:] - x[number:][:, kept] @ new.T
-        errors[damping] = (miss.square().sum() / y[number:].square().sum()).item()
+        errors[damping, intercept] = (miss.square().sum() / energy).item()
     repair = compensation.ridge(weight, stats, kept, "auto", intercept=intercept)
-    damping, error = compensation.choose_damping(weight, stats, kept, intercept)
-    assert damping == repair.damping
+    damping, moved, error = compensation.choose_damping(weight, stats, kept, intercept)
+    assert (damping, moved) == (repair.damping, repair.bias is not None)
     assert error == pytest.approx(min(errors.values()), rel=1e-5)
-    assert errors[repair.damping] == pytest.approx(min(errors.values()), rel=1e-5)
-    whole = compensation.ridge(weight, stats, kept, repair.damping, intercept=intercept)
+    assert errors[damping, moved] == pytest.approx(min(errors.values()), rel=1e-5)
+    whole = compensation.ridge(weight, stats, kept, damping, intercept=moved)
     assert torch.equal(repair.weight, whole.weight)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_auto_damping_prunes_without_a_bias_where_any_bias_is_of_noise(targeted):
+    """Channels that know nothing of each other, and other means among the held-out tokens."""
+    x, weight = draw_normal(16, 40, seed=0), draw_normal(5, 40, seed=1)
+    kept, removed = split(40, 38, seed=2)
+    x[:, removed] *= 1e-2
+    x[:12, removed], x[12:, removed] = x[:12, removed] + 1, x[12:, removed] - 1
+    y = x @ weight.T if targeted else None
+    stats = activation_moments(x, y)
+    stats.held_out = activation_moments(x[12:], None if y is None else y[12:])
+    repair = compensation.ridge(weight, stats, kept, "auto", intercept=True)
+    assert (repair.damping, repair.bias) == (float("inf"), None)
+    assert torch.equal(repair.weight, weight[:, kept])
 
 
 def test_auto_damping_prunes_plainly_where_channels_know_nothing_of_each_other():

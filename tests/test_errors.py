@@ -145,6 +145,45 @@ def test_a_quantised_model_is_refused(place):
         compress(model, Untouchable())
 
 
+def test_a_model_with_adapters_is_refused():
+    """`add_adapter` leaves the model of its class."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    model.add_adapter(peft.LoraConfig(target_modules=["up_proj"]))
+    with refused(model, ValueError, "PEFT adapters", "merge"):
+        compress(model, Untouchable())
+
+
+def test_what_is_no_linear_is_named_with_its_module():
+    class Linear(torch.nn.Module):
+        """As PEFT's, a namesake."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+    model = tiny_model("llama")
+    mlp = layers_of(model)[1].mlp
+    mlp.up_proj = Linear(mlp.up_proj)
+    words = ("up_proj of model.layers.1.mlp", f"{__name__}.", "not a torch.nn.Linear")
+    with refused(model, TypeError, *words):
+        compress(model, Untouchable())
+
+
+@pytest.mark.parametrize("shared", ["layer", "weight", "module"])
+def test_decoder_layers_that_share_a_parameter_are_refused(shared):
+    model = tiny_model("llama")
+    layers = layers_of(model)
+    if shared == "layer":
+        layers[2] = layers[0]
+    elif shared == "weight":
+        layers[2].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    else:
+        layers[2].self_attn.q_proj = layers[0].self_attn.q_proj
+    with refused(model, ValueError, "layers 0 and 2 share a parameter", "a copy of its own"):
+        compress(model, Untouchable())
+
+
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: model.state_dict()])
 def test_what_is_no_transformers_model_is_refused(wrap):
     model = tiny_model("llama")

@@ -5,6 +5,7 @@ That they are pruned, repaired, saved and loaded like anything else is in `test_
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -24,11 +25,13 @@ from tiny_models import (
 
 import grail_hf
 from grail_hf import ARCHITECTURES, CompressionReport, GrailConfig
+from grail_hf.allocation import EXPERTS_STEP
 from grail_hf.architectures import EXPERTS, SHARED
 from grail_hf.costs import estimate
 from grail_hf.experts import ExpertsGroup
 from grail_hf.narrow_experts import SCARCE_DAMPING
-from grail_hf.planning import EXPERTS_STEP, plan_compression
+from grail_hf.planning import plan_compression
+from grail_hf.selectors import wanda_plus_plus
 from grail_hf.stream import Block, captured_call
 
 MIXTURES = [
@@ -264,6 +267,22 @@ def test_what_is_not_offered_for_experts_is_refused_before_calibration(settings,
     with pytest.raises(ValueError, match=reason):
         grail_hf.compress(model, calibration=None, sparsity=0.3, **settings)
     assert_state(model, state)
+
+
+def test_a_selector_with_other_arguments_is_refused_as_it_is_without():
+    model = tiny_architecture("mixtral")
+    select = partial(wanda_plus_plus, alpha=10)
+    with pytest.raises(ValueError, match="needs a gradient, which is not computed for experts"):
+        plan_compression(model, GrailConfig(sparsity=0.3, selector=select))
+
+
+@pytest.mark.parametrize(("multiple", "offered"), [(1, False), (8, False), (16, True)])
+def test_a_smaller_multiple_is_offered_where_experts_steps_can_be_shorter(multiple, offered):
+    model = tiny_architecture("mixtral")
+    config = GrailConfig(sparsity=0.95, multiple_of=multiple)
+    with pytest.raises(ValueError, match="cannot be reached") as caught:
+        plan_compression(model, config)
+    assert ("a smaller multiple_of" in str(caught.value)) == offered
 
 
 def test_attention_of_a_mixture_may_be_folded():

@@ -375,6 +375,28 @@ def test_the_first_block_is_fitted_to_what_folded_producers_put_out(case, unit, 
     assert group.error_measured < group.error_pruned
 
 
+def test_a_fitted_bias_is_part_of_what_a_fold_leaves():
+    """Both reported errors, whichever form the model holds, against models that hold the two."""
+    groups, errors = [], {}
+    only_mlp = {"sparsity": None, "attention_sparsity": 0.0, "mlp_sparsity": 0.5}
+    only_mlp |= {"ignore": ("self_attn",), "target": "self", "selector": "fold"}
+    for form in ("measured", "linear"):
+        model = tiny_model("llama-biases")
+        mlp = layers_of(model)[0].mlp
+        mlp.gate_proj.bias.data += 1  # so that the inputs have a mean, of which the bias takes care
+        dense = copy.deepcopy(model)
+        report = compress(model, fold=form, bias="auto", ridge=1e-3, **only_mlp)
+        groups.append(report.groups[0])
+        spec = next(spec for spec in specs_of(dense) if spec.kind == MLP)
+        (_, y), (_, fitted) = consumer_ends(dense, spec), consumer_ends(model, spec)
+        gained = mlp.down_proj.bias.detach() - layers_of(dense)[0].mlp.down_proj.bias.detach()
+        miss = (fitted + gained - y).square().sum()
+        errors[form] = (miss / y.square().sum()).item()
+    for group in groups:
+        assert group.error_measured == pytest.approx(errors["measured"], rel=1e-3)
+        assert group.error_linear == pytest.approx(errors["linear"], rel=1e-3)
+
+
 def test_the_linear_form_is_the_paper_s():
     """W B with B = G R^T (R G R^T)^-1; without damping, which pulls elsewhere than the paper's."""
     from grail_hf.compensation import fold_linearly, ridge

@@ -1,6 +1,7 @@
 """What an allocation goes by, against the full model with one group replaced, and its use."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from grail_hf.gram import GramStats, Symmetric
 from grail_hf.planning import plan_compression
 from grail_hf.profiling import held_out, profile, widths_to_measure
 from grail_hf.reduction import Reduction
+from grail_hf.selectors import gram
 from grail_hf.stream import captured_input, captured_outputs, stream
 
 MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
@@ -154,6 +156,7 @@ def test_a_measured_allocation_is_reached_saved_and_reloaded(rule, tmp_path):
         model,
         calibration=inputs,
         sparsity=0.3,
+        selector="flap" if ALLOCATIONS[rule].compares_scores else "gram",
         allocation=rule,
         multiple_of=1,
         progress=False,
@@ -200,6 +203,16 @@ def test_a_fold_s_widths_follow_from_elimination():
         progress=False,
     )
     assert not report.uniform and report.sparsity == pytest.approx(0.3, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("selector", "name"),
+    [("gram", "gram"), ("random", "random"), ("fold", "fold"), (partial(gram, damping=1), "gram")],
+)
+def test_scores_that_only_order_one_group_are_not_compared_with_another_s(selector, name):
+    config = GrailConfig(sparsity=0.3, allocation="flap", selector=selector)
+    with pytest.raises(ValueError, match=rf"{name}' only orders the units.*selector='flap'"):
+        plan_compression(tiny_model("llama"), config)
 
 
 def test_nan_in_the_activations_is_found_before_anything_changes():

@@ -123,6 +123,22 @@ def test_a_refit_that_is_not_finite_is_said_and_changes_nothing():
     assert torch.equal(group.layer.get_submodule(group.spec.linear).weight, before)
 
 
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("flushed", [False, True], ids=["denormal", "flushed"])
+def test_a_dead_block_has_nothing_to_refit(name, flushed):
+    """Whether or not the machine has numbers so small that a preconditioner of zeros has roots."""
+    model = tiny_model("llama")
+    layers_of(model)[0].get_submodule(name).weight.data.zero_()
+    settings = {"sparsity": 0.4, "multiple_of": 1, "ridge": 1e-3, "progress": False}
+    torch.set_flush_denormal(flushed)
+    try:
+        report = grail_hf.compress(model, calibration=batches(), **settings)
+    finally:
+        torch.set_flush_denormal(False)
+    assert report.sparsity == pytest.approx(0.4, abs=0.005)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_bf16_gains_as_well():
     model = tiny_model("llama", dtype=torch.bfloat16)
     group, block = first_group_and_block(model, "mlp", batches())
