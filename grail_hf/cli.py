@@ -24,7 +24,7 @@ from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table
 from grail_hf.calibration import SELF, read_calibration, token_windows
-from grail_hf.checkpoint import Checkpoint, NoSafetensorsError
+from grail_hf.checkpoint import Checkpoint, NoSafetensorsError, auto_class, copy_processor
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
@@ -222,7 +222,10 @@ def _compress_in_memory(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        processes.once(partial(_save, model, tokenizer, report, folder), "the output folder")
+        # As the hub named what has been read, if it was the hub's.
+        revision = getattr(skeleton.config, "_commit_hash", None)
+        save = partial(_save, model, tokenizer, report, folder, source, revision)
+        processes.once(save, "the output folder")
     return report
 
 
@@ -231,9 +234,12 @@ def _save(
     tokenizer: PreTrainedTokenizerBase,
     report: CompressionReport,
     folder: Path,
+    source: str,
+    revision: str | None,
 ) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    copy_processor(source, folder, revision)
     report.save(folder)
 
 
@@ -422,11 +428,11 @@ def infer_command(source: Source) -> None:
 
 def _meta_model(source: str) -> PreTrainedModel:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = auto_class(config.model_type).from_config(
             config, dtype=config.dtype or torch.float32
         )
     return model
@@ -434,7 +440,7 @@ def _meta_model(source: str) -> PreTrainedModel:
 
 def _shallow_model(source: str) -> PreTrainedModel:
     """A random model with as few of the layers as have every kind among them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
     text = config.get_text_config()
@@ -444,14 +450,15 @@ def _shallow_model(source: str) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
     text.num_hidden_layers = depth
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = auto_class(config.model_type).from_config(config)
     return model
 
 
 def _model(source: str, **settings: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **settings)
+    auto = auto_class(AutoConfig.from_pretrained(source).model_type)
+    model: PreTrainedModel = auto.from_pretrained(source, dtype="auto", **settings)
     return model
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
+from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import Expert
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/or/name")
 ```"""
+_CAUSAL = "AutoModelForCausalLM"
 _NAMES_IN_CARD = 20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -278,7 +280,7 @@ class CompressionReport:
         data = ModelCardData(
             base_model=self.base_model if _HUB_NAME.fullmatch(self.base_model) else None,
             library_name="transformers",
-            pipeline_tag="text-generation",
+            pipeline_tag="text-generation" if self._auto_class == _CAUSAL else "image-text-to-text",
             tags=list(TAGS),
         )
         return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
@@ -350,7 +352,12 @@ class CompressionReport:
     def _usage(self) -> str:
         if self.export:
             return str(self.export["usage"])
-        return USAGE if self.uniform else USAGE.replace('name")', 'name", trust_remote_code=True)')
+        usage = USAGE.replace(_CAUSAL, self._auto_class)
+        return usage if self.uniform else usage.replace('name")', 'name", trust_remote_code=True)')
+
+    @property
+    def _auto_class(self) -> str:
+        return str(auto_class(self.new_model_type).__name__)
 
     def table(self) -> Table:
         """Widths, parameters and errors before and after, for a terminal."""

@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import SIZES, config_of
+from tiny_models import ARCHITECTURE_CASES, SIZES, config_of
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
 
 from grail_hf import CompressionReport
@@ -230,3 +231,38 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     code, out, err = run("infer", tmp_path)
     assert (code, out) == (1, "")
     assert "experts and the like are not offered" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen2_vl", "qwen3_5"])
+def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, tmp_path):
+    """The whole of them goes in and comes out, with what makes a processor and how to load it."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("transformers has none")
+    case = ARCHITECTURE_CASES[model_type]
+    inner = SIZES | case["text_config"] | {"vocab_size": 4096}
+    config = config_of({"model_type": model_type} | case | {"text_config": inner})
+    source, template = tmp_path / "in", "{{ messages[0].content }}"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"size": 7}')
+    (source / "chat_template.jinja").write_text(template)
+
+    share = ("--sparsity", 0.2, "--multiple-of", 1)
+    code, out, err = run("inspect", source, *share, "--json")
+    assert code == 0, err
+    widths = json.loads(out)["widths"]
+    settings = (*share, "--calibration", jargon_train, "--num-samples", 8, "--seq-length", 32)
+    for way in ("--in-memory", "--disk-to-disk"):
+        output = tmp_path / way
+        code, out, err = run("compress", source, output, *settings, way, "--json")
+        assert code == 0, err
+        assert json.loads(out)["widths"] == widths
+        _, info = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
+        assert not any(info.values())
+        assert any("visual" in name or "vision" in name for name in tensors_of(output))
+        assert (output / "preprocessor_config.json").read_text() == '{"size": 7}'
+        assert (output / "chat_template.jinja").read_text() == template
+        card = (output / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in card
+        assert "= AutoModelForImageTextToText.from_pretrained(" in card
+        assert "CausalLM" not in card
