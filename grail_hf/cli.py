@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
-from grail_hf.architectures import architectures_table
+from grail_hf.architectures import architectures_table, find_architecture
 from grail_hf.calibration import SELF, read_calibration, token_windows
 from grail_hf.checkpoint import Checkpoint, NoSafetensorsError, auto_class, copy_processor
 from grail_hf.compress import PartlyCompressedError, compress
@@ -34,7 +35,15 @@ from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES
 from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.meter import keep_no_freed_blocks
-from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
+from grail_hf.offload import whole_at_work
+from grail_hf.planning import (
+    check_weights,
+    choose_device,
+    decoder_layers,
+    plan_compression,
+    usable_device,
+    window_length,
+)
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import replaced_when_whole
 from grail_hf.selectors import SELECTORS
@@ -301,21 +310,19 @@ def evaluate_command(
     with _errors_in_a_line():
         if text is None and not tasks:
             raise ValueError("nothing to evaluate: give --text, --tasks, or both")
-        tokenizer, model = _tokenizer(source), _model(source)
-        where: Any = choose_device(model, device)
-        model.to(where)
-        result = evaluate(
-            model,
-            tokenizer,
-            text=text,
-            tasks=tasks.split(",") if tasks else (),
-            seq_length=seq_length,
-            batch_size=batch_size,
-            max_windows=max_windows,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            include_path=include_path,
-        )
+        with _loaded(source, device) as model:
+            result = evaluate(
+                model,
+                _tokenizer(source),
+                text=text,
+                tasks=tasks.split(",") if tasks else (),
+                seq_length=seq_length,
+                batch_size=batch_size,
+                max_windows=max_windows,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+            )
     table = Table("measured", "value", title=source)
     for name, value in result.items():
         if name != "tasks":
@@ -427,7 +434,6 @@ def infer_command(source: Source) -> None:
 
 
 def _meta_model(source: str) -> PreTrainedModel:
-    import torch
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
@@ -477,10 +483,17 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
 
 
 def _perplexity_of(folder: str, windows: Tensor, config: GrailConfig) -> float:
-    """Perplexity of a checkpoint, on disk as far as memory does not suffice."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model = _model(folder, device_map="auto", offload_folder=scratch)
+    """Perplexity of a checkpoint."""
+    with _loaded(folder, config.device) as model:
         return perplexity(model, None, windows, batch_size=config.batch_size)
+
+
+@contextmanager
+def _loaded(source: str, device: str | None) -> Iterator[PreTrainedModel]:
+    """A model for evaluation: on the device, or by default wherever and on disk as it fits."""
+    where = "auto" if device is None else {"": usable_device(device)}
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _model(source, device_map=where, offload_folder=scratch)
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
@@ -495,14 +508,10 @@ def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) ->
 
 @contextmanager
 def _at_work(model: PreTrainedModel, config: GrailConfig) -> Iterator[None]:
-    """The whole model is where layers would run, and back home afterwards."""
-    home: Any = model.device
-    device: Any = choose_device(model, config.device)
-    model.to(device)
-    try:
+    """The whole model computes where layers would, as far as it fits there."""
+    layers = decoder_layers(model, find_architecture(model.config.model_type))
+    with whole_at_work(model, layers, choose_device(model, config.device)):
         yield
-    finally:
-        model.to(home)
 
 
 def _config(context: typer.Context) -> GrailConfig:
@@ -547,7 +556,7 @@ def _errors_in_a_line() -> Iterator[None]:
     """What the user can mend is one line and exit status 1; anything else is a traceback."""
     try:
         yield
-    except _MENDABLE as error:
+    except (*_MENDABLE, torch.OutOfMemoryError) as error:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         number = processes.count()
         where = f" in process {processes.index()} of {number}" if number > 1 else ""

@@ -233,6 +233,41 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     assert "experts and the like are not offered" in err and "Traceback" not in err
 
 
+def test_memory_that_runs_out_is_one_line(compress_arguments, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("grail_hf.cli.compress", full)
+    code, out, err = run(*compress_arguments)
+    assert (code, out) == (1, "") and "error: CUDA out of memory" in err and "Traceback" not in err
+
+
+def test_evaluation_runs_where_it_is_told(
+    compress_arguments, tiny_llama_dir, jargon_test, tmp_path, monkeypatch
+):
+    """Also when the model came from disk: by default accelerate chooses, else it is all there."""
+    from transformers import AutoModelForCausalLM
+
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def noted(*arguments, device_map, **settings):
+        asked.append(device_map)
+        return load(*arguments, device_map=device_map, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:5_000], "utf-8")
+    measure = ("evaluate", tiny_llama_dir, "--text", text, "--seq-length", 64)
+    for device, where in (((), "auto"), (("--device", "cpu"), {"": torch.device("cpu")})):
+        code, _, err = run(*measure, *device)
+        assert code == 0, err
+        assert asked.pop() == where
+    code, _, err = run(*measure, "--device", "nowhere")
+    assert code == 1 and "device='nowhere' cannot be used here" in err and not asked
+    code, _, err = run(*compress_arguments, "--disk-to-disk", "--eval", text)
+    assert code == 0, err
+    assert asked == [{"": torch.device("cpu")}] * 2
+
+
 @pytest.mark.parametrize("model_type", ["mistral3", "qwen2_vl", "qwen3_5"])
 def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, tmp_path):
     """The whole of them goes in and comes out, with what makes a processor and how to load it."""
