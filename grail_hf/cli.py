@@ -225,7 +225,7 @@ def _compress_in_memory(
                 tokens = read_calibration(model, tokenizer, texts, config)
         measured: dict[str, Any] = {}
         if windows is not None and eval_text:
-            measured["evaluation text"] = Path(eval_text).name
+            measured |= _measured_on(eval_text, windows)
             measured["perplexity before"] = _perplexity(model, windows, config)
         report = compress(model, tokenizer, tokens, config)
         if windows is not None:
@@ -268,7 +268,7 @@ def _compress_from_disk(
         windows = token_windows(eval_text, _tokenizer(source), seq_length=length)
     report = compress_checkpoint(source, output, texts, config, resume=resume, overwrite=overwrite)
     if windows is not None and eval_text:
-        report.evaluation["evaluation text"] = Path(eval_text).name
+        report.evaluation |= _measured_on(eval_text, windows)
         for when, folder in (("before", source), ("after", str(output))):
             measure = partial(_perplexity_of, folder, windows, config)
             report.evaluation[f"perplexity {when}"] = processes.once(measure, "the evaluation")
@@ -480,6 +480,17 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     if calibration is None or len(calibration) < 2:
         return calibration[0] if calibration else "c4"
     return [Path(name) for name in calibration]
+
+
+def _measured_on(text: str, windows: Tensor) -> dict[str, str]:
+    """What a report says of the text of an evaluation: of a path only the last name."""
+    name, colon, rest = text.partition(":")
+    public = Path(name).name if Path(name).exists() else name
+    count, length = windows.shape
+    return {
+        "evaluation text": public + colon + rest,
+        "evaluation windows": f"{count} x {length} tokens",
+    }
 
 
 def _perplexity_of(folder: str, windows: Tensor, config: GrailConfig) -> float:

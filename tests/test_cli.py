@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from grail_hf import CompressionReport
 from grail_hf.architectures import architectures_table
-from grail_hf.cli import app, replaced_when_whole
+from grail_hf.cli import _measured_on, app, replaced_when_whole
 
 runner = CliRunner()
 
@@ -40,6 +41,8 @@ def test_compress_and_evaluate(compress_arguments, jargon_test, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     assert report["widths"] == {"attention": [2] * 6, "mlp": [512] * 6}
+    assert report["evaluation"]["evaluation text"] == "jargon-test.txt"
+    assert re.fullmatch(r"\d{3,} x 64 tokens", report["evaluation"]["evaluation windows"])
     assert report["evaluation"]["perplexity before"] < report["evaluation"]["perplexity after"]
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved
@@ -231,6 +234,19 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     code, out, err = run("infer", tmp_path)
     assert (code, out) == (1, "")
     assert "experts and the like are not offered" in err and "Traceback" not in err
+
+
+def test_the_text_of_an_evaluation_keeps_its_name(tmp_path):
+    """But for the folders that a file or a data set lies in."""
+    (tmp_path / "notes.txt").touch()
+    for text, said in (
+        ("allenai/c4/en:validation:text", "allenai/c4/en:validation:text"),
+        (str(tmp_path / "notes.txt"), "notes.txt"),
+        (f"{tmp_path}:test:text", f"{tmp_path.name}:test:text"),
+        ("wikitext2", "wikitext2"),
+    ):
+        found = _measured_on(text, torch.zeros(3, 7))
+        assert found == {"evaluation text": said, "evaluation windows": "3 x 7 tokens"}
 
 
 def test_memory_that_runs_out_is_one_line(compress_arguments, monkeypatch):
