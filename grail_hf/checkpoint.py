@@ -189,6 +189,7 @@ class Checkpoint:
         auto = auto_class(config.model_type)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=config.dtype)
+        model.tie_weights()  # the context makes new parameters of tied ones, too
         return model
 
     def _dtype(self) -> torch.dtype:
