@@ -128,7 +128,8 @@ def read_calibration(
 
     It may be on the meta device, unless the tokens are sampled from it ("self").
 
-    Raises ValueError where there are fewer batches than processes.
+    Raises ValueError where there are fewer batches than processes, or sequences of given tokens are
+    longer than the model can read.
     """
     tokens = processes.once(
         lambda: _read_calibration(model, tokenizer, calibration, config, progress),
@@ -148,9 +149,9 @@ def _read_calibration(
     if isinstance(calibration, TokenBatches):
         for batch in calibration.batches:
             check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
-        return calibration
+        return _within_context(calibration, model)
     with evaluation_mode(model):
-        return token_batches(
+        tokens = token_batches(
             calibration,
             tokenizer,
             vocab_size=vocabulary_size(model),
@@ -162,6 +163,13 @@ def _read_calibration(
             model=model,
             progress=progress,
         )
+    return _within_context(tokens, model)
+
+
+def _within_context(tokens: TokenBatches, model: "PreTrainedModel") -> TokenBatches:
+    longest = max(batch["input_ids"].shape[1] for batch in tokens.batches)
+    check_positions(model, longest, tokens.source)
+    return tokens
 
 
 def token_batches(
@@ -206,7 +214,7 @@ def token_batches(
         batches = [_check_batch(batch, vocab_size, i) for i, batch in enumerate(calibration)]
         source = f"given batches, {sum(len(b['input_ids']) for b in batches)} sequences"
     elif calibration == SELF:
-        length = _capped(seq_length, max_length)
+        length = capped(seq_length, max_length)
         windows = _sample(
             model, tokenizer, vocab_size, num_samples, length, batch_size, seed, progress
         )
@@ -217,7 +225,7 @@ def token_batches(
         )
     else:
         tokenizer = _required(tokenizer)
-        seq_length = _capped(seq_length, max_length)
+        seq_length = capped(seq_length, max_length)
         text = _read(calibration, "train")
         windows = _random_windows(text, tokenizer, num_samples, seq_length, seed)
         batches = _split(check_token_ids(windows, vocab_size, text.label), batch_size)
@@ -429,7 +437,7 @@ def _start_tokens(
     return torch.tensor(ordinary)[torch.randint(len(ordinary), (count, 1))]
 
 
-def _capped(seq_length: int, max_length: int | None) -> int:
+def capped(seq_length: int, max_length: int | None) -> int:
     """`seq_length`, or with a warning the fewer positions that the model was made for."""
     if max_length is None or seq_length <= max_length:
         return seq_length
@@ -700,6 +708,21 @@ def context_length(model: "PreTrainedModel") -> int | None:
     """Positions that the model was made for; None where its config names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
+
+
+def check_positions(model: "PreTrainedModel", length: int, name: str) -> None:
+    """Warn of sequences of `length` tokens, called `name`, that exceed what a model was made for.
+
+    Raises ValueError where it looks its positions up in a table, which ends there. Rotary ones are
+    computed for any position: what the model makes of them is for the caller to judge.
+    """
+    limit = context_length(model)
+    if limit is None or length <= limit:
+        return
+    says = f"{name} has sequences of {length} tokens, more than the model's {limit} positions"
+    if not hasattr(type(model.config.get_text_config()), "rope_parameters"):
+        raise ValueError(f"{says}: cut them")
+    logger.warning("%s: what it makes of the rest may mean little, cut them", says)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _REST = -1  # the part of a model that is in no decoder layer
 _CHUNK = 2**24
+_PROCESSOR = ["*processor_config.json", "chat_template*"]
 _DIGEST = 64  # hexadecimal digits of sha256
 
 
@@ -183,26 +184,18 @@ class Checkpoint:
         return found
 
     def skeleton(self) -> PreTrainedModel:
-        """The model of the checkpoint's config: no weights, but its buffers.
-
-        A causal LM or, where the config's type has none, a model of images and text.
-        """
+        """The model of the checkpoint's config: no weights, but its buffers."""
         from accelerate import init_empty_weights
-        from transformers import (
-            MODEL_FOR_CAUSAL_LM_MAPPING,
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-        )
+        from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.folder)
         config.name_or_path = self.name
         if config.dtype is None:
             config.dtype = self._dtype()
-        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-        auto: Any = AutoModelForCausalLM if type(config) in causal else AutoModelForImageTextToText
+        auto = auto_class(config.model_type)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=config.dtype)
+        model.tie_weights()  # the context makes new parameters of tied ones, too
         return model
 
     def _dtype(self) -> torch.dtype:
@@ -217,6 +210,38 @@ def check_revision(source: str | Path, revision: str | None) -> None:
         raise ValueError(
             f"revision={revision!r} goes with a name on the hub, and {source} is a folder"
         )
+
+
+def auto_class(model_type: str) -> Any:
+    """What loads the whole of a model of this type: `AutoModelForCausalLM`, as a rule.
+
+    `AutoModelForImageTextToText` where that gives another class, around the text decoder.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as names
+
+    whole = names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if whole in (None, names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
+
+
+def copy_processor(source: str | Path, folder: Path, revision: str | None = None) -> None:
+    """Copy what makes a processor of a tokenizer, and is not in `folder`, where there is any.
+
+    Args:
+        source: a checkpoint's folder, or a name on the hub.
+        folder: of the new checkpoint, with its tokenizer.
+        revision: of the hub's.
+    """
+    if not Path(source).is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = snapshot_download(str(source), revision=revision, allow_patterns=_PROCESSOR)
+    for pattern in _PROCESSOR:
+        for path in Path(source).glob(pattern):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copy(path, folder)
 
 
 def _download(name: str, revision: str | None) -> Path:

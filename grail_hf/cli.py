@@ -16,15 +16,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
-from grail_hf.architectures import architectures_table
+from grail_hf.architectures import architectures_table, find_architecture
 from grail_hf.calibration import SELF, read_calibration, token_windows
-from grail_hf.checkpoint import Checkpoint, NoSafetensorsError, check_revision, damage_named
+from grail_hf.checkpoint import (
+    Checkpoint,
+    NoSafetensorsError,
+    auto_class,
+    check_revision,
+    copy_processor,
+    damage_named,
+)
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
@@ -34,7 +42,15 @@ from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES, ExportError
 from grail_hf.infer import architecture_source, infer_architecture
 from grail_hf.meter import keep_no_freed_blocks
-from grail_hf.planning import check_weights, choose_device, plan_compression, window_length
+from grail_hf.offload import whole_at_work
+from grail_hf.planning import (
+    check_weights,
+    choose_device,
+    decoder_layers,
+    plan_compression,
+    usable_device,
+    window_length,
+)
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import check_not_stopped, replaced_when_whole
 from grail_hf.selectors import SELECTORS
@@ -230,13 +246,16 @@ def _compress_in_memory(
                 tokens = read_calibration(model, tokenizer, texts, config)
         measured: dict[str, Any] = {}
         if windows is not None and eval_text:
-            measured["evaluation text"] = Path(eval_text).name
+            measured |= _measured_on(eval_text, windows)
             measured["perplexity before"] = _perplexity(model, windows, config)
         report = compress(model, tokenizer, tokens, config)
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        processes.once(partial(_save, model, tokenizer, report, folder), "the output folder")
+        # As the hub named what has been read, if it was the hub's.
+        revision = getattr(skeleton.config, "_commit_hash", None)
+        save = partial(_save, model, tokenizer, report, folder, source, revision)
+        processes.once(save, "the output folder")
     return report
 
 
@@ -245,10 +264,13 @@ def _save(
     tokenizer: PreTrainedTokenizerBase | None,
     report: CompressionReport,
     folder: Path,
+    source: str,
+    revision: str | None,
 ) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    copy_processor(source, folder, revision)
     report.save(folder)
 
 
@@ -282,7 +304,7 @@ def _compress_from_disk(
         one = partial(_perplexity_of, str(folder), revision, windows, config)
         return processes.once(one, "the evaluation")
 
-    measured: dict[str, Any] = {"evaluation text": Path(eval_text).name}
+    measured: dict[str, Any] = dict(_measured_on(eval_text, windows))
     measured["perplexity before"] = measure(source, revision)
     report = run(source, output, tokens)
     measured["perplexity after"] = measure(output)
@@ -328,21 +350,19 @@ def evaluate_command(
         if text is None and not tasks.strip(" ,"):
             raise ValueError("nothing to evaluate: give --text, --tasks, or both")
         check_revision(source, revision)
-        tokenizer, model = _tokenizer(source, revision), _model(source, revision=revision)
-        where: Any = choose_device(model, device)
-        model.to(where)
-        result = evaluate(
-            model,
-            tokenizer,
-            text=text,
-            tasks=tasks,
-            seq_length=seq_length,
-            batch_size=batch_size,
-            max_windows=max_windows,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            include_path=include_path,
-        )
+        with _loaded(source, device, revision) as model:
+            result = evaluate(
+                model,
+                _tokenizer(source, revision),
+                text=text,
+                tasks=tasks,
+                seq_length=seq_length,
+                batch_size=batch_size,
+                max_windows=max_windows,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                include_path=include_path,
+            )
     table = Table("measured", "value", title=source)
     for name, value in result.items():
         if name != "tasks":
@@ -464,12 +484,11 @@ def infer_command(source: Source, revision: Revision = None) -> None:
 
 
 def _meta_model(source: str, revision: str | None) -> PreTrainedModel:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, revision=revision)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = auto_class(config.model_type).from_config(
             config, dtype=config.dtype or torch.float32
         )
     return model
@@ -477,7 +496,7 @@ def _meta_model(source: str, revision: str | None) -> PreTrainedModel:
 
 def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
     """A random model with as few of the layers as have every kind among them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, revision=revision)
     text = config.get_text_config()
@@ -487,15 +506,16 @@ def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
     text.num_hidden_layers = depth
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = auto_class(config.model_type).from_config(config)
     return model
 
 
 def _model(source: str, **settings: Any) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with damage_named(f"a file of weights of {source}"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, revision=settings.get("revision"))
+        model: PreTrainedModel = auto_class(config.model_type).from_pretrained(
             source, dtype="auto", **settings
         )
     return model
@@ -519,13 +539,31 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     return [Path(name) for name in calibration]
 
 
+def _measured_on(text: str, windows: Tensor) -> dict[str, str]:
+    """What a report says of the text of an evaluation: of a path only the last name."""
+    name, colon, rest = text.partition(":")
+    public = Path(name).name if Path(name).exists() else name
+    count, length = windows.shape
+    return {
+        "evaluation text": public + colon + rest,
+        "evaluation windows": f"{count} x {length} tokens",
+    }
+
+
 def _perplexity_of(
     folder: str, revision: str | None, windows: Tensor, config: GrailConfig
 ) -> float:
-    """Perplexity of a checkpoint, on disk as far as memory does not suffice."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model = _model(folder, revision=revision, device_map="auto", offload_folder=scratch)
+    """Perplexity of a checkpoint."""
+    with _loaded(folder, config.device, revision) as model:
         return perplexity(model, None, windows, batch_size=config.batch_size)
+
+
+@contextmanager
+def _loaded(source: str, device: str | None, revision: str | None) -> Iterator[PreTrainedModel]:
+    """A model for evaluation: on the device, or by default wherever and on disk as it fits."""
+    where = "auto" if device is None else {"": usable_device(device)}
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _model(source, revision=revision, device_map=where, offload_folder=scratch)
 
 
 def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) -> float:
@@ -540,14 +578,10 @@ def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) ->
 
 @contextmanager
 def _at_work(model: PreTrainedModel, config: GrailConfig) -> Iterator[None]:
-    """The whole model is where layers would run, and back home afterwards."""
-    home: Any = model.device
-    device: Any = choose_device(model, config.device)
-    model.to(device)
-    try:
+    """The whole model computes where layers would, as far as it fits there."""
+    layers = decoder_layers(model, find_architecture(model.config.model_type))
+    with whole_at_work(model, layers, choose_device(model, config.device)):
         yield
-    finally:
-        model.to(home)
 
 
 def _config(context: typer.Context) -> GrailConfig:
@@ -592,7 +626,7 @@ def _errors_in_a_line() -> Iterator[None]:
     """What the user can mend is one line and exit status 1; anything else is a traceback."""
     try:
         yield
-    except _MENDABLE as error:
+    except (*_MENDABLE, torch.OutOfMemoryError) as error:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         number = processes.count()
         where = f" in process {processes.index()} of {number}" if number > 1 else ""

@@ -25,7 +25,14 @@ from grail_hf.calibration import (
     TokenBatches,
     read_calibration,
 )
-from grail_hf.checkpoint import Checkpoint, CheckpointHomes, Journal, Parts, WritingHomes
+from grail_hf.checkpoint import (
+    Checkpoint,
+    CheckpointHomes,
+    Journal,
+    Parts,
+    WritingHomes,
+    copy_processor,
+)
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
@@ -213,6 +220,7 @@ def _finish(
         model.generation_config.save_pretrained(journal.folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(journal.folder)
+    copy_processor(checkpoint.folder, journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
 

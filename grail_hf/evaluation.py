@@ -22,7 +22,10 @@ from tqdm.auto import tqdm
 
 from grail_hf.calibration import (
     TextSource,
+    capped,
+    check_positions,
     check_token_ids,
+    context_length,
     evaluation_mode,
     token_windows,
 )
@@ -63,7 +66,8 @@ def language_model_loss(
     """Mean loss of the next token over `windows` [N, T] of token ids, T at least 2.
 
     Logits are in the model's dtype, losses in fp32, their sum in fp64. Raises ValueError for ids
-    that the model does not have or windows of the wrong shape, TypeError for ids that are not
+    that the model does not have, windows of the wrong shape or, where its positions are in a table,
+    longer than that (others are warned of), TypeError for ids that are not
     integers, FloatingPointError for a loss that is not finite.
     """
     if batch_size < 1:
@@ -73,6 +77,7 @@ def language_model_loss(
     count, seq_length = windows.shape
     if seq_length < 2:
         raise ValueError(f"windows of {seq_length} token: at least 2, for one token to predict")
+    check_positions(model, seq_length, "the tensor of windows")
     # Offloaded embeddings lie on the meta device; accelerate's hooks then move the ids themselves.
     device = torch.device("cpu") if embeddings.is_meta else embeddings.device
 
@@ -108,9 +113,11 @@ def perplexity(
     """Perplexity of `model` on `text`, on windows of `seq_length` tokens.
 
     `text` is anything that `calibration.token_windows` reads, or a tensor of windows [N, T].
-    `seq_length` defaults to the model's context, at most 2048. Raises as `token_windows` and
+    `seq_length` defaults to the model's context, at most 2048; one that is longer than the context
+    is cut to it, with a warning. Raises as `token_windows` and
     `language_model_loss` do.
     """
+    seq_length = seq_length and capped(seq_length, context_length(model))
     windows = _windows(model, tokenizer, text, seq_length, max_windows)
     return language_model_loss(model, windows, batch_size=batch_size).perplexity
 
@@ -145,6 +152,7 @@ def evaluate(
     tasks = [task.strip() for task in given if task.strip()]
     if text is None and not tasks:
         raise ValueError("nothing to evaluate: give text, tasks, or both")
+    seq_length = seq_length and capped(seq_length, context_length(model))
     # What can fail at once is tried before the model runs.
     task_manager = _task_manager(tasks, tokenizer, include_path) if tasks else None
     report: dict[str, Any] = {}
@@ -181,8 +189,7 @@ def _windows(
     if isinstance(text, Tensor):
         return text[:max_windows]
     if seq_length is None:
-        config = model.config.get_text_config()
-        seq_length = min(getattr(config, "max_position_embeddings", None) or 2048, 2048)
+        seq_length = min(context_length(model) or 2048, 2048)
     return token_windows(text, tokenizer, seq_length=seq_length, max_windows=max_windows)
 
 

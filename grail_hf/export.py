@@ -46,12 +46,14 @@ class Export:
         model_type: of the result; for GGUF the name of llama.cpp's architecture.
         error: relative error of the result's logits on random tokens, computed in fp32; for GGUF
             the largest of a tensor, in the Frobenius norm.
+        parameters: of the result, with what was padded; tied ones once, as they are written.
     """
 
     format: str
     source: str
     model_type: str
     error: float
+    parameters: int
 
 
 def export(
@@ -89,9 +91,9 @@ def export(
     check_own_decoder(config)
     target = FORMATS[format].config(config, architecture)
     with replaced_when_whole(output) as folder:
-        model_type, error = FORMATS[format].write(source, folder, target, architecture, gguf_type)
+        written = FORMATS[format].write(source, folder, target, architecture, gguf_type)
         _copy_other_files(source, folder)
-        result = Export(format, source.resolve().name, model_type, error)
+        result = Export(format, source.resolve().name, *written)
         _write_card(source, folder, result)
     return result
 
@@ -219,9 +221,12 @@ def _write_checkpoint(
     config: PreTrainedConfig,
     architecture: Architecture,
     gguf_type: str,
-) -> tuple[str, float]:
-    """A checkpoint of the config's type: its model type, and the error of its logits."""
-    _fitted_model(_load(source, "auto"), config, architecture).save_pretrained(folder)
+) -> tuple[str, float, int]:
+    """A checkpoint of the config's type: its model type, the error of its logits, parameters."""
+    fitted = _fitted_model(_load(source, "auto"), config, architecture)
+    fitted.save_pretrained(folder)
+    parameters = fitted.num_parameters()
+    del fitted  # others are to be loaded
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, length), generator=generator)
@@ -232,7 +237,7 @@ def _write_checkpoint(
             f"the exported {config.model_type} does not compute what {source} does: relative "
             f"error of the logits {error:.2g}, allowed {TOLERANCE:g}; nothing was written"
         )
-    return config.model_type, error
+    return config.model_type, error, parameters
 
 
 def _write_gguf(
@@ -241,12 +246,12 @@ def _write_gguf(
     config: PreTrainedConfig,
     architecture: Architecture,
     gguf_type: str,
-) -> tuple[str, float]:
-    """A GGUF file: llama.cpp's architecture, and the largest error of a tensor."""
+) -> tuple[str, float, int]:
+    """A GGUF file: llama.cpp's architecture, the largest error of a tensor, parameters."""
     plan = plan_gguf(source, config, architecture, gguf_type)
     model = _load(source, "auto")
-    write_gguf(model, plan, folder / GGUF_FILE)
-    return plan.gguf.name, check_gguf(model, plan, folder / GGUF_FILE)
+    parameters = write_gguf(model, plan, folder / GGUF_FILE)
+    return plan.gguf.name, check_gguf(model, plan, folder / GGUF_FILE), parameters
 
 
 def _fitted_model(
@@ -379,7 +384,7 @@ class Format:
     """A format: what config the result has, who writes it, and what its card says of its use."""
 
     config: Callable[[PreTrainedConfig, Architecture], PreTrainedConfig]
-    write: Callable[..., tuple[str, float]]
+    write: Callable[..., tuple[str, float, int]]
     note: str
     usage: str = USAGE
 

@@ -102,8 +102,12 @@ def plan_gguf(
     )
 
 
-def write_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> None:
-    """Write the model and the tokenizer of the plan's folder to a GGUF file."""
+def write_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> int:
+    """Write the model and the tokenizer of the plan's folder to a GGUF file.
+
+    Returns:
+        The number of parameters in it.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, plan.gguf.name)
@@ -124,6 +128,7 @@ def write_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> None:
             data = gguf.quantize(tensor.float().numpy(), kind)
         writer.write_tensor_data(data.view(np.uint8))
     writer.close()
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:

@@ -37,29 +37,39 @@ class GrailForCausalLM:
     The methods are those that transformers calls of a class that it finds beside the weights.
     """
 
+    mapping = "MODEL_FOR_CAUSAL_LM_MAPPING"
+
     @classmethod
     def from_pretrained(cls, *args: Any, config: Any, **kwargs: Any) -> Any:
         install_hook()
-        return _stock_causal_lm(config).from_pretrained(*args, config=config, **kwargs)
+        return cls._stock(config).from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         install_hook()
-        return _stock_causal_lm(config)._from_config(config, **kwargs)
+        return cls._stock(config)._from_config(config, **kwargs)
+
+    @classmethod
+    def _stock(cls, config: Any) -> Any:
+        import transformers
+
+        return getattr(transformers, cls.mapping)[type(config)]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing: `auto_map` is in the config, and the config brings this file along."""
 
 
-def _stock_causal_lm(config: Any) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+class GrailModel(GrailForCausalLM):
+    """The same without a head."""
 
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return mapping[type(config)]
+    mapping = "MODEL_MAPPING"
 
 
-AUTO_MAP = {"AutoModelForCausalLM": f"modeling_grail.{GrailForCausalLM.__name__}"}
+AUTO_MAP = {
+    "AutoModel": f"modeling_grail.{GrailModel.__name__}",
+    "AutoModelForCausalLM": f"modeling_grail.{GrailForCausalLM.__name__}",
+}
 
 
 def has_own_widths(config: Any) -> bool:

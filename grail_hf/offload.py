@@ -32,6 +32,8 @@ _PART = 2**22  # numbers that are written to a file at a time
 ACCELERATOR_SHARE = 1 / 4
 HOST_SHARE = 1 / 2
 AHEAD_SHARE = 1 / 8
+# What the weights of a model that is evaluated may take: activations and logits come to them.
+WEIGHTS_SHARE = 3 / 4
 
 
 @dataclass
@@ -367,6 +369,60 @@ def homes_of(
     if is_dispatched(model):
         return DispatchedHomes(model, layers, device, asked)
     return Homes(layers, device)
+
+
+@contextmanager
+def whole_at_work(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
+    """The whole model computes on `device` inside the context, and then is where it was.
+
+    Where its weights fill too much of the device's free memory, the last of its decoder layers
+    stay, and each is there for its own part of a forward pass alone.
+
+    Args:
+        model: in memory, all of it on one device.
+        layers: its decoder layers.
+        device: where to compute.
+    """
+    home = next(model.parameters()).device
+    sizes = [_bytes_of(layer) for layer in layers]
+    excess = 0.0 if home == device else _bytes_of(model) - WEIGHTS_SHARE * _free_bytes(device)
+    guests = len(sizes)
+    while guests and excess > 0:
+        if guests == len(sizes):
+            excess += max(sizes)  # one of those that stay is there too
+        guests -= 1
+        excess -= sizes[guests]
+    staying = list(layers)[guests:]
+    hooks = []
+    try:
+        for layer in staying:
+            hooks += [
+                layer.register_forward_pre_hook(lambda layer, _: _move_(layer, device)),
+                layer.register_forward_hook(
+                    lambda layer, *_: _move_(layer, home), always_call=True
+                ),
+            ]
+        try:
+            for index in range(guests, len(sizes)):
+                layers[index] = nn.Identity()
+            model.to(device)
+        finally:
+            for index, layer in enumerate(staying, guests):
+                layers[index] = layer
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.to(home)
+
+
+def _move_(module: nn.Module, device: torch.device) -> None:
+    # Returns nothing: what a hook returns takes the place of inputs or outputs.
+    module.to(device)
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def is_dispatched(model: nn.Module) -> bool:

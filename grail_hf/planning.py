@@ -529,16 +529,22 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     process's.
     """
     if wanted is not None:
-        try:
-            device = torch.device(wanted)
-            torch.empty(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
+        device = usable_device(wanted)
     elif (own := input_device(model)).type not in ("cpu", "meta") or is_dispatched(model):
         device = own
     else:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return processes.own_device(device)
+
+
+def usable_device(wanted: str) -> torch.device:
+    """The device of this name. Raises ValueError where this machine does not have it."""
+    try:
+        device = torch.device(wanted)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={wanted!r} cannot be used here: {error}") from error
+    return device
 
 
 def _ignored_groups(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[tuple[int, str]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
+from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.experts import Expert
@@ -37,7 +38,10 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/or/name")
 ```"""
+_CAUSAL = "AutoModelForCausalLM"
 _NAMES_IN_CARD = 20
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_IN_CACHE = re.compile(r"/models--(?P<name>[^/]+)/snapshots/[^/]+$")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -94,7 +98,9 @@ class CompressionReport:
         estimate: phase -> what it was to take: "host_bytes" and "accelerator_bytes", the peaks
             above what the process held at the start, and "operations".
         measured: phase -> the same peaks as they were, where the platform could say, and "seconds".
-        export: of an exported result: its format, model type, error, and what its card says.
+        export: of an exported result: its format, model type, error, number of parameters, and what
+            its card says.
+        license: of the dense model: the card's metadata that say it, where its folder has a card.
         source: of a compression from disk to disk: the dense checkpoint's files -> their sha256.
     """
 
@@ -116,6 +122,7 @@ class CompressionReport:
     estimate: dict[str, dict[str, int]] = field(default_factory=dict)
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
+    license: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -132,6 +139,7 @@ class CompressionReport:
             projection_parameters=plan.projection_parameters,
             total_parameters=plan.total_parameters,
             versions=versions(),
+            license=_license(model.name_or_path),
         )
 
     def add(
@@ -281,8 +289,9 @@ class CompressionReport:
         data = ModelCardData(
             base_model=self.base_model if _HUB_NAME.fullmatch(self.base_model) else None,
             library_name="transformers",
-            pipeline_tag="text-generation",
+            pipeline_tag="text-generation" if self._auto_class == _CAUSAL else "image-text-to-text",
             tags=list(TAGS),
+            **self.license,
         )
         return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
 
@@ -353,7 +362,12 @@ class CompressionReport:
     def _usage(self) -> str:
         if self.export:
             return str(self.export["usage"])
-        return USAGE if self.uniform else USAGE.replace('name")', 'name", trust_remote_code=True)')
+        usage = USAGE.replace(_CAUSAL, self._auto_class)
+        return usage if self.uniform else usage.replace('name")', 'name", trust_remote_code=True)')
+
+    @property
+    def _auto_class(self) -> str:
+        return str(auto_class(self.new_model_type).__name__)
 
     def table(self) -> Table:
         """Widths, parameters and errors before and after, for a terminal."""
@@ -395,6 +409,8 @@ class CompressionReport:
             ("total parameters", self.total_parameters),
         ):
             rows.append((title, f"{before:,}", f"{after:,}"))
+        if "parameters" in self.export:
+            rows.append(("parameters of this file", "", f"{self.export['parameters']:,}"))
         for kind in self.widths:
             errors = [(g.error_pruned, g.error) for g in self.groups if g.kind == kind]
             if errors:
@@ -449,10 +465,30 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def _public_name(name: str | None) -> str:
-    """A hub name as it is; of a local path only the folder's name."""
+    """A hub name as it is, or as the hub's cache has it; of another path the folder's name."""
     if not name:
         return "model"
-    return name if _HUB_NAME.fullmatch(name) and not Path(name).exists() else Path(name).name
+    if _HUB_NAME.fullmatch(name) and not Path(name).exists():
+        return name
+    folder = Path(name).resolve()
+    if cached := _IN_CACHE.search(folder.as_posix()):
+        return cached["name"].replace("--", "/", 1)
+    return folder.name or "model"
+
+
+def _license(name: str | None) -> dict[str, Any]:
+    """What the card in a folder of this name says of the license, if there is one."""
+    card = Path(name or "", CARD_FILE)
+    if not name or not card.is_file():
+        return {}
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        said = metadata_load(card) or {}
+    except (ValueError, YAMLError):  # a card that cannot be read says nothing
+        return {}
+    return {key: said[key] for key in _LICENSE_KEYS if key in said}
 
 
 def _is_tagged(card: Path) -> bool:

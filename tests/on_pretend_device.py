@@ -7,9 +7,18 @@ import pytest
 import torch
 from pretend_device import PretendTensor, pretend_device
 from test_architectures import narrower
-from tiny_models import ARCHITECTURE_CASES, batches, logits, relative_error, tiny_architecture
+from tiny_models import (
+    ARCHITECTURE_CASES,
+    at_tokens,
+    batches,
+    layers_of,
+    logits,
+    relative_error,
+    tiny_architecture,
+)
 
 import grail_hf
+from grail_hf import offload
 from grail_hf.gram import Symmetric
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import Folding
@@ -115,3 +124,42 @@ def test_moments_elsewhere_are_brought_block_by_block(device):
     assert there.flat.device.type == device
     assert torch.equal(there.dense().cpu(), held.restricted(index).dense())
     torch.testing.assert_close(held.times(weight.to(device)).cpu(), held.times(weight))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("lacking", "staying"), [(None, 0), (0, 0), (1, 2), (10**9, 3)])
+def test_of_a_model_that_does_not_fit_layers_come_for_their_part(
+    device, lacking, staying, monkeypatch
+):
+    """Two at least have to stay for any room to be won. Nothing is changed, even by a failure."""
+    model = tiny_architecture("qwen3")
+    layers = layers_of(model)
+    inputs = [{"input_ids": batch["input_ids"]} for batch in batches()]
+    there = [{"input_ids": batch["input_ids"].to(device)} for batch in inputs]
+    expected = logits(model, inputs)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    free = 10**12 if lacking is None else (size - lacking) / offload.WEIGHTS_SHARE
+    monkeypatch.setattr(offload, "_free_bytes", lambda device: free)
+
+    def places():
+        return [next(layer.parameters()).device.type for layer in layers]
+
+    seen = []
+    hook = layers[2].mlp.register_forward_pre_hook(lambda *_: seen.append(places()))
+    with offload.whole_at_work(model, layers, torch.device(device)):
+        assert model.get_input_embeddings().weight.device.type == device
+        assert places() == [device] * (3 - staying) + ["cpu"] * staying
+        found = [model(**batch, use_cache=False).logits.cpu() for batch in there]
+        assert relative_error(at_tokens(found, inputs), expected) < 1e-5
+        assert places() == [device] * (3 - staying) + ["cpu"] * staying
+    assert seen[0][2] == device and seen[0].count("cpu") == max(staying - 1, 0)
+    hook.remove()
+    failing = layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        with offload.whole_at_work(model, layers, torch.device(device)):
+            model(**there[0], use_cache=False)
+    failing.remove()
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

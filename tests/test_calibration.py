@@ -9,10 +9,16 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import SIZES, tiny_model
+from tiny_models import SIZES, tiny_architecture, tiny_model
 
-from grail_hf import calibration
-from grail_hf.calibration import CORPORA, corpus_tokens, token_batches, token_windows
+from grail_hf import GrailConfig, calibration
+from grail_hf.calibration import (
+    CORPORA,
+    corpus_tokens,
+    read_calibration,
+    token_batches,
+    token_windows,
+)
 
 VOCAB = 4096
 
@@ -601,3 +607,29 @@ def test_files_that_are_not_text(batches_of, tmp_path, tiny_llama_dir):
     shutil.copy(tiny_llama_dir / "config.json", tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"a\.jsonl is a table"):
         batches_of(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["tensor", "batch", "batches", "token batches"])
+@pytest.mark.parametrize("case", ["gpt2", "opt", "gptj", "gpt_neox", "qwen2", "gemma3"])
+def test_given_tokens_beyond_the_model_s_positions(case, kind, caplog):
+    """Refused where the model would raise IndexError, which it does on the spot, else warned of."""
+    model, settings = tiny_architecture(case), GrailConfig(sparsity=0.3)
+    limit = model.config.get_text_config().max_position_embeddings
+    ids = torch.arange(limit + 1)[None] % 97
+
+    def read(ids):
+        short = {"input_ids": ids[:, :5]}
+        given = {"tensor": ids, "batch": {"input_ids": ids}, "batches": [short, {"input_ids": ids}]}
+        given["token batches"] = calibration.TokenBatches(({"input_ids": ids},), "mine", "")
+        return read_calibration(model, None, given[kind], settings)
+
+    assert read(ids[:, :limit]) and "more than" not in caplog.text
+    says = f"{limit + 1} tokens, more than the model's {limit} positions"
+    if case in ("gpt_neox", "qwen2", "gemma3"):
+        assert read(ids) and says in caplog.text
+        model(input_ids=ids)
+    else:
+        with pytest.raises(ValueError, match=says):
+            read(ids)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=ids)

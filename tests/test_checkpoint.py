@@ -57,6 +57,7 @@ def assert_as_in_memory(model, source, tmp_path, **settings):
     ]
     assert configs[0] == configs[1]
     assert report.widths == expected.widths
+    assert report.total_parameters == expected.total_parameters
     assert report.groups == expected.groups
     return report
 

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,14 +13,20 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import SIZES, config_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import ARCHITECTURE_CASES, SIZES, config_of
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from typer.testing import CliRunner
 
 from grail_hf import CompressionReport, cli
 from grail_hf.architectures import architectures_table
 from grail_hf.checkpoint import Journal
-from grail_hf.cli import app, replaced_when_whole
+from grail_hf.cli import _measured_on, app, replaced_when_whole
 
 runner = CliRunner()
 
@@ -43,6 +50,8 @@ def test_compress_and_evaluate(compress_arguments, jargon_test, tmp_path):
     assert code == 0, err
     report = json.loads(out)
     assert report["widths"] == {"attention": [2] * 6, "mlp": [512] * 6}
+    assert report["evaluation"]["evaluation text"] == "jargon-test.txt"
+    assert re.fullmatch(r"\d{3,} x 64 tokens", report["evaluation"]["evaluation windows"])
     assert report["evaluation"]["perplexity before"] < report["evaluation"]["perplexity after"]
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved
@@ -393,3 +402,86 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     code, out, err = run("infer", tmp_path)
     assert (code, out) == (1, "")
     assert "experts and the like are not offered" in err and "Traceback" not in err
+
+
+def test_the_text_of_an_evaluation_keeps_its_name(tmp_path):
+    """But for the folders that a file or a data set lies in."""
+    (tmp_path / "notes.txt").touch()
+    for text, said in (
+        ("allenai/c4/en:validation:text", "allenai/c4/en:validation:text"),
+        (str(tmp_path / "notes.txt"), "notes.txt"),
+        (f"{tmp_path}:test:text", f"{tmp_path.name}:test:text"),
+        ("wikitext2", "wikitext2"),
+    ):
+        found = _measured_on(text, torch.zeros(3, 7))
+        assert found == {"evaluation text": said, "evaluation windows": "3 x 7 tokens"}
+
+
+def test_memory_that_runs_out_is_one_line(compress_arguments, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("grail_hf.cli.compress", full)
+    code, out, err = run(*compress_arguments)
+    assert (code, out) == (1, "") and "error: CUDA out of memory" in err and "Traceback" not in err
+
+
+def test_evaluation_runs_where_it_is_told(
+    compress_arguments, tiny_llama_dir, jargon_test, tmp_path, monkeypatch
+):
+    """Also when the model came from disk: by default accelerate chooses, else it is all there."""
+    from transformers import AutoModelForCausalLM
+
+    load, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def noted(*arguments, device_map, **settings):
+        asked.append(device_map)
+        return load(*arguments, device_map=device_map, **settings)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:5_000], "utf-8")
+    measure = ("evaluate", tiny_llama_dir, "--text", text, "--seq-length", 64)
+    for device, where in (((), "auto"), (("--device", "cpu"), {"": torch.device("cpu")})):
+        code, _, err = run(*measure, *device)
+        assert code == 0, err
+        assert asked.pop() == where
+    code, _, err = run(*measure, "--device", "nowhere")
+    assert code == 1 and "device='nowhere' cannot be used here" in err and not asked
+    code, _, err = run(*compress_arguments, "--disk-to-disk", "--eval", text)
+    assert code == 0, err
+    assert asked == [{"": torch.device("cpu")}] * 2
+
+
+@pytest.mark.parametrize("model_type", ["mistral3", "qwen2_vl", "qwen3_5"])
+def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, tmp_path):
+    """The whole of them goes in and comes out, with what makes a processor and how to load it."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("transformers has none")
+    case = ARCHITECTURE_CASES[model_type]
+    inner = SIZES | case["text_config"] | {"vocab_size": 4096}
+    config = config_of({"model_type": model_type} | case | {"text_config": inner})
+    source, template = tmp_path / "in", "{{ messages[0].content }}"
+    AutoModelForImageTextToText.from_config(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"size": 7}')
+    (source / "chat_template.jinja").write_text(template)
+
+    share = ("--sparsity", 0.2, "--multiple-of", 1)
+    code, out, err = run("inspect", source, *share, "--json")
+    assert code == 0, err
+    widths = json.loads(out)["widths"]
+    settings = (*share, "--calibration", jargon_train, "--num-samples", 8, "--seq-length", 32)
+    for way in ("--in-memory", "--disk-to-disk"):
+        output = tmp_path / way
+        code, out, err = run("compress", source, output, *settings, way, "--json")
+        assert code == 0, err
+        assert json.loads(out)["widths"] == widths
+        _, info = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
+        assert not any(info.values())
+        assert any("visual" in name or "vision" in name for name in tensors_of(output))
+        assert (output / "preprocessor_config.json").read_text() == '{"size": 7}'
+        assert (output / "chat_template.jinja").read_text() == template
+        card = (output / "README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in card
+        assert "= AutoModelForImageTextToText.from_pretrained(" in card
+        assert "CausalLM" not in card

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tiny_models import SIZES, config_of, random_model
 
 from grail_hf.calibration import token_windows
 from grail_hf.evaluation import LanguageModelLoss, evaluate, language_model_loss, perplexity
@@ -63,6 +64,28 @@ def test_default_seq_length(tiny_llama, tokenizer, jargon_test, context, expecte
     tiny_llama.config.max_position_embeddings = context
     report = evaluate(tiny_llama, tokenizer, text=jargon_test, max_windows=1)
     assert (report["seq_length"], report["tokens"]) == (expected, expected - 1)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2"])
+def test_windows_stay_within_the_context(model_type, tokenizer, jargon_test, caplog):
+    """Text is cut to it. Given windows are the caller's, but a table of positions has its end."""
+    sizes = SIZES | {"head_dim": None, "vocab_size": len(tokenizer)}
+    model = random_model(config_of(sizes | {"model_type": model_type}))
+    expected = perplexity(model, tokenizer, jargon_test, seq_length=64, max_windows=3)
+    assert "64 positions" not in caplog.text
+    settings = {"seq_length": 100, "max_windows": 3}
+    assert perplexity(model, tokenizer, jargon_test, **settings) == expected
+    report = evaluate(model, tokenizer, text=jargon_test, **settings)
+    assert (report["seq_length"], report["perplexity"]) == (64, expected)
+    assert "seq_length=100 is more than the model's 64 positions" in caplog.text
+    caplog.clear()
+    too_long = torch.ones(1, 65, dtype=torch.int64)
+    if model_type == "gpt2":
+        with pytest.raises(ValueError, match="65 tokens, more than the model's 64 positions"):
+            perplexity(model, None, too_long)
+    else:
+        assert perplexity(model, None, too_long) > 0
+        assert "65 tokens, more than the model's 64 positions" in caplog.text
 
 
 def test_model_is_left_as_it_was(tiny_llama, windows):

@@ -361,6 +361,10 @@ def test_what_lies_beside_comes_along(tmp_path, tokenizer):
     assert again.export["model_type"] == result.model_type == "llama"
     card = (out / "README.md").read_text()
     assert "filled with zeros" in card and "trust_remote_code" not in card
+    padded = AutoModelForCausalLM.from_pretrained(out).num_parameters()
+    assert padded == result.parameters > report.total_parameters[1]
+    assert f"| parameters of this file |  | {padded:,} |" in card
+    assert "parameters of this file" not in (source / "README.md").read_text()
     assert "trust_remote_code" in (source / "README.md").read_text()
 
 
@@ -435,6 +439,8 @@ def test_transformers_reads_the_gguf_back(tmp_path, with_tokenizer, case, sparsi
     model = with_tokenizer(case, sparsity, **({"head_dim": 128} if case == "qwen3" else {}))
     result = export(tmp_path / "in", tmp_path / "out", "gguf")
     assert (result.model_type, result.error) == (architecture, 0.0)
+    tensors = pytest.importorskip("gguf").GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    assert result.parameters == sum(int(tensor.n_elements) for tensor in tensors)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     assert relative_error(logits(again, batches()), logits(model, batches())) < 1e-5
     said = read_gguf(tmp_path / "out" / "model.gguf")

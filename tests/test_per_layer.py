@@ -55,7 +55,7 @@ if way == "grail_hf":
 
     install_hook()
     said["waiting"] = [waiting(), "transformers.modeling_utils" in sys.modules]
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 if way == "grail_hf":
@@ -80,6 +80,8 @@ if way == "remote code":
             said["plain"][folder.name] = str(error)
     how = {"trust_remote_code": True}
 for folder in folders:
+    bare = AutoModel.from_pretrained(folder, **how)
+    bare = AutoModel.from_config(bare.config, **how), bare
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
     model.save_pretrained(Path(target) / folder.name, max_shard_size="50KB")
     again = AutoModelForCausalLM.from_pretrained(Path(target) / folder.name, **how)
@@ -98,6 +100,8 @@ for folder in folders:
         "class": f"{type(model).__module__}.{type(model).__name__}",
         "from_config": {n: p.shape for n, p in built.named_parameters()}
         == {n: p.shape for n, p in model.named_parameters()},
+        "bare": [type(m) is type(model.base_model) for m in bare]
+        + [torch.equal(p, q) for p, q in zip(bare[1].parameters(), model.base_model.parameters())],
     }
 said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
 print(json.dumps(said))
@@ -366,6 +370,7 @@ def test_it_loads_bit_for_bit_and_again_after_another_save(made, loaded, way, ca
     assert found["equal"] == [True] * 2 * len(batches())
     assert found["class"] == f"{type(model).__module__}.{type(model).__name__}"
     assert found["from_config"]
+    assert all(found["bare"]) and len(found["bare"]) > 10
     again = loaded[way]["again"] / f"{case}-{unit}"
     assert len(list(again.glob("model-*.safetensors"))) > 1
     assert (again / "modeling_grail.py").read_text().startswith('"""Decoder layers of different')

@@ -273,6 +273,47 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
     assert "/home" not in str(card) + (tmp_path / "grail.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [("mine", "mine"), ("models--some--model/snapshots/0f", "some/model"), ("models--gpt2", None)],
+)
+def test_the_card_names_a_folder_and_what_lies_in_the_hub_s_cache(
+    folder, said, tmp_path, monkeypatch
+):
+    source = tmp_path / folder
+    source.mkdir(parents=True)
+    monkeypatch.chdir(source)
+    for name in (".", str(source)):
+        model = tiny_model("qwen2")
+        model.name_or_path = name
+        report = compress(model)
+        assert report.base_model == (said or folder)
+        assert f"Made from {said or folder} by" in report.card()
+
+
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        ("license: mit\ntags: [a]", {"license": "mit"}),
+        (
+            "license: other\nlicense_name: mine\nlicense_link: LICENSE",
+            {"license": "other", "license_name": "mine", "license_link": "LICENSE"},
+        ),
+        ("tags: [a]", {}),
+        ("license: [", {}),
+        ("- license", {}),
+    ],
+)
+def test_the_license_is_carried_over(front, said, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n\n# Mine\n")
+    model = tiny_model("qwen2")
+    model.name_or_path = str(tmp_path)
+    report = compress(model)
+    assert report.license == CompressionReport.from_dict(report.to_dict()).license == said
+    data = ModelCard(report.card()).data.to_dict()
+    assert {key: value for key, value in data.items() if "license" in key} == said
+
+
 def test_the_card_says_that_the_type_has_changed(saved):
     assert "The dense model is a `llama`" in saved.reports["llama-kv_group"].card()
     assert "The dense model is a" not in saved.reports["mistral-kv_group"].card()
