@@ -12,6 +12,7 @@ from tiny_models import config_of
 from transformers import LlamaForCausalLM
 
 import grail_hf
+from grail_hf import costs
 from grail_hf.config import GrailConfig
 from grail_hf.costs import estimate
 from grail_hf.meter import Meter
@@ -123,7 +124,7 @@ def test_a_report_sets_what_was_measured_beside_the_estimate():
     assert report.measured.keys() >= {"embed", "forward", "gram", "select", "solve", "refit"}
     estimated = max(cost["host_bytes"] for cost in report.estimate.values())
     measured = max(peaks["host_bytes"] for peaks in report.measured.values())
-    assert 0.5 * measured < estimated < 2.5 * measured
+    assert 0.5 * measured < estimated < 1.5 * measured + costs._SCRATCH
     again = grail_hf.CompressionReport.from_dict(report.to_dict())
     assert (again.estimate, again.measured) == (report.estimate, report.measured)
 

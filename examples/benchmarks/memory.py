@@ -150,7 +150,7 @@ class Repeating(Checkpoint):
         return name if name in spans else next(n for n in spans if n.endswith(f".{tail}"))
 
     @classmethod
-    def open(cls, source: str | Path) -> Checkpoint:
+    def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
         folder = Path(source)
         index = json.loads((folder / INDEX).read_text())["weight_map"]
         files = {name: folder / file for name, file in index.items()}
