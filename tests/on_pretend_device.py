@@ -50,12 +50,9 @@ def folded_on_the_host(group, stats, width):
     return Reduction.fold(labels * width // len(labels), torch.ones(len(labels)))
 
 
-QUICK = [
-    {"hidden_states": "host"},
-    {"hidden_states": "host", "selector": "fold", "target": "self"},
-    {"selector": scored_on_the_host, "allocation": "search"},
-]
+QUICK = [{"hidden_states": "host"}, {"selector": scored_on_the_host, "allocation": "search"}]
 THOROUGH = [
+    {"hidden_states": "host", "selector": "fold", "target": "self"},
     {"refit": 0},
     {"hidden_states": "host", "target": "self"},
     {"hidden_states": "disk", "selector": "wanda", "bias": "auto"},
@@ -76,10 +73,8 @@ def test_every_step_works_where_the_layers_do(settings, device):
     compressed_alike("qwen3", device, settings)
 
 
-@pytest.mark.parametrize(
-    "case",
-    quick_and_thorough(["mixtral"], [case for case in ARCHITECTURE_CASES if case != "mixtral"]),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ARCHITECTURE_CASES)
 def test_every_architecture_works_there(case, device):
     compressed_alike(case, device, {"hidden_states": "host"})
 
