@@ -226,20 +226,26 @@ def auto_class(model_type: str) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
-def copy_processor(source: str | Path, folder: Path, revision: str | None = None) -> None:
-    """Copy what makes a processor of a tokenizer, and is not in `folder`, where there is any.
+def processor_folder(source: str | Path, revision: str | None) -> Path:
+    """Where the files lie that make a processor of a tokenizer; a hub's are fetched.
 
-    Args:
-        source: a checkpoint's folder, or a name on the hub.
-        folder: of the new checkpoint, with its tokenizer.
-        revision: of the hub's.
+    Where the hub cannot be reached, that is what it gave earlier.
     """
-    if not Path(source).is_dir():
-        from huggingface_hub import snapshot_download
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
 
-        source = snapshot_download(str(source), revision=revision, allow_patterns=_PROCESSOR)
+    fetch = partial(snapshot_download, str(source), revision=revision, allow_patterns=_PROCESSOR)
+    try:
+        return Path(fetch())
+    except OSError:
+        return Path(fetch(local_files_only=True))
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Copy those files that are not in `folder`, a new checkpoint's with its tokenizer."""
     for pattern in _PROCESSOR:
-        for path in Path(source).glob(pattern):
+        for path in source.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copy(path, folder)
 

@@ -32,6 +32,7 @@ from grail_hf.checkpoint import (
     check_revision,
     copy_processor,
     damage_named,
+    processor_folder,
 )
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
@@ -234,6 +235,8 @@ def _compress_in_memory(
     plan_compression(skeleton, config)
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
         tokenizer = _tokenizer(source, revision)
+        # Of what the hub named when it gave the config, if it was the hub.
+        processor = processor_folder(source, getattr(skeleton.config, "_commit_hash", None))
         tokens = None if texts == SELF else read_calibration(skeleton, tokenizer, texts, config)
         windows = None
         if eval_text:
@@ -252,9 +255,7 @@ def _compress_in_memory(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        # As the hub named what has been read, if it was the hub's.
-        revision = getattr(skeleton.config, "_commit_hash", None)
-        save = partial(_save, model, tokenizer, report, folder, source, revision)
+        save = partial(_save, model, tokenizer, processor, report, folder)
         processes.once(save, "the output folder")
     return report
 
@@ -262,15 +263,14 @@ def _compress_in_memory(
 def _save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    processor: Path,
     report: CompressionReport,
     folder: Path,
-    source: str,
-    revision: str | None,
 ) -> None:
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    copy_processor(source, folder, revision)
+    copy_processor(processor, folder)
     report.save(folder)
 
 
