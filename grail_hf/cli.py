@@ -37,7 +37,7 @@ from grail_hf.checkpoint import (
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
-from grail_hf.disk_to_disk import TOKENIZERS, StoppedError, compress_checkpoint
+from grail_hf.disk_to_disk import StoppedError, compress_checkpoint, has_tokenizer
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.export import FORMATS, export
 from grail_hf.gguf_file import TYPES, ExportError
@@ -131,6 +131,7 @@ _MENDABLE = (
     PartlyCompressedError,
     StoppedError,
     processes.ProcessGroupError,
+    torch.OutOfMemoryError,
 )
 _DEFAULTS = GrailConfig(sparsity=0.0)
 
@@ -426,8 +427,6 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Say what compressing will do and take, from the config alone: no weights are read."""
-    import torch
-
     with _errors_in_a_line():
         config = _config(context)
         check_revision(source, revision)
@@ -525,8 +524,7 @@ def _tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase | N
     """The source's, or None for a folder without one: what needs it says so."""
     from transformers import AutoTokenizer
 
-    folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+    if Path(source).is_dir() and not has_tokenizer(Path(source)):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
     return tokenizer
@@ -626,7 +624,7 @@ def _errors_in_a_line() -> Iterator[None]:
     """What the user can mend is one line and exit status 1; anything else is a traceback."""
     try:
         yield
-    except (*_MENDABLE, torch.OutOfMemoryError) as error:
+    except _MENDABLE as error:
         console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
         number = processes.count()
         where = f" in process {processes.index()} of {number}" if number > 1 else ""

@@ -300,7 +300,7 @@ class _Work:
         kept = self.plan.widths[group.kind][index] * group.columns
         targets = outputs * (config.targeted and not group.spec.experts)
         held_out = config.holds_out
-        runs = -(-experts // at_once)
+        runs = self.plan.runs(group.spec)
         refits = config.refit_steps > 0 and isinstance(group, Group) and bool(group.spec.linear)
         folds = (1 if config.targeted else 2) * isinstance(self.plan.select, Folding)
         eliminates = kept < inputs and config.selector in ("gram", "slimgpt")

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 # Settings that say where things are, not what comes out.
 _IRRELEVANT = {"hidden_states"}
 _OUTPUT = "the output folder"
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class StoppedError(RuntimeError):
@@ -118,7 +118,7 @@ def compress_checkpoint(
             f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
             "give texts or tokens, or use compress"
         )
-    if tokenizer is None and any((checkpoint.folder / name).is_file() for name in TOKENIZERS):
+    if tokenizer is None and has_tokenizer(checkpoint.folder):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
     processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
@@ -223,6 +223,11 @@ def _finish(
     copy_processor(checkpoint.folder, journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder has a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _stopped(work: Path) -> Journal | None:

@@ -117,6 +117,10 @@ class Plan:
             if self.widths[spec.kind][index] < spec.num_units or (index, spec.kind) in self.mended
         )
 
+    def runs(self, spec: GroupSpec) -> int:
+        """Passes that a group's Grams take: of a mixture, as many as hold all experts in turns."""
+        return -(-spec.experts // self.experts_at_once) if spec.experts else 1
+
     @property
     def sparsity(self) -> float:
         """Fraction of the projection parameters removed."""
@@ -492,8 +496,8 @@ def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) 
         if index < first:
             continue
         refits = config.refit_steps > 0 and spec.linear is not None
-        runs = -(-spec.experts // plan.experts_at_once) if spec.experts else 1
-        each = number * (runs + folding * ((index, spec.kind) not in plan.mended) + refits)
+        folds = folding * ((index, spec.kind) not in plan.mended)
+        each = number * (plan.runs(spec) + folds + refits)
         if refits:
             each += refit_batches(
                 config.refit_steps, len(range(0, number, refit_stride(config.refit_steps)))
