@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
@@ -16,7 +17,7 @@ from itertools import pairwise, product
 from torch import Tensor
 
 from grail_hf.architectures import ATTENTION, EXPERTS, MLP
-from grail_hf.config import GrailConfig, unknown_name
+from grail_hf.config import AUTO, GrailConfig, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ TOLERANCE = 0.005
 # transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
 # of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
 EXPERTS_STEP = 8
+
+# What multiple_of="auto" tries, the largest first: MLP channels that tensor cores and kernels like,
+# and numbers of heads that common degrees of tensor parallelism divide.
+MLP_MULTIPLES = (128, 64, 32, 16, 8)
+HEAD_MULTIPLES = (8, 4, 2)
 
 Widths = dict[str, tuple[int, ...]]
 """Kind -> units kept, one number a layer."""
@@ -184,12 +190,15 @@ class Allocation:
         divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
         compares_scores: whether the loss reads `Profile.scores`, so that those of one group must
             mean something beside another's.
+        counterpart: the rule with the same loss and, unlike this one, widths that differ by layer,
+            or that do not; None where there is none.
     """
 
     loss: Callable[[Profile, Budget], Curve] | None = None
     per_layer: bool = True
     divergences: bool = False
     compares_scores: bool = False
+    counterpart: str | None = None
 
 
 def find_allocation(name: str) -> Allocation:
@@ -211,14 +220,9 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
             the one asked.
     """
     rule = find_allocation(config.allocation)
-    curves = None
-    if profiles is not None and rule.loss is not None:
-        if rule.compares_scores:
-            _check_finite(profiles, config)
-        curves = {
-            (kind, layer): rule.loss(profile, budgets[kind])
-            for (kind, layer), profile in profiles.items()
-        }
+    if profiles is not None and rule.compares_scores:
+        _check_finite(profiles, config)
+    curves = _curves(budgets, rule, profiles)
     if rule.per_layer:
         curves = curves or _alike(budgets)
         widths, said = _by_layer(budgets, config, curves), budgets[ATTENTION].said
@@ -230,6 +234,27 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
     if profiles is None:  # once for a plan; what is measured moves units, and not their number
         _check_own_sparsities(budgets, widths, config)
     return widths
+
+
+def _curves(
+    budgets: Budgets, rule: Allocation, profiles: Profiles | None
+) -> dict[tuple[str, int], Curve] | None:
+    """What each width of each group loses by a rule; None where nothing is measured."""
+    if profiles is None or rule.loss is None:
+        return None
+    return {
+        (kind, layer): rule.loss(profile, budgets[kind])
+        for (kind, layer), profile in profiles.items()
+    }
+
+
+def expected_loss(
+    budgets: Budgets, widths: Widths, config: GrailConfig, profiles: Profiles
+) -> float:
+    """The total loss of `widths`, by the rule that the config names; it measures."""
+    curves = _curves(budgets, find_allocation(config.allocation), profiles)
+    assert curves is not None
+    return sum(curve[widths[kind][layer]] for (kind, layer), curve in curves.items())
 
 
 def _check_finite(profiles: Profiles, config: GrailConfig) -> None:
@@ -294,10 +319,11 @@ def _in_all_layers(
 ) -> Widths:
     """One width per kind for all layers not ignored.
 
-    Of the pairs of widths that come within `TOLERANCE`, the one of least loss; without curves the
-    one whose kinds keep the most equal fractions: attention units are coarse, so their number is
-    rounded to the nearest, and the MLP width takes up the difference. In a mixture, the width is
-    that of the blocks that hold most, and the others keep the same fraction.
+    Of the pairs of widths that come within `TOLERANCE`, the one of least loss (with
+    `multiple_of="auto"`, one of little more loss whose number of heads divides better); without
+    curves the one whose kinds keep the most equal fractions: attention units are coarse, so their
+    number is rounded to the nearest, and the MLP width takes up the difference. In a mixture, the
+    width is that of the blocks that hold most, and the others keep the same fraction.
     """
     attention = budgets[ATTENTION]
     mlps = {kind: budget for kind, budget in budgets.items() if kind != ATTENTION}
@@ -330,24 +356,28 @@ def _in_all_layers(
 
     wanted = config.sparsity
 
-    def best_mlp(heads: int) -> int:
-        return min(mlp_widths, key=lambda width: abs(reached((heads, width)) - wanted))
+    def best_pair(heads: int, sparsity: float) -> tuple[int, int]:
+        return heads, min(mlp_widths, key=lambda width: abs(reached((heads, width)) - sparsity))
 
-    pairs = [(heads, best_mlp(heads)) for heads in attention_widths]
+    pairs = [best_pair(heads, wanted) for heads in attention_widths]
     near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
     if not near:
         every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
         raise ValueError(_unreachable(wanted, every, budgets, config))
     if curves is not None:
-        return widths(
-            min(
-                near,
-                key=lambda pair: sum(
-                    curve[pair[0] if kind == ATTENTION else pair[1]]
-                    for (kind, _), curve in curves.items()
-                ),
-            )
-        )
+
+        def loss(pair: tuple[int, int]) -> float:
+            chosen = (pair[0] if kind == ATTENTION else pair[1] for kind, _ in curves)
+            return sum(curve[w] for curve, w in zip(curves.values(), chosen, strict=True))
+
+        best = min(near, key=loss)
+        if config.multiple_of == AUTO:
+            # What `TOLERANCE` more of sparsity would cost, a number of heads that tensor
+            # parallelism divides may cost.
+            limit = loss(best_pair(best[0], wanted + TOLERANCE))
+            cheap = [pair for pair in near if loss(pair) <= max(limit, loss(best))]
+            best = min(_most_divisible(cheap, attention.num_units), key=loss)
+        return widths(best)
     # The least difference between the kinds' kept fractions; of equals, the wider attention.
     return widths(
         min(
@@ -355,6 +385,18 @@ def _in_all_layers(
             key=lambda pair: (abs(pair[0] / attention.num_units - (1 - wanted)), -pair[0]),
         )
     )
+
+
+def _most_divisible(pairs: Sequence[tuple[int, int]], units: int) -> list[tuple[int, int]]:
+    """The pairs whose attention width 8 divides, else 4, else 2, else all.
+
+    A divisor counts only as far as it divides the `units` that the dense model has.
+    """
+    for multiple in HEAD_MULTIPLES:
+        divisible = [pair for pair in pairs if pair[0] % math.gcd(multiple, units) == 0]
+        if divisible:
+            return divisible
+    return list(pairs)
 
 
 def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
@@ -459,12 +501,14 @@ def _spend(
 
     left = parameters
     finest = min((budgets[kind].step * budgets[kind].unit_cost for kind, _ in curves), default=0)
+    ascending = {slot: sorted(curve) for slot, curve in curves.items()}
     for slot, wide, narrow in sorted(segments, key=slope):
         if widths[slot] != wide:
             continue
         unit_cost = budgets[slot[0]].unit_cost
         fits = wide - (left + finest / 2) / unit_cost
-        widths[slot] = min(w for w in curves[slot] if max(narrow, fits) <= w < wide or w == wide)
+        least = min(max(narrow, fits), wide)
+        widths[slot] = ascending[slot][bisect_left(ascending[slot], least)]
         left -= (wide - widths[slot]) * unit_cost
     return widths
 
@@ -559,8 +603,9 @@ def _unreachable(
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(per_layer=False),
-    "uniform-split": Allocation(search, per_layer=False, divergences=True),
+    "uniform-error": Allocation(error, per_layer=False, counterpart="error"),
+    "uniform-split": Allocation(search, per_layer=False, divergences=True, counterpart="search"),
     "flap": Allocation(flap, compares_scores=True),
-    "error": Allocation(error),
-    "search": Allocation(search, divergences=True),
+    "error": Allocation(error, counterpart="uniform-error"),
+    "search": Allocation(search, divergences=True, counterpart="uniform-split"),
 }

@@ -79,7 +79,8 @@ AttentionSparsity = Annotated[
 ]
 SelectorName = Annotated[str, typer.Option(help=f"One of {', '.join(SELECTORS)}.")]
 AllocationName = Annotated[
-    str, typer.Option("--allocation", help=f"How widths differ: {', '.join(ALLOCATIONS)}.")
+    str,
+    typer.Option("--allocation", help=f"How widths are chosen: auto, {', '.join(ALLOCATIONS)}."),
 ]
 Compensate = Annotated[bool, typer.Option(help="Repair by ridge regression.")]
 Target = Annotated[
@@ -94,9 +95,14 @@ Ridge = Annotated[
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLength = Annotated[int, typer.Option(help="Tokens in a window.")]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
-MultipleOf = Annotated[int, typer.Option(help="MLP widths are multiples of this.")]
+MultipleOf = Annotated[
+    str, typer.Option(help='MLP widths are multiples of this; "auto": as large as costs nothing.')
+]
 AttentionUnit = Annotated[
-    str, typer.Option(help='"kv_group", or "query_head": as many from every group.')
+    str,
+    typer.Option(
+        help='"kv_group", "query_head" (as many from every group), or "auto": as measured.'
+    ),
 ]
 Ignore = Annotated[
     list[str] | None, typer.Option(help="A group to leave whole, for example self_attn; repeat.")
@@ -161,7 +167,7 @@ def compress_command(
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
-    multiple_of: MultipleOf = _DEFAULTS.multiple_of,
+    multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),
     attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
     ignore: Ignore = None,
     rehome: Rehome = _DEFAULTS.rehome,
@@ -417,7 +423,7 @@ def inspect_command(
     seq_length: SeqLength = _DEFAULTS.seq_length,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
-    multiple_of: MultipleOf = _DEFAULTS.multiple_of,
+    multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),
     attention_unit: AttentionUnit = _DEFAULTS.attention_unit,
     ignore: Ignore = None,
     rehome: Rehome = _DEFAULTS.rehome,
@@ -444,6 +450,11 @@ def inspect_command(
     ):
         table.add_row(title, f"{before:,}", f"{after:,}")
     table.add_row("model type", model.config.model_type, plan.config.model_type)
+    if plan.measures:
+        table.caption = (
+            f"a forecast: the widths are measured (allocation {plan.allocation}, attention unit "
+            f"{' or '.join(plan.attention_units)})"
+        )
     table.add_section()
     table.add_row("calibration tokens", "", f"{costs.tokens:,}")
     table.add_row(f"hidden states ({config.hidden_states})", "", size(costs.hidden_bytes))
@@ -457,6 +468,8 @@ def inspect_command(
                 "model_type": model.config.model_type,
                 "new_model_type": plan.config.model_type,
                 "sparsity": plan.sparsity,
+                "allocation": plan.allocation,
+                "attention_units": plan.attention_units,
                 "units": plan.units,
                 "widths": plan.widths,
                 "projection_parameters": plan.projection_parameters,
@@ -591,6 +604,8 @@ def _config(context: typer.Context) -> GrailConfig:
     )
     with suppress(KeyError, ValueError):  # "auto" stays, and what is no number is refused below
         settings["ridge"] = float(settings["ridge"])
+    with suppress(ValueError):
+        settings["multiple_of"] = int(settings["multiple_of"])
     settings["bias"] = settings.get("bias") or False
     return GrailConfig(**settings)
 

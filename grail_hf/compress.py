@@ -14,13 +14,14 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from grail_hf import processes
-from grail_hf.allocation import Widths, find_allocation
+from grail_hf.allocation import Profiles, Widths
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
@@ -141,16 +142,28 @@ def settle(
     homes: Homes,
     place: Place,
     progress: bool,
-    widths: Widths | None = None,
+    earlier: CompressionReport | None = None,
 ) -> tuple[Plan, CompressionReport]:
-    """The plan with the widths that its allocation measures, unless they are known; its report."""
-    if plan.reduced and find_allocation(config.allocation).loss is not None:
-        profiles = None
-        if widths is None:
-            with evaluation_mode(model):
-                profiles = profile(model, plan, tokens.batches, config, homes, place, progress)
-        plan = plan_compression(model, config, plan.architecture, profiles, widths)
+    """The plan with the widths that its allocation measures, and its report.
+
+    An `earlier` report of the same run has the widths already.
+    """
+
+    def planned(unit: str, profiles: Profiles | None = None, widths: Widths | None = None) -> Plan:
+        settings = replace(config, attention_unit=unit)
+        return plan_compression(model, settings, plan.architecture, profiles, widths)
+
+    if earlier is not None:
+        plan = planned(earlier.attention_unit, widths=earlier.widths)
+    elif plan.measures:
+        plans = [planned(unit) for unit in plan.attention_units]
+        with evaluation_mode(model):
+            measured = profile(model, plans, tokens.batches, config, homes, place, progress)
+        plans = [planned(p.attention_unit, own) for p, own in zip(plans, measured, strict=True)]
+        plan = min(plans, key=lambda plan: plan.losses[plan.allocation])
     report = CompressionReport.begin(model, config, plan)
+    if earlier is not None:
+        report.losses, report.groups = earlier.losses, earlier.groups
     report.calibration = tokens.summary()
     report.processes = processes.count()
     return plan, report

@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 
 import torch
 
-ATTENTION_UNITS = ("kv_group", "query_head")
 TARGETS = ("self", "dense", "residual")
 FOLDS = ("measured", "linear")
 SOLVE_DTYPES = ("float32", "float64")
+ATTENTION_UNITS = ("kv_group", "query_head")
 AUTO = "auto"
 HIDDEN_STATES = (AUTO, "accelerator", "host", "disk")
 
@@ -37,11 +37,15 @@ class GrailConfig:
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
             units of highest score stay. JSON gives a function's name.
         allocation: a name in `grail_hf.ALLOCATIONS`: how the kept parameters are shared out.
-            "uniform": one width per kind for all layers. "uniform-split": the same, at the split
-            between attention and MLP that costs least. "error", "search", "flap": each layer its
-            own widths, by the reconstruction error, by the measured divergence from the dense
-            model, or by standardised scores (of a selector that measures, as `flap` does); such a
-            checkpoint loads with `import grail_hf` or `trust_remote_code=True`.
+            "uniform-error": one width per kind for all layers, at the split between attention and
+            MLP whose repaired error is least; it takes one pass over the dense model.
+            "uniform-split": the same by the measured divergence from the dense model, which takes
+            longer. "uniform": both kinds keep the same fraction; nothing is measured. "error",
+            "search", "flap": each layer has widths of its own, by the repaired error, by the
+            measured divergence, or by standardised scores (of a selector that measures, as `flap`
+            does); such a checkpoint loads with `import grail_hf` or `trust_remote_code=True`.
+            "auto": "uniform-error" where there is a split to choose and it can be measured, which
+            it cannot for a mixture of experts; "uniform" elsewhere.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             behind the first that lost some, unless `ignore` names them.
@@ -71,10 +75,14 @@ class GrailConfig:
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
-            parallelism; 8 is the least that keeps bf16 matrix products aligned, and of a mixture's
-            experts the least that there is).
+            parallelism; 8 is the least that keeps bf16 matrix products aligned, and the least for
+            a mixture's experts). "auto" takes the largest of 128, 64, 32, 16 and 8 that still
+            reaches any sparsity to within 0.5 points, and keeps a number of heads that 8, 4 or 2
+            divides under the same condition.
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
             removes the same number of query heads from every KV group and keeps all KV heads.
+            "auto" takes the one with less repaired error where the allocation measures it, and
+            "kv_group" elsewhere.
         ignore: decoder layers by index, or groups by a name or pattern of whole name parts
             ("self_attn", "layers.0.mlp", "model.layers.*.mlp"); they stay as they are.
         rehome: allow the result to be saved under another stock model type that computes the
@@ -101,7 +109,7 @@ class GrailConfig:
     mlp_sparsity: float | None = None
     attention_sparsity: float | None = None
     selector: str | Callable[[Any, Any], torch.Tensor] = "gram"
-    allocation: str = "uniform"
+    allocation: str = AUTO
     compensate: bool = True
     target: str = "residual"
     refit: int = 2
@@ -112,8 +120,8 @@ class GrailConfig:
     seq_length: int = 2048
     batch_size: int = 4
     seed: int = 0
-    multiple_of: int = 8
-    attention_unit: str = "kv_group"
+    multiple_of: int | str = AUTO
+    attention_unit: str = AUTO
     ignore: tuple[int | str, ...] = ()
     rehome: bool = True
     device: str | None = None
@@ -152,12 +160,15 @@ class GrailConfig:
             )
         if not isinstance(self.allocation, str):
             raise ValueError(
-                f"allocation={self.allocation!r} must be a name in grail_hf.ALLOCATIONS"
+                f"allocation={self.allocation!r} must be a name in grail_hf.ALLOCATIONS, or "
+                f"{AUTO!r}"
             )
         for name in ("num_samples", "seq_length", "batch_size", "multiple_of"):
             value = getattr(self, name)
-            if not (_is_integer(value) and value >= 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+            automatic = name == "multiple_of" and value == AUTO
+            if not (automatic or (_is_integer(value) and value >= 1)):
+                others = f", or {AUTO!r}" if name == "multiple_of" else ""
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1{others}")
         if not (_is_integer(self.refit) and self.refit >= 0):
             raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
         if self.seq_length < 2:
@@ -172,9 +183,9 @@ class GrailConfig:
             raise ValueError(f"bias={self.bias!r} must be False or {AUTO!r}")
         if self.bias and not self.compensate:
             raise ValueError(f"bias={self.bias!r} is part of the repair: leave compensate=True")
-        if self.attention_unit not in ATTENTION_UNITS:
+        if self.attention_unit not in (AUTO, *ATTENTION_UNITS):
             raise ValueError(
-                f"attention_unit={self.attention_unit!r} must be one of {ATTENTION_UNITS}"
+                f"attention_unit={self.attention_unit!r} must be one of {(AUTO, *ATTENTION_UNITS)}"
             )
         if self.target not in TARGETS:
             raise ValueError(f"target={self.target!r} must be one of {TARGETS}")

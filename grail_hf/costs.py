@@ -229,8 +229,8 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.solve_item = self.config.torch_dtype.itemsize
-        self.rule = find_allocation(self.config.allocation)
-        self.measures = self.rule.loss is not None
+        self.rule = find_allocation(self.plan.allocation)
+        self.measures = self.plan.measures
         self.repaired = {(index, spec.kind) for index, spec in self.plan.repaired}
 
     def at_peak(self, phase: str, size: int) -> None:

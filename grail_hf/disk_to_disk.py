@@ -175,15 +175,13 @@ def _compress(
     start = time.perf_counter()
     reading = CheckpointHomes(parts, device)
     reading.meter = meter
-    known = journal.notes.get("widths")
-    plan, report = settle(model, plan, tokens, config, reading, place, progress, known)
-    earlier = journal.notes.get("report")
-    if earlier:
-        report.groups = CompressionReport.from_dict(earlier).groups
+    notes_of_earlier = journal.notes.get("report")
+    earlier = CompressionReport.from_dict(notes_of_earlier) if notes_of_earlier else None
+    plan, report = settle(model, plan, tokens, config, reading, place, progress, earlier)
 
     def notes() -> dict[str, Any]:
-        report.seconds = time.perf_counter() - start + (earlier["seconds"] if earlier else 0.0)
-        return {"widths": plan.widths, "report": report.to_dict()}
+        report.seconds = time.perf_counter() - start + (earlier.seconds if earlier else 0.0)
+        return {"report": report.to_dict()}
 
     writing = WritingHomes(parts, device, journal, place, notes)
     writing.meter = meter

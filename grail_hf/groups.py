@@ -71,9 +71,16 @@ class Group:
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         self.layer = layer
+        self.layer_name = layer_name
         self.spec = spec
         self.name = f"{layer_name}.{spec.name}"
         self.seed = seed
+
+    def in_units_of(self, spec: GroupSpec) -> Group:
+        """The same block, its channels divided into other units."""
+        group = type(self)(self.layer, spec, self.layer_name, self.seed)
+        group.differentiate = self.differentiate
+        return group
 
     @property
     def kind(self) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,14 +20,18 @@ from torch import nn
 from grail_hf import processes
 from grail_hf.allocation import (
     EXPERTS_STEP,
+    MLP_MULTIPLES,
+    TOLERANCE,
     Budget,
     Profiles,
     Widths,
     allocate,
+    expected_loss,
     find_allocation,
 )
 from grail_hf.architectures import (
     ATTENTION,
+    EXPERTS,
     MLP,
     Architecture,
     GroupSpec,
@@ -34,7 +39,7 @@ from grail_hf.architectures import (
     find_architecture,
 )
 from grail_hf.calibration import context_length
-from grail_hf.config import GrailConfig, unwrapped
+from grail_hf.config import ATTENTION_UNITS, AUTO, GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
@@ -77,6 +82,11 @@ class Plan:
         projection_parameters: of all decoder blocks' projections, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
         experts_at_once: experts of a layer whose Grams are held at a time.
+        allocation: the rule that gives the widths.
+        attention_unit: what the attention's units are.
+        attention_units: what they may be, where the allocation is to choose; else this one alone.
+        losses: rule -> total loss of its widths, for the allocation and its counterpart, which
+            gives each layer its own width or all the same; empty until profiles are measured.
     """
 
     architecture: Architecture
@@ -91,6 +101,15 @@ class Plan:
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
     experts_at_once: int
+    allocation: str
+    attention_unit: str
+    attention_units: tuple[str, ...]
+    losses: dict[str, float]
+
+    @property
+    def measures(self) -> bool:
+        """Whether the widths depend on what is measured of the dense model."""
+        return bool(self.reduced) and find_allocation(self.allocation).loss is not None
 
     @property
     def units(self) -> dict[str, int]:
@@ -161,6 +180,9 @@ def plan_compression(
         )
     layers = decoder_layers(model, architecture)
     check_apart(layers)
+    attention_units = _attention_units(architecture, model.config, layers, config)
+    # From here on, "auto" is what it stands for.
+    config = replace(config, attention_unit=attention_units[0])
     specs = tuple(
         architecture.groups(model.config, layer, config.attention_unit) for layer in layers
     )
@@ -174,10 +196,15 @@ def plan_compression(
     movable = architecture.rehome if is_stock_causal_lm(model) else None
     budgets = _budgets(groups, ignored, config)
     budgets[ATTENTION] = _sayable(budgets[ATTENTION], specs, model.config, movable, config.rehome)
+    if config.allocation == AUTO:
+        config = replace(config, allocation=_measurable(budgets, config))
     if architecture.per_layer is not None:
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
     check_comparable(select, config)
+    losses = {}
+    if profiles is not None:
+        losses = _losses(budgets, config, profiles, architecture)
     widths = widths or allocate(budgets, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
@@ -232,7 +259,61 @@ def plan_compression(
             ),
             default=0,
         ),
+        config.allocation,
+        config.attention_unit,
+        attention_units,
+        losses,
     )
+
+
+def _attention_units(
+    architecture: Architecture, model_config: Any, layers: nn.ModuleList, config: GrailConfig
+) -> tuple[str, ...]:
+    """What may count as an attention unit: of "auto", whatever gives a choice of widths."""
+    if config.attention_unit != AUTO:
+        return (config.attention_unit,)
+    choices: dict[str, list[GroupSpec]] = {}
+    for unit in ATTENTION_UNITS:
+        every = (architecture.groups(model_config, layer, unit) for layer in layers)
+        attention = [spec for of_layer in every for spec in of_layer if spec.kind == ATTENTION]
+        # Where queries are not grouped, both units are the same.
+        if attention not in choices.values() and any(
+            spec.offered and spec.partitions < spec.num_units for spec in attention
+        ):
+            choices[unit] = attention
+    return tuple(choices) or ATTENTION_UNITS[:1]
+
+
+def _measurable(budgets: Mapping[str, Budget], config: GrailConfig) -> str:
+    """The rule that "auto" stands for: one that measures where there is a split to choose."""
+    free = [budget for budget in budgets.values() if len(budget.uniform_widths) > 1]
+    fixed = (config.mlp_sparsity, config.attention_sparsity)
+    if (
+        EXPERTS in budgets
+        or len(free) < 2
+        or not config.sparsity
+        or any(s is not None for s in fixed)
+    ):
+        return "uniform"
+    return "uniform-error"
+
+
+def _losses(
+    budgets: Mapping[str, Budget],
+    config: GrailConfig,
+    profiles: Profiles,
+    architecture: Architecture,
+) -> dict[str, float]:
+    """What the widths of the config's rule lose, and what those of its counterpart would."""
+    losses = {}
+    for name in (config.allocation, find_allocation(config.allocation).counterpart):
+        if name is None or (find_allocation(name).per_layer and architecture.per_layer is not None):
+            continue
+        named = replace(config, allocation=name)
+        with suppress(ValueError):  # the counterpart may not reach the sparsity
+            widths = allocate(budgets, named, profiles)
+            losses[name] = expected_loss(budgets, widths, named, profiles)
+    return losses
 
 
 def _mended(
@@ -325,9 +406,10 @@ def _budgets(
     """Of each kind of group that there is, the attention's first."""
     kinds = dict.fromkeys([ATTENTION, *(group.kind for layer in groups for group in layer)])
     budgets: dict[str, Budget] = {}
+    total = sum(group.num_parameters for layer in groups for group in layer)
     for kind in kinds:
         of_kind = [next((g for g in layer if g.kind == kind), None) for layer in groups]
-        budgets[kind] = _budget(of_kind, {i for i, own in ignored if own == kind}, config)
+        budgets[kind] = _budget(of_kind, {i for i, own in ignored if own == kind}, total, config)
     for group in (group for layer in groups for group in layer if group.spec.tied_to):
         leader = budgets[str(group.spec.tied_to)]
         step = leader.step * group.num_units // leader.num_units
@@ -335,10 +417,13 @@ def _budgets(
     return budgets
 
 
-def _budget(groups: Sequence[Group | None], ignored: set[int], config: GrailConfig) -> Budget:
+def _budget(
+    groups: Sequence[Group | None], ignored: set[int], total: int, config: GrailConfig
+) -> Budget:
     """Of one kind's groups, at most one a layer; those in layers `ignored` keep their width.
 
-    So do those that are not offered. Raises ValueError where the layers' units are not alike.
+    So do those that are not offered. `total` is the number of all blocks' projection parameters.
+    Raises ValueError where the layers' units are not alike.
     """
     present = [group for group in groups if group is not None]
     counted = [group for group in present if group.num_units]
@@ -351,11 +436,14 @@ def _budget(groups: Sequence[Group | None], ignored: set[int], config: GrailConf
     ((num_units, unit_cost),) = sizes or {(1, 0)}
     first = counted[0] if counted else present[0]
     kept = {i for i, group in enumerate(groups) if group is None or not group.spec.offered}
+    free = len(groups) - len(ignored | kept)
+    own = config.attention_sparsity if first.kind == ATTENTION else config.mlp_sparsity
+    whole = total if own is None else free * num_units * unit_cost
     return Budget(
         num_units,
         unit_cost,
         fixed_cost=first.num_parameters - num_units * unit_cost,
-        step=_step(first, config),
+        step=_step(first, config, whole / max(free * unit_cost, 1)),
         layers=len(groups),
         ignored=frozenset(ignored | kept),
         absent=frozenset(i for i, g in enumerate(groups) if g is None or not g.num_units),
@@ -383,11 +471,28 @@ def _sayable(
     )
 
 
-def _step(group: Group, config: GrailConfig) -> int:
-    """Widths of such groups are multiples of this."""
+def _step(group: Group, config: GrailConfig, units: float) -> int:
+    """Widths of such groups are multiples of this.
+
+    "auto" rounds to what kernels like where a step in all layers moves the sparsity by so little
+    that any one can still be reached: by `TOLERANCE` in either direction.
+
+    Args:
+        group: one of them.
+        config: the settings.
+        units: that a layer would have if they held all the parameters the sparsity is counted in.
+    """
     if group.kind == ATTENTION:
         return group.partitions
-    return math.lcm(config.multiple_of, EXPERTS_STEP if group.spec.experts else 1)
+    least = EXPERTS_STEP if group.spec.experts else 1
+    if not isinstance(config.multiple_of, str):
+        return math.lcm(config.multiple_of, least)
+    fitting = (
+        multiple
+        for multiple in MLP_MULTIPLES
+        if group.num_units % multiple == 0 and multiple <= 2 * TOLERANCE * units
+    )
+    return next(fitting, MLP_MULTIPLES[-1])
 
 
 def _check_tied(groups: Sequence[Sequence[Group]], widths: Mapping[str, Sequence[int]]) -> None:

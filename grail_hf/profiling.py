@@ -49,67 +49,73 @@ Batches = Sequence[dict[str, Tensor]]
 class _Variant:
     """The dense model with one group reduced and repaired: its hidden states, [b, T, D] each."""
 
-    slot: tuple[str, int]
+    slot: tuple[str, int, int]
     width: int
     hidden: list[Tensor]
 
 
 def profile(
     model: PreTrainedModel,
-    plan: Plan,
+    plans: Sequence[Plan],
     batches: Batches,
     config: GrailConfig,
     homes: Homes,
     place: Place | None = None,
     progress: bool = True,
-) -> Profiles:
+) -> list[Profiles]:
     """Measure every group that may lose units. The model is as it was afterwards.
 
     Args:
         model: the dense model.
-        plan: its forecast; gives the groups and their budgets.
+        plans: forecasts, which give the groups and their budgets. They differ in nothing but what
+            an attention unit is; all are measured on the same moments.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         config: the settings; the divergences are measured near the widths of its sparsity.
         homes: where the decoder layers lie, and where they work.
         place: where hidden states are kept; by default where the model takes its inputs.
         progress: show a bar on standard error.
+
+    Returns:
+        The profiles of each plan.
     """
     with homes.meter.phase("profile", whole=True):
-        return _profile(model, plan, batches, config, homes, place, progress)
+        return _profile(model, plans, batches, config, homes, place, progress)
 
 
 @torch.no_grad()
 def _profile(
     model: PreTrainedModel,
-    plan: Plan,
+    plans: Sequence[Plan],
     batches: Batches,
     config: GrailConfig,
     homes: Homes,
     place: Place | None,
     progress: bool,
-) -> Profiles:
-    wanted = find_allocation(config.allocation).divergences
+) -> list[Profiles]:
+    first = plans[0]
+    wanted = find_allocation(first.allocation).divergences
     parts, is_held = _in_turns(*(held_out(batches) if wanted else (list(batches), [])))
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.
-    score = gram if isinstance(plan.select, Folding) else plan.select
-    profiles: dict[tuple[str, int], Profile] = {}
+    score = gram if isinstance(first.select, Folding) else first.select
+    profiles: dict[tuple[str, int, int], Profile] = {}  # by kind, units and layer
     variants: list[_Variant] = []
     finals: list[Tensor] = []
     layers = homes.layers
     blocks = stream(
         model,
         homes,
-        plan.specs,
+        first.specs,
         parts,
         place,
         seed=config.seed,
         progress=False,
-        returns_tuple=plan.architecture.returns_tuple,
+        returns_tuple=first.architecture.returns_tuple,
         dtype=config.torch_dtype,
     )
     for block in tqdm(
         blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
     ):
+        index = block.index
         fitted, watched = (
             replace(block, batches=[b for b in block.batches if is_held[b.number] == held])
             for held in (False, True)
@@ -117,35 +123,43 @@ def _profile(
         for variant in variants:
             variant.hidden = watched.behind(variant.hidden)
         energies = fitted.energies()
-        for group, energy in zip(block.groups, energies, strict=True):
-            slot = (group.kind, block.index)
-            budget = plan.budgets[group.kind]
-            if block.index in budget.ignored:
+        for position, (group, energy) in enumerate(zip(block.groups, energies, strict=True)):
+            if index in first.budgets[group.kind].ignored:
                 continue
             stats = fitted.collect(group)
-            profiles[slot] = fitted.once(
-                group, partial(_measured, group, stats, energy, score, config.selector_name)
-            )
-            if wanted:
-                variants += [
-                    _Variant(
-                        slot, width, _reduced(watched, group, stats, profiles[slot].scores, width)
-                    )
-                    for width in widths_to_measure(budget, plan.sparsity)
-                ]
+            for plan in plans:
+                own = group.in_units_of(plan.specs[index][position])
+                slot = (own.kind, own.num_units, index)
+                if slot in profiles:
+                    continue
+                measure = partial(_measured, own, stats, energy, score, config.selector_name)
+                profiles[slot] = fitted.once(own, measure)
+                if wanted:
+                    variants += [
+                        _Variant(slot, width, _reduced(watched, own, stats, profiles[slot], width))
+                        for width in widths_to_measure(plan.budgets[own.kind], plan.sparsity)
+                    ]
             del stats  # before the next ones are summed
-        if wanted and block.index + 1 == len(layers):
+        if wanted and index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
-    own = [parts[batch.number] for batch in watched.batches]
+    own_batches = [parts[batch.number] for batch in watched.batches]
     with homes.surroundings():
         divergences = _divergences(
-            model, layers, own, finals, variants, plan.architecture.returns_tuple
+            model, layers, own_batches, finals, variants, first.architecture.returns_tuple
         )
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
         measured = {**known.divergences, variant.width: divergence}
         profiles[variant.slot] = replace(known, divergences=measured)
-    return profiles
+    return [
+        {
+            (spec.kind, index): profiles[spec.kind, spec.num_units, index]
+            for index, layer in enumerate(plan.specs)
+            for spec in layer
+            if (spec.kind, spec.num_units, index) in profiles
+        }
+        for plan in plans
+    ]
 
 
 def widths_to_measure(budget: Budget, sparsity: float) -> list[int]:
@@ -205,10 +219,10 @@ def _in_turns(
 
 
 def _reduced(
-    block: Block, group: Group, stats: GramStats, scores: Tensor, width: int
+    block: Block, group: Group, stats: GramStats, found: Profile, width: int
 ) -> list[Tensor]:
     """Behind the layer, [b, T, D] each, with the group cut to `width` units and repaired."""
-    reduction = Reduction.keep_top(scores, width, group.partitions)
+    reduction = Reduction.keep_top(found.scores, width, group.partitions)
     kept = reduction.kept_channels(group.columns)
     weight = group.weight.to(stats.dtype)
     repaired = torch.zeros_like(weight)

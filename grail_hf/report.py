@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
+from grail_hf.architectures import ATTENTION
 from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
@@ -86,6 +87,11 @@ class CompressionReport:
             another stock type that computes the same function.
         config: the settings.
         sparsity: fraction of the decoder blocks' projection parameters removed.
+        allocation: the rule that gave the widths.
+        attention_unit: what the attention's units are: "kv_group" or "query_head".
+        losses: rule -> total loss of its widths by what was measured, for the allocation and for
+            its counterpart (widths that differ by layer, or one width a kind); empty where nothing
+            is measured.
         units: kind -> units in a layer, before.
         widths: kind -> units after, one number a layer.
         projection_parameters, total_parameters: before and after.
@@ -113,6 +119,9 @@ class CompressionReport:
     widths: dict[str, tuple[int, ...]]
     projection_parameters: tuple[int, int]
     total_parameters: tuple[int, int]
+    allocation: str = "uniform"
+    attention_unit: str = "kv_group"
+    losses: dict[str, float] = field(default_factory=dict)
     groups: list[GroupReport] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -138,6 +147,9 @@ class CompressionReport:
             widths=dict(plan.widths),
             projection_parameters=plan.projection_parameters,
             total_parameters=plan.total_parameters,
+            allocation=plan.allocation,
+            attention_unit=plan.attention_unit,
+            losses=dict(plan.losses),
             versions=versions(),
             license=_license(model.name_or_path),
         )
@@ -328,6 +340,8 @@ class CompressionReport:
                 f" {self.calibration['tokens']:,} tokens, sha256 "
                 f"`{self.calibration['fingerprint'][:16]}`.",
             ]
+        if self.alternative:
+            lines += ["", self.alternative]
         scarce = self.scarce_experts
         if scarce and self.config.compensate:
             rest = len(scarce) - _NAMES_IN_CARD
@@ -381,6 +395,7 @@ class CompressionReport:
             table.add_row(*row)
         for key, value in self.evaluation.items():
             table.add_row(key, "", _short(value))
+        table.caption = self.alternative or None
         memory = self._memory()
         if memory:
             table.add_section()
@@ -388,6 +403,25 @@ class CompressionReport:
             for title, estimated, measured in memory:
                 table.add_row(title, size(estimated), size(measured))
         return table
+
+    def _unit_of(self, kind: str) -> str:
+        """What is counted of a kind, in the plural."""
+        names = {"kv_group": "KV heads", "query_head": "query heads"}
+        return names[self.attention_unit] if kind == ATTENTION else f"{kind} channels"
+
+    @property
+    def alternative(self) -> str:
+        """What the other way of sharing out the widths would have lost; empty if not measured."""
+        others = [name for name in self.losses if name != self.allocation]
+        if not others or not self.losses.get(self.allocation):
+            return ""
+        (name,) = others
+        what = "widths that differ by layer" if self.uniform else "one width a kind"
+        ratio = self.losses[name] / self.losses[self.allocation]
+        return (
+            f"By what was measured of the dense model, {what} (allocation={name!r}) would lose "
+            f"{ratio:.2f} times as much."
+        )
 
     def _memory(self) -> list[tuple[str, int, int]]:
         """Of each phase and kind of memory that was measured: estimate and measurement."""
@@ -401,7 +435,7 @@ class CompressionReport:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [
-            (f"{kind} units per layer", f"{self.units[kind]:,}", width_range(widths))
+            (f"{self._unit_of(kind)} per layer", f"{self.units[kind]:,}", width_range(widths))
             for kind, widths in self.widths.items()
         ]
         for title, (before, after) in (

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
@@ -26,6 +27,9 @@ from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import GrailConfig
 
 few = settings(max_examples=25, deadline=None)
+
+# What a plan makes of "auto", unless a test names a rule.
+settled = partial(GrailConfig, allocation="uniform")
 
 
 def uniform(budgets: dict[str, Budget], config: GrailConfig) -> dict[str, int]:
@@ -85,7 +89,7 @@ def test_one_width_a_kind_comes_as_close_as_promised_or_says_what_it_can(rule, b
     reach = reachable(budgets)
     gap = min(abs(value - wanted) for value in reach)
     assume(abs(gap - TOLERANCE) > 1e-9)
-    config = GrailConfig(sparsity=wanted, allocation=rule)
+    config = settled(sparsity=wanted, allocation=rule)
     if gap <= TOLERANCE:
         widths = uniform(budgets, config)
         assert abs(sparsity_of(budgets, widths) - wanted) <= TOLERANCE
@@ -107,7 +111,7 @@ def test_one_width_a_kind_comes_as_close_as_promised_or_says_what_it_can(rule, b
 @few
 def test_both_kinds_keep_about_the_same_fraction(budgets, wanted):
     """Attention comes as near to the fraction kept as the total allows."""
-    config = GrailConfig(sparsity=wanted)
+    config = settled(sparsity=wanted)
     mlp = possible(budgets[MLP])
     feasible = [
         heads
@@ -130,7 +134,7 @@ def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, 
     every = possible(budgets[ATTENTION])
     said = frozenset(data.draw(st.sets(st.sampled_from(every)))) | {every[-1]}
     limited = budgets | {ATTENTION: dataclasses.replace(budgets[ATTENTION], said=said)}
-    config = GrailConfig(sparsity=wanted, allocation=rule)
+    config = settled(sparsity=wanted, allocation=rule)
     reach = [
         sparsity_of(budgets, {ATTENTION: heads, MLP: width})
         for heads in said
@@ -157,27 +161,27 @@ def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, 
 @pytest.mark.parametrize(("share", "heads"), [(0.2, 7), (0.3, 7), (0.4, 4), (0.7, 2), (0.95, 1)])
 def test_a_kind_s_own_sparsity_is_rounded_to_what_the_config_can_say(share, heads):
     layer = {ATTENTION: Budget(8, 100, said=frozenset({1, 2, 4, 7, 8})), MLP: Budget(100, 10)}
-    config = GrailConfig(mlp_sparsity=0.5, attention_sparsity=share)
+    config = settled(mlp_sparsity=0.5, attention_sparsity=share)
     assert uniform(layer, config) == {ATTENTION: heads, MLP: 50}
 
 
 def test_of_two_equally_near_widths_attention_takes_the_wider():
     layer = {ATTENTION: Budget(4, 100), MLP: Budget(1000, 10)}
-    assert uniform(layer, GrailConfig(sparsity=0.375))[ATTENTION] == 3
+    assert uniform(layer, settled(sparsity=0.375))[ATTENTION] == 3
 
 
 @given(budgets())
 @few
 def test_sparsity_zero_keeps_all(budgets):
     full = {kind: budget.num_units for kind, budget in budgets.items()}
-    assert uniform(budgets, GrailConfig(sparsity=0)) == full
-    assert uniform(budgets, GrailConfig(mlp_sparsity=0, attention_sparsity=0)) == full
+    assert uniform(budgets, settled(sparsity=0)) == full
+    assert uniform(budgets, settled(mlp_sparsity=0, attention_sparsity=0)) == full
 
 
 @given(budgets(), fractions, fractions)
 @few
 def test_a_kind_s_own_sparsity_gives_the_nearest_width(budgets, attention, mlp):
-    config = GrailConfig(attention_sparsity=attention, mlp_sparsity=mlp)
+    config = settled(attention_sparsity=attention, mlp_sparsity=mlp)
     asked = {ATTENTION: attention, MLP: mlp}
     nearest = {
         kind: min(
@@ -205,7 +209,7 @@ def test_a_kind_s_own_sparsity_gives_the_nearest_width(budgets, attention, mlp):
 )
 def test_a_kind_s_own_sparsity_says_what_it_is_rounded_to(rule, asked, reached, told, caplog):
     budgets = {ATTENTION: Budget(4, 100, layers=4), MLP: Budget(100, 10, layers=4)}
-    config = GrailConfig(attention_sparsity=asked, mlp_sparsity=0.5, allocation=rule)
+    config = settled(attention_sparsity=asked, mlp_sparsity=0.5, allocation=rule)
     assert 1 - sum(allocate(budgets, config)[ATTENTION]) / 16 == reached
     message = f"attention_sparsity={asked} is rounded to whole units: {reached} is reached"
     assert [record.getMessage() for record in caplog.records] == [message] * told
@@ -222,7 +226,7 @@ def test_a_kind_s_own_sparsity_that_removes_nothing_says_what_would(total, rule,
         MLP: Budget(100, 30, layers=4),
     }
     rest = {"sparsity": total} if total else {"mlp_sparsity": 0.3}
-    config = GrailConfig(attention_sparsity=least / 3, allocation=rule, **rest)
+    config = settled(attention_sparsity=least / 3, allocation=rule, **rest)
     with pytest.raises(ValueError, match="rounded to nothing") as caught:
         allocate(budgets, config)
     (offer,) = re.findall(r"is attention_sparsity=([\d.]+)", str(caught.value))
@@ -234,7 +238,7 @@ def test_a_kind_s_own_sparsity_that_removes_nothing_says_what_would(total, rule,
 @pytest.mark.parametrize("rule", ALLOCATIONS)
 def test_units_that_cannot_go_singly_are_said(rule):
     budgets = {ATTENTION: Budget(1, 100, layers=2), MLP: Budget(100, 30, layers=2)}
-    config = GrailConfig(attention_sparsity=0.5, mlp_sparsity=0.3, allocation=rule)
+    config = settled(attention_sparsity=0.5, mlp_sparsity=0.3, allocation=rule)
     with pytest.raises(ValueError, match="can have fewer than its 1 units"):
         allocate(budgets, config)
 
@@ -246,14 +250,14 @@ def test_nothing_asked_is_nothing_removed_where_the_last_step_is_short(rule, set
     budgets = {ATTENTION: Budget(4, 100, layers=2), MLP: Budget(83, 30, step=8, layers=2)}
     if settings["sparsity"] is None:
         settings = settings | {"attention_sparsity": 0.25}
-    assert allocate(budgets, GrailConfig(allocation=rule, **settings))[MLP] == (83, 83)
+    assert allocate(budgets, settled(allocation=rule, **settings))[MLP] == (83, 83)
 
 
 @pytest.mark.parametrize("given_kind", [ATTENTION, MLP])
 @given(budgets(fine=True), fractions, fractions)
 @few
 def test_the_other_kind_takes_what_is_left_to_remove(given_kind, budgets, own, wanted):
-    config = GrailConfig(sparsity=wanted, **{f"{given_kind}_sparsity": own})
+    config = settled(sparsity=wanted, **{f"{given_kind}_sparsity": own})
     other = ATTENTION if given_kind == MLP else MLP
     wish = (1 - own) * budgets[given_kind].num_units
     fixed = min(possible(budgets[given_kind]), key=lambda width: abs(width - wish))
@@ -286,9 +290,9 @@ def test_an_ignored_kind_keeps_its_width_and_the_other_loses_more(kind, budgets,
     assume(abs(min(gaps) - TOLERANCE) > 1e-9)
     if min(gaps) > TOLERANCE:
         with pytest.raises(ValueError, match="cannot be reached"):
-            uniform(budgets, GrailConfig(sparsity=wanted))
+            uniform(budgets, settled(sparsity=wanted))
     else:
-        widths = uniform(budgets, GrailConfig(sparsity=wanted))
+        widths = uniform(budgets, settled(sparsity=wanted))
         assert widths[kind] == full
         assert abs(sparsity_of(budgets, widths) - wanted) <= TOLERANCE
 
@@ -306,7 +310,7 @@ def test_more_sparsity_never_keeps_more(budgets, one, another):
     fixed = budgets | {ATTENTION: dataclasses.replace(budgets[ATTENTION], ignored=frozenset({0}))}
     for layers, slack in ((budgets, step), (fixed, 0.0)):
         try:
-            widths = [uniform(layers, GrailConfig(sparsity=s)) for s in (less, more)]
+            widths = [uniform(layers, settled(sparsity=s)) for s in (less, more)]
         except ValueError:
             continue
         first, second = (sparsity_of(layers, found) for found in widths)
@@ -337,7 +341,7 @@ def test_a_cost_is_linear_in_the_width():
 def test_an_ignored_kind_with_a_sparsity_of_its_own_is_refused():
     """The two contradict each other; neither may win in silence."""
     layer = {ATTENTION: Budget(8, 100, ignored=frozenset({0})), MLP: Budget(128, 30)}
-    config = GrailConfig(attention_sparsity=0.5, mlp_sparsity=0.5, ignore="self_attn")
+    config = settled(attention_sparsity=0.5, mlp_sparsity=0.5, ignore="self_attn")
     with pytest.raises(ValueError, match="attention_sparsity"):
         uniform(layer, config)
 
@@ -395,7 +399,7 @@ def test_layers_of_their_own_widths_reach_the_sparsity(rule, case, wanted):
         budgets, {kind: b.in_all_layers(b.widths[0]) for kind, b in budgets.items()}
     )
     assume(wanted < low - TOLERANCE)
-    config = GrailConfig(sparsity=wanted, allocation=rule)
+    config = settled(sparsity=wanted, allocation=rule)
     for measured in (profiles, None):
         widths = allocate(budgets, config, measured)
         assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
@@ -416,7 +420,7 @@ def test_the_widest_layer_s_attention_is_one_that_the_config_can_say(rule, case,
     limited = budgets | {ATTENTION: dataclasses.replace(attention, said=said)}
     some = next(profile for (kind, _), profile in profiles.items() if kind == ATTENTION)
     profiles = {(ATTENTION, layer): some for layer in range(LAYERS)} | profiles
-    config = GrailConfig(sparsity=wanted, allocation=rule)
+    config = settled(sparsity=wanted, allocation=rule)
     for measured in (profiles, None):
         try:
             free, widths = allocate(budgets, config, measured), allocate(limited, config, measured)
@@ -452,7 +456,7 @@ def test_no_move_of_units_between_two_groups_loses_less(rule, case, wanted):
     """Local optimality of the whole: as many parameters moved from one group to another gain
     nothing, where the curves are convex (those of `profiled` errors are)."""
     budgets, profiles = case
-    config = GrailConfig(sparsity=wanted, allocation=rule)
+    config = settled(sparsity=wanted, allocation=rule)
     profiles = {slot: dataclasses.replace(p, divergences={}) for slot, p in profiles.items()}
     try:
         widths = allocate(budgets, config, profiles)
@@ -482,7 +486,7 @@ def test_layers_take_the_exhaustively_best_widths_where_all_steps_fit():
             (MLP, layer): Profile(s, torch.cat([s.sort().values.cumsum(0).flip(0), torch.zeros(1)]))
             for layer, s in enumerate(scores)
         }
-        config = GrailConfig(sparsity=120 / total, allocation="error")
+        config = settled(sparsity=120 / total, allocation="error")
         widths = allocate(budgets, config, profiles)[MLP]
         curves = [error(profiles[MLP, layer], budgets[MLP]) for layer in range(4)]
         best = min(
@@ -502,7 +506,7 @@ def test_flap_removes_the_lowest_standardised_scores_of_the_whole_model():
         MLP: Budget(32, 1, layers=3),
     }
     profiles = {(MLP, i): Profile(s, torch.zeros(33)) for i, s in enumerate(scores)}
-    config = GrailConfig(sparsity=40 / 99, allocation="flap")
+    config = settled(sparsity=40 / 99, allocation="flap")
     widths = allocate(budgets, config, profiles)[MLP]
     standard = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True)
     kept = standard >= standard.flatten().sort().values[40]
@@ -518,7 +522,7 @@ def test_infinite_scores_cannot_be_standardised(value):
     scores = torch.arange(8.0)
     profiles = {(MLP, 0): Profile(scores, torch.zeros(9))}
     profiles[MLP, 1] = Profile(torch.where(scores < 2, value, scores), torch.zeros(9))
-    config = GrailConfig(sparsity=0.3, allocation="flap", selector="mine")
+    config = settled(sparsity=0.3, allocation="flap", selector="mine")
     with pytest.raises(ValueError, match=r"'mine' gives 2 infinite scores to the mlp of layer 1"):
         allocate(budgets, config, profiles)
 
@@ -544,7 +548,7 @@ def test_search_agrees_with_what_was_measured_and_follows_the_error_between():
 @few
 def test_the_split_is_the_best_pair_of_widths_by_the_summed_loss(case, wanted):
     budgets, profiles = case
-    config = GrailConfig(sparsity=wanted, allocation="uniform-split")
+    config = settled(sparsity=wanted, allocation="uniform-split", multiple_of=8)
     try:
         widths = allocate(budgets, config, profiles)
     except ValueError:
@@ -581,11 +585,11 @@ def test_kinds_with_sparsities_of_their_own_are_shared_out_among_their_layers(ru
     for measured in (profiles, None):
         widths = allocate(
             budgets,
-            GrailConfig(attention_sparsity=0.25, mlp_sparsity=0.5, allocation=rule),
+            settled(attention_sparsity=0.25, mlp_sparsity=0.5, allocation=rule),
             measured,
         )
         assert sum(widths[ATTENTION]) == 18 and sum(widths[MLP]) == 6 * 64
-        config = GrailConfig(sparsity=0.5, attention_sparsity=0.25, allocation=rule)
+        config = settled(sparsity=0.5, attention_sparsity=0.25, allocation=rule)
         widths = allocate(budgets, config, measured)
         assert sum(widths[ATTENTION]) == 18
         assert abs(sparsity_by_layer(budgets, widths) - 0.5) <= TOLERANCE
@@ -594,7 +598,7 @@ def test_kinds_with_sparsities_of_their_own_are_shared_out_among_their_layers(ru
 def test_an_unknown_rule_is_refused_with_the_nearest():
     budgets = {ATTENTION: Budget(4, 100), MLP: Budget(128, 10)}
     with pytest.raises(ValueError, match="did you mean 'search'"):
-        allocate(budgets, GrailConfig(sparsity=0.5, allocation="serch"))
+        allocate(budgets, settled(sparsity=0.5, allocation="serch"))
 
 
 def test_layers_without_units_cost_what_they_cost_and_have_no_width():
@@ -613,7 +617,7 @@ def test_layers_without_units_cost_what_they_cost_and_have_no_width():
     assert (none.widths, none.in_all_layers(1), none.cost(1)) == ([1], (0, 0), 9)
     for rule in ("uniform", "error"):
         budgets = {ATTENTION: none, MLP: Budget(100, 10, layers=2)}
-        widths = allocate(budgets, GrailConfig(sparsity=0.3, multiple_of=1, allocation=rule))
+        widths = allocate(budgets, settled(sparsity=0.3, multiple_of=1, allocation=rule))
         assert widths[ATTENTION] == (0, 0)
         assert sum(widths[MLP]) == pytest.approx(140, abs=3)
 
@@ -635,5 +639,53 @@ def test_a_step_that_is_too_long_is_taken_where_finer_ones_can_be_given_back():
         if layer not in budget.ignored
     }
     for wanted in torch.linspace(0.5, 0.72, 45).tolist():
-        widths = allocate(budgets, GrailConfig(sparsity=wanted, allocation="error"), curves)
+        widths = allocate(budgets, settled(sparsity=wanted, allocation="error"), curves)
         assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
+
+
+class CountedCurve(dict):
+    """A curve that counts how often it is gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        type(self).passes += 1
+        return super().__iter__()
+
+
+def test_a_curve_is_not_gone_through_once_a_segment(monkeypatch):
+    """Every width of a strictly convex curve is a segment of its own."""
+    budgets = {
+        ATTENTION: Budget(1, 10, layers=2, ignored=frozenset(range(2))),
+        MLP: Budget(500, 10, layers=2),
+    }
+    errors = torch.linspace(1, 0, 501, dtype=torch.float64) ** 2
+    rule = dataclasses.replace(ALLOCATIONS["error"], loss=lambda p, b: CountedCurve(error(p, b)))
+    monkeypatch.setitem(ALLOCATIONS, "error", rule)
+    profiles = {(MLP, layer): Profile(torch.arange(500.0), errors) for layer in range(2)}
+    widths = allocate(budgets, settled(sparsity=0.5, allocation="error"), profiles)
+    assert sum(widths[MLP]) == pytest.approx(499, abs=2)
+    assert CountedCurve.passes < 20
+
+
+@pytest.mark.parametrize(
+    ("extra", "heads"),
+    [
+        ({6: 0.0, 4: 5e-3}, 6),  # dearer than 0.5 points of sparsity
+        ({6: 0.0, 4: 3e-4}, 4),
+        ({5: 0.0, 6: 3e-4, 4: 5e-3}, 6),
+        ({5: 0.0, 6: 5e-3, 4: 5e-3}, 5),
+    ],
+)
+def test_a_number_of_heads_that_more_divides_is_taken_where_it_costs_little(extra, heads):
+    """0.5 points of sparsity are 5 channels, which cost 5e-4."""
+    budgets = {ATTENTION: Budget(8, 1), MLP: Budget(1000, 1)}
+    attention = torch.tensor([0.1 + extra.get(width, 1.0) for width in range(9)])
+    profiles = {
+        (ATTENTION, 0): Profile(torch.ones(8), attention.double()),
+        (MLP, 0): Profile(torch.ones(1000), torch.linspace(0.1, 0, 1001, dtype=torch.float64)),
+    }
+    config = settled(sparsity=0.3, allocation="uniform-error", multiple_of="auto")
+    assert allocate(budgets, config, profiles)[ATTENTION] == (heads,)
+    config = dataclasses.replace(config, multiple_of=1)
+    assert allocate(budgets, config, profiles)[ATTENTION] == (min(extra, key=extra.get),)

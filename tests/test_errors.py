@@ -36,7 +36,7 @@ class Untouchable:
 
 def compress(model, calibration=None, **settings):
     calibration = batches() if calibration is None else calibration
-    settings = {"sparsity": 0.3, "multiple_of": 1} | settings
+    settings = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform"} | settings
     return grail_hf.compress(model, calibration=calibration, progress=False, **settings)
 
 

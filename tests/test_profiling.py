@@ -21,14 +21,14 @@ from tiny_models import (
     tiny_model,
 )
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import grail_hf
 from grail_hf import ALLOCATIONS, ARCHITECTURES, profiling
 from grail_hf.allocation import TOLERANCE
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.compensation import ridge
-from grail_hf.config import GrailConfig
+from grail_hf.config import ATTENTION_UNITS, GrailConfig
 from grail_hf.gram import GramStats, Symmetric
 from grail_hf.planning import plan_compression
 from grail_hf.profiling import held_out, profile, widths_to_measure
@@ -42,7 +42,8 @@ MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
 def profiles_of(model, inputs, **settings):
     config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
     plan = plan_compression(model, config)
-    return plan, profile(model, plan, inputs, config, homes_of(model), progress=False)
+    (profiles,) = profile(model, [plan], inputs, config, homes_of(model), progress=False)
+    return plan, profiles
 
 
 def consumer_inputs(model, module, inputs):
@@ -250,3 +251,107 @@ def test_where_too_few_windows_are_given_all_serve_for_both():
     inputs = [{"input_ids": torch.zeros(3, 10, dtype=torch.int64)}]
     fit, held = held_out(inputs)
     assert fit == held == inputs
+
+
+@pytest.mark.parametrize("rule", ["auto", "error"])
+@pytest.mark.parametrize("unit", ATTENTION_UNITS)
+def test_attention_loses_the_units_that_cost_least(unit, rule):
+    """A third of the query heads are not read: those of one KV group, or one of each group."""
+    model = tiny_model("mistral", num_key_value_heads=3)
+    dead = [0, 1, 2, 3] if unit == "kv_group" else [0, 4, 8]
+    with torch.no_grad():
+        for layer in layers_of(model):
+            columns = layer.self_attn.o_proj.weight.view(48, 12, 10)
+            columns[:, dead] = 0
+    report = grail_hf.compress(
+        model,
+        calibration=batches(),
+        sparsity=0.19 if unit == "kv_group" else 0.12,
+        allocation=rule,
+        multiple_of=1,
+        refit=0,
+        progress=False,
+    )
+    assert report.attention_unit == unit
+    assert set(report.widths[ATTENTION]) == {2 if unit == "kv_group" else 9}
+    assert report.allocation == ("uniform-error" if rule == "auto" else rule)
+    assert report.losses[report.allocation] == min(report.losses.values()) or rule == "auto"
+
+
+def test_the_report_says_what_the_other_way_of_allocating_would_lose():
+    inputs, reports = batches(), {}
+    for rule in ("uniform-error", "error"):
+        reports[rule] = report = grail_hf.compress(
+            tiny_model("mistral"),
+            calibration=inputs,
+            sparsity=0.4,
+            allocation=rule,
+            multiple_of=1,
+            attention_unit="kv_group",
+            refit=0,
+            progress=False,
+        )
+        ratio = report.losses["error"] / report.losses["uniform-error"]
+        assert f"{ratio if rule == 'uniform-error' else 1 / ratio:.2f} times" in report.card()
+        assert report.table().caption == report.alternative
+    one, other = (report.losses for report in reports.values())
+    assert one == pytest.approx(other)
+    assert one["error"] < one["uniform-error"]
+
+
+def test_nothing_is_measured_where_there_is_nothing_to_choose():
+    for settings in (
+        {"mlp_sparsity": 0.3, "attention_sparsity": 0.25},
+        {"sparsity": 0.2724, "mlp_sparsity": 0.3},
+        {"sparsity": 0.3, "ignore": "self_attn"},
+        {"sparsity": 0},
+    ):
+        plan = plan_compression(tiny_model("llama"), GrailConfig(**{"multiple_of": 1} | settings))
+        assert (plan.allocation, plan.measures) == ("uniform", False)
+    for case in ("mixtral", "gpt2"):  # experts are not measured; gpt2 keeps its heads
+        config = GrailConfig(sparsity=0.2, multiple_of=8 if case == "mixtral" else 1)
+        plan = plan_compression(tiny_architecture(case), config)
+        assert (plan.allocation, plan.measures) == ("uniform", False)
+    plan = plan_compression(tiny_model("llama"), GrailConfig(sparsity=0.3))
+    assert (plan.allocation, plan.measures) == ("uniform-error", True)
+    assert plan.attention_units == ATTENTION_UNITS
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_value_heads", "units"),
+    [(12, 4, ATTENTION_UNITS), (12, 12, ("kv_group",)), (12, 1, ("query_head",))],
+)
+def test_an_attention_unit_is_considered_where_it_leaves_a_choice(heads, key_value_heads, units):
+    model = tiny_model("mistral", num_attention_heads=heads, num_key_value_heads=key_value_heads)
+    plan = plan_compression(model, GrailConfig(sparsity=0.3))
+    assert (plan.attention_units, plan.attention_unit) == (units, units[0])
+
+
+@pytest.mark.parametrize(
+    ("hidden", "channels", "heads", "key_value_heads", "layers", "multiple"),
+    [
+        (4096, 11008, 32, 32, 32, 128),  # Llama 2 7B
+        (8192, 28672, 64, 8, 80, 128),  # Llama 3 70B
+        (2048, 8192, 32, 8, 16, 64),  # Llama 3.2 1B
+        (576, 1536, 9, 3, 30, 16),  # SmolLM2 135M
+        (256, 1024, 8, 4, 6, 8),
+    ],
+)
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.55])
+def test_widths_are_as_round_as_costs_nothing(
+    hidden, channels, heads, key_value_heads, layers, multiple, sparsity
+):
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=channels,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        num_hidden_layers=layers,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    plan = plan_compression(model, GrailConfig(sparsity=sparsity))
+    assert plan.budgets[MLP].step == multiple
+    assert all(width % multiple == 0 for width in plan.widths[MLP])
+    assert plan.sparsity == pytest.approx(sparsity, abs=TOLERANCE)

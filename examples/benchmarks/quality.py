@@ -31,7 +31,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 import grail_hf
-from grail_hf.allocation import find_allocation
 from grail_hf.calibration import TokenBatches, token_batches, token_windows
 from grail_hf.compensation import fold_linearly, ridge
 from grail_hf.config import GrailConfig
@@ -193,8 +192,8 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     model.eval()
     device = choose_device(model, config.device)
     homes = Homes(decoder_layers(model, plan.architecture), device)
-    if find_allocation(config.allocation).loss:
-        profiles = profile(model, plan, tokens.batches, config, homes, progress=False)
+    if plan.measures:
+        (profiles,) = profile(model, [plan], tokens.batches, config, homes, progress=False)
         plan = plan_compression(model, config, profiles=profiles)
     for block in stream(
         model,
