@@ -1,9 +1,13 @@
 """Text to tokens: the batches that calibration reads, the windows that perplexity is measured on.
 
-Corpora are read as GPTQ and SparseGPT read them, so that figures compare with the literature: the
-whole text is joined and tokenised once (special tokens at most at its two ends), calibration takes
-random windows of it, evaluation takes consecutive ones. Padding each document by itself would be
-simpler to stream, but measures something else.
+Corpora are read as GPTQ and SparseGPT read them: the whole text is joined and tokenised once,
+calibration takes random windows of it, evaluation takes consecutive ones. Padding each document by
+itself would be simpler to stream, but measures something else.
+
+There is one difference. Where the tokenizer adds a BOS token by itself, each window starts with
+one, because some models (Gemma) predict badly without it. A window of `seq_length` tokens is then
+BOS and `seq_length` - 1 tokens of the text, which is tokenised without special tokens. `bos=False`
+gives GPTQ's windows exactly, with special tokens at most at the two ends of the text.
 
 Text may come from a file (plain, .gz, .xz) or a list of files, a list of strings, a corpus named in
 `CORPORA`, or any dataset written `name:split:column`, `name/config:split:column`, or
@@ -30,7 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from grail_hf import processes
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.offload import input_device
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ TextSource: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 Calibration: TypeAlias = TextSource | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 SELF = "self"  # sampled from the model itself
+BOS_FIRST = ", BOS first in each"  # in what a report says of windows
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}")
 # A split may be sliced, as in train[:1000], and then holds a colon of its own.
 _REFERENCE = re.compile(r"(?P<name>[^:]+)(:(?P<split>(\[[^\]]*\]|[^:\[])*))?(:(?P<column>[^:]*))?")
@@ -55,11 +60,14 @@ class TokenBatches:
     `batches` hold `input_ids` [b, T], int64 on the CPU, and `attention_mask` [b, T], int64 of zeros
     and ones, only where there is padding. `source` is a line for the report. `fingerprint` is the
     sha256 of the sequences and their masks in order; how they are cut into batches does not enter.
+    `bos` says whether each window of text starts with BOS; it is None for tokens that were given or
+    sampled.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     source: str
     fingerprint: str
+    bos: bool | None = None
 
     @property
     def num_samples(self) -> int:
@@ -76,12 +84,13 @@ class TokenBatches:
             for batch in self.batches
         )
 
-    def summary(self) -> dict[str, str | int]:
+    def summary(self) -> dict[str, str | int | None]:
         """What a report says of the calibration set."""
         return {
             "source": self.source,
             "samples": self.num_samples,
             "tokens": self.num_tokens,
+            "bos": self.bos,
             "fingerprint": self.fingerprint,
         }
 
@@ -159,6 +168,7 @@ def _read_calibration(
             seq_length=config.seq_length,
             batch_size=config.batch_size,
             seed=config.seed,
+            bos=config.bos,
             max_length=context_length(model),
             model=model,
             progress=progress,
@@ -181,6 +191,7 @@ def token_batches(
     seq_length: int,
     batch_size: int,
     seed: int,
+    bos: bool | str = AUTO,
     max_length: int | None = None,
     model: "PreTrainedModel | None" = None,
     progress: bool = True,
@@ -189,19 +200,20 @@ def token_batches(
 
     Text (see the module) is sampled: `num_samples` windows of `seq_length` tokens (at most
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
-    batches of `batch_size`. An integer tensor [N, T] is used whole, cut likewise. A mapping with
-    `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an iterable of such, is used whole
-    and as batched; its other keys are dropped. "self" needs no data and no tokenizer: it is as many
-    tokens as text would be, sampled from `model` (in eval mode) where it is, in batches of
-    `batch_size`, with a bar on standard error if `progress`.
+    batches of `batch_size`; `bos` is that of `bos_token`. An integer tensor [N, T] is used whole,
+    cut likewise. A mapping with `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an
+    iterable of such, is used whole and as batched; its other keys are dropped. "self" needs no data
+    and no tokenizer: it is as many tokens as text would be, sampled from `model` (in eval mode)
+    where it is, in batches of `batch_size`, with a bar on standard error if `progress`.
 
-    Raises ValueError for text too short, "self" without a model that has its weights, ids outside
-    [0, vocab_size), and batches or masks of the wrong shape, TypeError for the wrong kind of data,
-    FileNotFoundError for text that is not found.
+    Raises ValueError for text too short, `bos=True` where there is no BOS token, "self" without a
+    model that has its weights, ids outside [0, vocab_size), and batches or masks of the wrong
+    shape, TypeError for the wrong kind of data, FileNotFoundError for text that is not found.
     """
     _check_positive(
         vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
     )
+    has_bos = None
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     if not isinstance(calibration, str | os.PathLike | Tensor):
@@ -226,11 +238,16 @@ def token_batches(
     else:
         tokenizer = _required(tokenizer)
         seq_length = capped(seq_length, max_length)
+        first = bos_token(tokenizer, bos)
         text = _read(calibration, "train")
-        windows = _random_windows(text, tokenizer, num_samples, seq_length, seed)
+        windows = _random_windows(text, tokenizer, num_samples, seq_length, seed, first)
         batches = _split(check_token_ids(windows, vocab_size, text.label), batch_size)
-        source = f"{text.label}: {num_samples} random windows of {seq_length} tokens, seed {seed}"
-    return TokenBatches(tuple(batches), source, _fingerprint(batches))
+        has_bos = first is not None
+        source = (
+            f"{text.label}: {num_samples} random windows of {seq_length} tokens"
+            f"{BOS_FIRST if has_bos else ''}, seed {seed}"
+        )
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos)
 
 
 def corpus_tokens(
@@ -242,7 +259,7 @@ def corpus_tokens(
     empty text or no tokenizer, FileNotFoundError for text that is not found.
     """
     tokenizer = _required(tokenizer)
-    return _tokenize(_read(source, split), tokenizer)
+    return _tokenize(_read(source, split), tokenizer, None)
 
 
 def token_windows(
@@ -251,21 +268,58 @@ def token_windows(
     *,
     seq_length: int,
     max_windows: int | None = None,
+    bos: bool | str = AUTO,
 ) -> Tensor:
     """Consecutive windows [N, seq_length], int64, of the test text, without overlap.
 
-    The remainder shorter than a window is dropped. N is at most `max_windows`, and at most what the
-    corpus' own protocol reads (256 windows for c4). Raises as `corpus_tokens`, and ValueError for
-    text shorter than one window.
+    Each starts with BOS or not, as `bos_token` has it. The remainder shorter than a window is
+    dropped. N is at most `max_windows`, and at most what the corpus' own protocol reads (256
+    windows for c4). Raises as `corpus_tokens` and `bos_token`, and ValueError for text shorter than
+    one window.
     """
     _check_positive(seq_length=seq_length, max_windows=1 if max_windows is None else max_windows)
     tokenizer = _required(tokenizer)
+    first = bos_token(tokenizer, bos)
+    length = _text_length(seq_length, first)
     text = _read(source, "test")
-    tokens = _tokenize(text, tokenizer)
-    _check_length(tokens, seq_length, text.label)
-    available = len(tokens) // seq_length
+    tokens = _tokenize(text, tokenizer, first)
+    _check_length(tokens, seq_length, text.label, first)
+    available = len(tokens) // length
     count = min(n for n in (available, max_windows, text.max_windows) if n is not None)
-    return tokens[: count * seq_length].view(count, seq_length)
+    return _with_bos(tokens[: count * length].view(count, length), first)
+
+
+def bos_token(tokenizer: "PreTrainedTokenizerBase", bos: bool | str) -> int | None:
+    """The id of the BOS token that each window of text starts with; None for windows without one.
+
+    `bos` is True, False, or "auto": True for a tokenizer that puts its BOS token in front of a text
+    by itself. Raises ValueError for another value, and for True where there is no BOS token.
+    """
+    if not (isinstance(bos, bool) or bos == AUTO):
+        raise ValueError(f"bos={bos!r} must be True, False or {AUTO!r}")
+    token: int | None = tokenizer.bos_token_id
+    if bos is True and token is None:
+        raise ValueError(
+            "bos=True, but the tokenizer has no BOS token: set its bos_token, or leave bos='auto'"
+        )
+    wanted = tokenizer("a")["input_ids"][:1] == [token] if bos == AUTO else bos
+    return token if wanted else None
+
+
+def _text_length(seq_length: int, bos: int | None) -> int:
+    """Tokens of text in a window."""
+    if bos is None:
+        return seq_length
+    if seq_length < 2:
+        raise ValueError(f"seq_length={seq_length} leaves no room after BOS: use at least 2")
+    return seq_length - 1
+
+
+def _with_bos(windows: Tensor, bos: int | None) -> Tensor:
+    """Put BOS, if there is one, in front of each window."""
+    if bos is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
 def check_token_ids(ids: Tensor, vocab_size: int, name: str) -> Tensor:
@@ -454,16 +508,18 @@ def _random_windows(
     num_samples: int,
     seq_length: int,
     seed: int,
+    bos: int | None,
 ) -> Tensor:
     """Draw [num_samples, seq_length] token ids; the same seed gives the same windows."""
     generator = torch.Generator().manual_seed(seed)
+    length = _text_length(seq_length, bos)
     if text.by_document:
-        pools = _long_documents(text, tokenizer, num_samples, seq_length, generator)
+        pools = _long_documents(text, tokenizer, num_samples, seq_length, generator, bos)
     else:
-        pools = [_tokenize(text, tokenizer)]
-        _check_length(pools[0], seq_length, text.label)
+        pools = [_tokenize(text, tokenizer, bos)]
+        _check_length(pools[0], seq_length, text.label, bos)
     available = sum(len(pool) for pool in pools)
-    if available < num_samples * seq_length:
+    if available < num_samples * length:
         logger.warning(
             "%s has %d tokens for %d windows of %d: the windows overlap",
             *(text.label, available, num_samples, seq_length),
@@ -471,9 +527,9 @@ def _random_windows(
     windows = []
     for index in range(num_samples):
         pool = pools[index % len(pools)]
-        start = int(torch.randint(len(pool) - seq_length + 1, (1,), generator=generator))
-        windows.append(pool[start : start + seq_length])
-    return torch.stack(windows)
+        start = int(torch.randint(len(pool) - length + 1, (1,), generator=generator))
+        windows.append(pool[start : start + length])
+    return _with_bos(torch.stack(windows), bos)
 
 
 def _long_documents(
@@ -482,14 +538,15 @@ def _long_documents(
     count: int,
     seq_length: int,
     generator: torch.Generator,
+    bos: int | None,
 ) -> list[Tensor]:
-    """Tokenise documents in random order until `count` are longer than `seq_length` tokens."""
+    """Tokenise documents in random order until `count` are longer than a window."""
     found: list[Tensor] = []
     longest = 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        tokens = _token_ids(text.documents[index], tokenizer)
+        tokens = _token_ids(text.documents[index], tokenizer, bos)
         longest = max(longest, len(tokens))
-        if len(tokens) > seq_length:
+        if len(tokens) > _text_length(seq_length, bos):
             found.append(tokens)
         if len(found) == count:
             break
@@ -501,16 +558,22 @@ def _long_documents(
     return found
 
 
-def _tokenize(text: _Text, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+def _tokenize(text: _Text, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Tensor:
     joined = text.joiner.join(text.documents)
     if not joined.strip():
         raise ValueError(f"{text.label} holds no text: give at least one window of it")
-    return _token_ids(joined, tokenizer)
+    return _token_ids(joined, tokenizer, bos)
 
 
-def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Tensor:
+    """Tokens of a text: without special ones where each window will get a BOS of its own.
+
+    Otherwise they are what the tokenizer makes of it by itself.
+    """
     # Not verbose: that a text is longer than the model's context is the point here, not a mistake.
-    encoding = tokenizer(text, verbose=False, return_attention_mask=False)
+    encoding = tokenizer(
+        text, verbose=False, return_attention_mask=False, add_special_tokens=bos is None
+    )
     return torch.tensor(encoding["input_ids"], dtype=torch.int64)
 
 
@@ -520,8 +583,8 @@ def _required(tokenizer: "PreTrainedTokenizerBase | None") -> "PreTrainedTokeniz
     return tokenizer
 
 
-def _check_length(tokens: Tensor, seq_length: int, label: str) -> None:
-    if len(tokens) < seq_length:
+def _check_length(tokens: Tensor, seq_length: int, label: str, bos: int | None) -> None:
+    if len(tokens) < _text_length(seq_length, bos):
         raise ValueError(
             f"{label} has {len(tokens)} tokens, fewer than one window of seq_length={seq_length}: "
             "use a smaller seq_length or more text"

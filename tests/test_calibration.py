@@ -14,6 +14,7 @@ from tiny_models import SIZES, tiny_architecture, tiny_model
 from grail_hf import GrailConfig, calibration
 from grail_hf.calibration import (
     CORPORA,
+    bos_token,
     corpus_tokens,
     read_calibration,
     token_batches,
@@ -180,6 +181,97 @@ def test_overlapping_windows_are_warned_about_once(batches_of, tokenizer, caplog
         batches_of([text], num_samples=50)
     (record,) = caplog.records
     assert f"{count} tokens for 50 windows of 16" in record.getMessage()
+
+
+# BOS
+
+
+def drawn(tokens, seq_length=16, num_samples=5, seed=0):
+    """Random windows of tokens, as GPTQ draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    last = len(tokens) - seq_length
+    starts = [int(torch.randint(last + 1, (1,), generator=generator)) for _ in range(num_samples)]
+    return torch.stack([tokens[start : start + seq_length] for start in starts])
+
+
+def test_each_window_starts_with_bos_where_the_tokenizer_adds_one(
+    batches_of, tokenizer, bos_tokenizer, jargon_test
+):
+    result = batches_of(jargon_test, tokenizer=bos_tokenizer)
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = torch.cat([torch.zeros(5, 1, dtype=torch.int64), drawn(tokens, 15)], dim=1)
+    assert torch.equal(ids_of(result), windows)
+    assert (
+        result.source == "jargon-test.txt: 5 random windows of 16 tokens, BOS first in each, seed 0"
+    )
+    assert result.summary()["bos"] is True
+    forced = batches_of(jargon_test, bos=True)
+    assert (forced.fingerprint, forced.bos) == (result.fingerprint, True)
+
+
+@pytest.mark.parametrize("bos", ["auto", False])
+def test_windows_without_bos_are_those_of_gptq(
+    batches_of, tokenizer, bos_tokenizer, jargon_test, bos
+):
+    """Which has special tokens where the tokenizer puts them, at the ends of the whole text."""
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    result = batches_of(jargon_test, bos=bos)
+    assert torch.equal(ids_of(result), drawn(tokens))
+    assert result.source == "jargon-test.txt: 5 random windows of 16 tokens, seed 0"
+    assert result.summary()["bos"] is False
+    if bos is False:
+        tokens = torch.cat([torch.tensor([0]), tokens])
+        windows = batches_of(jargon_test, bos=False, tokenizer=bos_tokenizer)
+        assert torch.equal(ids_of(windows), drawn(tokens))
+        windows = token_windows(jargon_test, bos_tokenizer, seq_length=100, bos=False)
+        assert torch.equal(windows.flatten(), tokens[: len(tokens) // 100 * 100])
+
+
+def test_windows_for_perplexity_hold_all_of_the_text_behind_their_bos(
+    tokenizer, bos_tokenizer, jargon_test
+):
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = token_windows(jargon_test, bos_tokenizer, seq_length=100)
+    assert windows.shape == (len(tokens) // 99, 100)
+    assert not windows[:, 0].any()
+    assert torch.equal(windows[:, 1:].flatten(), tokens[: len(windows) * 99])
+    assert torch.equal(token_windows(jargon_test, tokenizer, seq_length=100, bos=True), windows)
+
+
+def test_a_text_of_one_window_is_enough(batches_of, tokenizer, bos_tokenizer):
+    tokens = tokens_of("the end of the text", tokenizer)
+    options = {"tokenizer": bos_tokenizer, "num_samples": 1}
+    whole = batches_of(["the end of the text"], seq_length=len(tokens) + 1, **options)
+    assert ids_of(whole).tolist() == [[0, *tokens.tolist()]]
+    with pytest.raises(ValueError, match=f"has {len(tokens)} tokens, fewer than one window"):
+        batches_of(["the end of the text"], seq_length=len(tokens) + 2, **options)
+
+
+def test_a_window_of_one_document_starts_with_bos_too(batches_of, tokenizer, bos_tokenizer, c4):
+    train, validation = c4
+    documents = [tokens_of(document, tokenizer) for document in train]
+    longest = max(map(len, documents))
+    windows = ids_of(batches_of("c4", tokenizer=bos_tokenizer, seq_length=longest, num_samples=4))
+    assert not windows[:, 0].any()
+    (document,) = [tokens for tokens in documents if len(tokens) == longest]
+    assert all(is_window_of(window, document) for window in windows[:, 1:])
+    evaluated = token_windows("c4", bos_tokenizer, seq_length=33)
+    tokens = tokens_of(" ".join(validation[:1100]), tokenizer)
+    assert torch.equal(evaluated[:, 1:].flatten(), tokens[: 256 * 32])
+
+
+def test_bos_that_cannot_be_had(batches_of, tokenizer, bos_tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration, "_read", lambda *_: pytest.fail("read"))
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    assert bos_token(bare, "auto") is None
+    with pytest.raises(ValueError, match="bos=True, but the tokenizer has no BOS token"):
+        batches_of("c4", tokenizer=bare, bos=True)
+    with pytest.raises(ValueError, match="bos=True, but the tokenizer has no BOS token"):
+        token_windows("c4", bare, seq_length=8, bos=True)
+    with pytest.raises(ValueError, match="bos='yes' must be True, False or 'auto'"):
+        token_windows("c4", tokenizer, seq_length=8, bos="yes")
+    with pytest.raises(ValueError, match="seq_length=1 leaves no room after BOS"):
+        token_windows("c4", bos_tokenizer, seq_length=1)
 
 
 # Ready-made tokens
