@@ -11,13 +11,16 @@ gives GPTQ's windows exactly, with special tokens at most at the two ends of the
 
 Text may come from a file (plain, .gz, .xz) or a list of files, a list of strings, a corpus named in
 `CORPORA`, or any dataset written `name:split:column`, `name/config:split:column`, or
-`folder:split:column` for one on disk. Tokens may also be given ready made, or be sampled from the
-model itself, where there are no data.
+`folder:split:column` for one on disk. For calibration it may also be conversations, as lists of
+messages or in .jsonl files, which the tokenizer's chat template turns into tokens: each starts a
+window, a long one is cut into several, and shorter ones are padded to the longest of their batch.
+Tokens may also be given ready made, or be sampled from the model itself, where there are no data.
 """
 
 import difflib
 import gzip
 import hashlib
+import json
 import logging
 import lzma
 import os
@@ -31,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from grail_hf import processes
@@ -44,7 +48,10 @@ logger = logging.getLogger(__name__)
 
 Split: TypeAlias = Literal["train", "test"]
 TextSource: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-Calibration: TypeAlias = TextSource | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+Calibration: TypeAlias = (
+    TextSource | Iterable[Conversation] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+)
 
 SELF = "self"  # sampled from the model itself
 BOS_FIRST = ", BOS first in each"  # in what a report says of windows
@@ -59,9 +66,9 @@ class TokenBatches:
 
     `batches` hold `input_ids` [b, T], int64 on the CPU, and `attention_mask` [b, T], int64 of zeros
     and ones, only where there is padding. `source` is a line for the report. `fingerprint` is the
-    sha256 of the sequences and their masks in order; how they are cut into batches does not enter.
-    `bos` says whether each window of text starts with BOS; it is None for tokens that were given or
-    sampled.
+    sha256 of the sequences, with their padding, and their masks in order; how they are cut into
+    batches does not enter otherwise. `bos` says whether each window of text starts with BOS; it is
+    None for tokens that were given or sampled.
     """
 
     batches: tuple[dict[str, Tensor], ...]
@@ -115,6 +122,12 @@ class Corpus:
     by_document: bool = False
     test_documents: int | None = None
     test_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class _Chats:
+    conversations: Sequence[Any]
+    label: str
 
 
 @dataclass(frozen=True)
@@ -200,15 +213,19 @@ def token_batches(
 
     Text (see the module) is sampled: `num_samples` windows of `seq_length` tokens (at most
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
-    batches of `batch_size`; `bos` is that of `bos_token`. An integer tensor [N, T] is used whole,
-    cut likewise. A mapping with `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an
-    iterable of such, is used whole and as batched; its other keys are dropped. "self" needs no data
-    and no tokenizer: it is as many tokens as text would be, sampled from `model` (in eval mode)
-    where it is, in batches of `batch_size`, with a bar on standard error if `progress`.
+    batches of `batch_size`; `bos` is that of `bos_token`. Conversations, given as lists of messages
+    or in .jsonl files with {"messages": [...]} in a line, are drawn with `seed` until they fill
+    `num_samples` windows of at most `seq_length` tokens; fewer are warned of. An integer tensor
+    [N, T] is used whole, cut likewise. A mapping with `input_ids` [b, T] and perhaps
+    `attention_mask` [b, T], or an iterable of such, is used whole and as batched; its other keys
+    are dropped. "self" needs no data and no tokenizer: it is as many tokens as text would be,
+    sampled from `model` (in eval mode) where it is, in batches of `batch_size`, with a bar on
+    standard error if `progress`.
 
-    Raises ValueError for text too short, `bos=True` where there is no BOS token, "self" without a
-    model that has its weights, ids outside [0, vocab_size), and batches or masks of the wrong
-    shape, TypeError for the wrong kind of data, FileNotFoundError for text that is not found.
+    Raises ValueError for text too short, conversations that are malformed or that the tokenizer has
+    no chat template for, `bos=True` where there is no BOS token, "self" without a model that has
+    its weights, ids outside [0, vocab_size), and batches or masks of the wrong shape, TypeError for
+    the wrong kind of data, FileNotFoundError for text that is not found.
     """
     _check_positive(
         vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
@@ -234,6 +251,18 @@ def token_batches(
         source = (
             f"sampled from the dense model itself: {num_samples} sequences of {length} tokens at "
             f"temperature 1, seed {seed}"
+        )
+    elif chats := _read_conversations(calibration):
+        tokenizer = _required(tokenizer)
+        seq_length = capped(seq_length, max_length)
+        rows, first = _chat_windows(chats, tokenizer, num_samples, seq_length, seed, bos)
+        for row in rows:
+            check_token_ids(row[None], vocab_size, chats.label)
+        batches = [_padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        has_bos = first is not None
+        source = (
+            f"{chats.label}: {len(rows)} windows of at most {seq_length} tokens in the chat "
+            f"template{BOS_FIRST if has_bos else ''}, seed {seed}"
         )
     else:
         tokenizer = _required(tokenizer)
@@ -289,11 +318,14 @@ def token_windows(
     return _with_bos(tokens[: count * length].view(count, length), first)
 
 
-def bos_token(tokenizer: "PreTrainedTokenizerBase", bos: bool | str) -> int | None:
+def bos_token(
+    tokenizer: "PreTrainedTokenizerBase", bos: bool | str, chat: Sequence[int] = ()
+) -> int | None:
     """The id of the BOS token that each window of text starts with; None for windows without one.
 
-    `bos` is True, False, or "auto": True for a tokenizer that puts its BOS token in front of a text
-    by itself. Raises ValueError for another value, and for True where there is no BOS token.
+    `bos` is True, False, or "auto": True if the tokenizer puts its BOS token in front of a text by
+    itself, and, for conversations, if their template does so too in `chat`, the tokens of one.
+    Raises ValueError for another value, and for True where there is no BOS token.
     """
     if not (isinstance(bos, bool) or bos == AUTO):
         raise ValueError(f"bos={bos!r} must be True, False or {AUTO!r}")
@@ -302,8 +334,11 @@ def bos_token(tokenizer: "PreTrainedTokenizerBase", bos: bool | str) -> int | No
         raise ValueError(
             "bos=True, but the tokenizer has no BOS token: set its bos_token, or leave bos='auto'"
         )
-    wanted = tokenizer("a")["input_ids"][:1] == [token] if bos == AUTO else bos
-    return token if wanted else None
+    if bos == AUTO:
+        # A template alone is no sign: SmolLM2's BOS is the mark in front of each of its messages.
+        added = tokenizer("a")["input_ids"][:1] == [token]
+        bos = added and (not chat or chat[0] == token)
+    return token if bos else None
 
 
 def _text_length(seq_length: int, bos: int | None) -> int:
@@ -352,7 +387,7 @@ def _materialize(calibration: Iterable[Any]) -> list[Any]:
     items = list(calibration)
     if not items:
         raise ValueError(f"calibration is an empty {type(calibration).__name__}: zero batches")
-    for kind in (Mapping, str | os.PathLike):
+    for kind in (Mapping, str | os.PathLike, list | tuple):
         if all(isinstance(item, kind) for item in items):
             return items
     kinds = sorted({type(item).__name__ for item in items})
@@ -361,8 +396,8 @@ def _materialize(calibration: Iterable[Any]) -> list[Any]:
 
 def _unknown_kind(kind: str) -> str:
     return (
-        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts, "
-        "an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
+        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts or "
+        "one of conversations, an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
     )
 
 
@@ -373,7 +408,8 @@ def _split(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
 def _check_batch(batch: Mapping[str, Any], vocab_size: int, index: int) -> dict[str, Tensor]:
     """Check one given batch and reduce it to `input_ids` and, if anything is padded, the mask."""
     if "input_ids" not in batch:
-        raise ValueError(f"batch {index} has no 'input_ids', only {sorted(batch)}")
+        hint = ": conversations are lists of messages, in a list" if "role" in batch else ""
+        raise ValueError(f"batch {index} has no 'input_ids', only {sorted(batch)}{hint}")
     ids = check_token_ids(
         _as_tensor(batch["input_ids"], f"batch {index}"), vocab_size, f"batch {index}"
     )
@@ -558,6 +594,108 @@ def _long_documents(
     return found
 
 
+def _read_conversations(source: Any) -> _Chats | None:
+    """The conversations that `source` holds or names; None where it is text."""
+    items = source if isinstance(source, list) else [source]
+    if isinstance(items[0], list | tuple):
+        return _Chats(items, f"given conversations ({len(items)})")
+    paths = [Path(item) for item in items]
+    if not all(path.suffix == ".jsonl" and _is_file(path) for path in paths):
+        return None
+    conversations = [messages for path in paths for messages in _read_messages(path)]
+    return _Chats(conversations, ", ".join(path.name for path in paths))
+
+
+def _read_messages(path: Path) -> list[Any]:
+    """The conversations of a .jsonl file, one a line."""
+    found = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line)["messages"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is a table, not a text, and has no 'messages' in line {number}: name its "
+                f"folder as a dataset, '{path.parent}:train:text', or give conversations"
+            ) from error
+    return found
+
+
+def _chat_windows(
+    chats: _Chats,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    bos: bool | str,
+) -> tuple[list[Tensor], int | None]:
+    """At most `num_samples` windows [T] of token ids, T at most `seq_length`; BOS, if they have it.
+
+    A BOS that the template writes is not doubled.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "conversations need a chat template, and the tokenizer has none: set its "
+            "chat_template, or give texts"
+        )
+    if not chats.conversations:
+        raise ValueError(f"{chats.label} holds no conversation: give at least one")
+    for index, conversation in enumerate(chats.conversations):
+        _check_conversation(conversation, f"conversation {index} of {chats.label}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(chats.conversations), generator=generator).tolist()
+    first = bos_token(tokenizer, bos, _chat_ids(chats, order[0], tokenizer))
+    length = _text_length(seq_length, first)
+    windows: list[Tensor] = []
+    for index in order:
+        ids = _chat_ids(chats, index, tokenizer)
+        pieces = torch.split(torch.tensor(ids[1:] if ids[0] == first else ids), length)
+        windows += [_with_bos(piece[None], first)[0] for piece in pieces]
+        if len(windows) >= num_samples:
+            return windows[:num_samples], first
+    logger.warning(
+        "%s give %d windows, fewer than num_samples=%d", *(chats.label, len(windows), num_samples)
+    )
+    return windows, first
+
+
+def _check_conversation(messages: Any, name: str) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"{name} is {messages!r:.50}: it must be a list of messages, not empty")
+    for index, message in enumerate(messages):
+        if not (isinstance(message, Mapping) and {"role", "content"} <= set(message)):
+            raise ValueError(
+                f"{name} has {message!r:.50} as message {index}: it must map 'role' and 'content'"
+            )
+
+
+def _chat_ids(chats: _Chats, index: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        encoding: Any = tokenizer.apply_chat_template(
+            chats.conversations[index],
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False, "return_attention_mask": False},
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"the chat template refuses conversation {index} of {chats.label}: {error}"
+        ) from error
+    ids: list[int] = encoding["input_ids"]
+    if not ids:
+        raise ValueError(f"the chat template makes nothing of conversation {index}: drop it")
+    return ids
+
+
+def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """One batch of rows, and a mask where they differ in length."""
+    ids = pad_sequence(list(rows), batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
+
+
 def _tokenize(text: _Text, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Tensor:
     joined = text.joiner.join(text.documents)
     if not joined.strip():
@@ -625,7 +763,7 @@ def _read(source: TextSource, split: Split) -> _Text:
     return _Text([str(item) for item in items], f"given texts ({len(items)})")
 
 
-def _is_file(name: str) -> bool:
+def _is_file(name: str | os.PathLike[str]) -> bool:
     try:
         return Path(name).is_file()
     except OSError:  # a text is often too long to be a file's name
@@ -633,13 +771,17 @@ def _is_file(name: str) -> bool:
 
 
 def _read_file(path: Path) -> str:
-    if not _is_file(path.as_posix()):
+    if not _is_file(path):
         raise FileNotFoundError(_not_found(os.fspath(path)))
     if path.suffix == ".jsonl":
         raise ValueError(
             f"{path} is a table, not a text: name its folder as a dataset, "
-            f"'{path.parent}:train:text'"
+            f"'{path.parent}:train:text'; conversations are for calibration, without texts"
         )
+    return _read_text(path)
+
+
+def _read_text(path: Path) -> str:
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as file:

@@ -161,7 +161,10 @@ def compress_command(
     bias: Bias = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
+        typer.Option(
+            help="A text file or a .jsonl file of conversations (repeat for more), a corpus name, "
+            'or "self". Default: c4.'
+        ),
     ] = None,
     revision: Revision = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,

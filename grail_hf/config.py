@@ -66,12 +66,13 @@ class GrailConfig:
         bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
             give one (llama, and qwen3's attention; not where a llama is saved as another type for
             its number of heads). The block's other projections get biases of zero with it.
-        num_samples: calibration windows to draw, where the calibration is text or "self".
+        num_samples: calibration windows to draw, where the calibration is text, conversations or
+            "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
         bos: whether each window of calibration text starts with the BOS token, which then takes
-            the first of its `seq_length` places. "auto": if the tokenizer adds one by itself, or,
-            for conversations, if the chat template writes one. False: the text is cut as GPTQ does,
-            with a BOS token at its very start at most. Token ids and "self" are not affected.
+            the first of its `seq_length` places. "auto": if the tokenizer adds one by itself and,
+            for conversations, the chat template does too. False: the text is cut as GPTQ does, with
+            a BOS token at its very start at most. Token ids and "self" are not affected.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor

@@ -1,5 +1,6 @@
 """Calibration text: every kind of input, its sampling, and every refusal."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -272,6 +273,182 @@ def test_bos_that_cannot_be_had(batches_of, tokenizer, bos_tokenizer, monkeypatc
         token_windows("c4", tokenizer, seq_length=8, bos="yes")
     with pytest.raises(ValueError, match="seq_length=1 leaves no room after BOS"):
         token_windows("c4", bos_tokenizer, seq_length=1)
+
+
+# Conversations
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": "What is a hacker?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Describe the history of the Jargon File to me."},
+        {"role": "assistant", "content": "It began at Stanford.\u2028MIT took it over. " * 3},
+    ],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world"}],
+]
+
+
+@pytest.fixture
+def chat_tokenizer(bos_tokenizer):
+    bos_tokenizer.chat_template = CHATML
+    return bos_tokenizer
+
+
+def chat_tokens(index, tokenizer):
+    """What the template above makes of one of the conversations, written out."""
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHATS[index])
+    return tokens_of(text, tokenizer)
+
+
+def order_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(CHATS), generator=generator).tolist()
+
+
+def unpadded(result):
+    """The sequences of a result, without the padding that follows them."""
+    rows = []
+    for batch in result.batches:
+        masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        for ids, mask in zip(batch["input_ids"], masks, strict=True):
+            assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+            rows.append(ids[mask.bool()].tolist())
+    return rows
+
+
+def test_each_conversation_starts_a_window(batches_of, tokenizer, chat_tokenizer, caplog):
+    """In a random order; a long one is cut, and what is shorter than others of a batch padded."""
+    expected = []
+    for index in order_of(seed=0):
+        ids = chat_tokens(index, tokenizer).tolist()
+        expected += [ids[start : start + 32] for start in range(0, len(ids), 32)]
+    lengths = [len(row) for row in expected]
+    assert len(expected) > len(CHATS) and min(lengths) < max(lengths) == 32
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32}
+    result = batches_of(CHATS, num_samples=len(expected), **options)
+    assert unpadded(result) == expected
+    assert not caplog.records
+    assert (result.num_samples, result.num_tokens) == (len(expected), sum(lengths))
+    widths = [max(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    assert [batch["input_ids"].shape[1] for batch in result.batches] == widths
+    assert result.source == (
+        f"given conversations (3): {len(expected)} windows of at most 32 tokens in the chat "
+        "template, seed 0"
+    )
+    assert batches_of(result.batches, tokenizer=None).fingerprint == result.fingerprint
+
+    first = batches_of((tuple(chat) for chat in CHATS), num_samples=2, **options)
+    assert unpadded(first) == expected[:2]
+    assert not caplog.records
+    assert batches_of(CHATS, num_samples=50, **options).num_samples == len(expected)
+    assert f"given conversations (3) give {len(expected)} windows, fewer than num_samples=50" in (
+        caplog.text
+    )
+    seeds = [seed for seed in range(9) if order_of(seed) != order_of(0)]
+    other = batches_of(CHATS, num_samples=50, seed=seeds[0], **options)
+    assert sorted(unpadded(other)) == sorted(expected) and unpadded(other) != expected
+
+
+@pytest.mark.parametrize(
+    ("adds", "written", "bos", "starts"),
+    [
+        (True, "", "auto", False),
+        (True, "", True, True),
+        (True, "{{ bos_token }}", "auto", True),
+        (True, "{{ bos_token }}", True, True),
+        (True, "{{ bos_token }}", False, False),
+        (False, "{{ bos_token }}", "auto", False),  # SmolLM2's begins a message
+        (False, "{{ bos_token }}", True, True),
+    ],
+)
+def test_windows_of_a_conversation_start_with_bos_if_tokenizer_and_template_do(
+    batches_of, tokenizer, bos_tokenizer, adds, written, bos, starts
+):
+    """It is not doubled."""
+    chat_tokenizer = bos_tokenizer if adds else copy.deepcopy(tokenizer)
+    chat_tokenizer.chat_template = written + CHATML
+    ids = chat_tokens(1, tokenizer).tolist()
+    if starts:
+        expected = [[0, *ids[start : start + 31]] for start in range(0, len(ids), 31)]
+    else:
+        ids = [0, *ids] if written else ids
+        expected = [ids[start : start + 32] for start in range(0, len(ids), 32)]
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32, "num_samples": 50}
+    result = batches_of(CHATS[1:2], bos=bos, **options)
+    assert unpadded(result) == expected and len(expected) > 1
+    assert result.summary()["bos"] is starts
+    assert ("BOS first in each" in result.source) is starts
+
+
+def test_conversations_in_files(batches_of, chat_tokenizer, tiny_llama, tmp_path):
+    """One in a line, whose strings may hold other line separators than the line feed."""
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32}
+    expected = batches_of(CHATS, **options)
+    lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in CHATS]
+    (tmp_path / "all.jsonl").write_text("".join(lines), "utf-8")
+    (tmp_path / "a.jsonl").write_text(lines[0] + "\n", "utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(lines[1:]), "utf-8")
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for form in (tmp_path / "all.jsonl", str(tmp_path / "all.jsonl"), parts, map(str, parts)):
+        assert batches_of(form, **options).fingerprint == expected.fingerprint
+    assert batches_of(parts, **options).source.startswith("a.jsonl, b.jsonl: 5 windows of at")
+    config = GrailConfig(sparsity=0.3, num_samples=5, seq_length=32, batch_size=2)
+    read = read_calibration(tiny_llama, chat_tokenizer, tmp_path / "all.jsonl", config)
+    assert read.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([CHATS[0], "a text"], TypeError, "list of list, str: give"),
+        ([CHATS[0], []], ValueError, r"conversation 1 of given .* is \[\]: it must be a list of"),
+        ([[{"role": "user"}]], ValueError, r"has \{'role': 'user'\} as message 0: it must map"),
+        ([[1, 2, 3]], ValueError, "has 1 as message 0: it must map 'role' and 'content'"),
+        (CHATS[0], ValueError, "no 'input_ids', only .*: conversations are lists of messages"),
+        (
+            [[CHATS[0][0] | {"role": "tool"}]],
+            ValueError,
+            "template refuses conversation 0.*no tool",
+        ),
+        ([[CHATS[0][0] | {"content": 3}]], ValueError, "template refuses conversation 0 of given"),
+    ],
+)
+def test_unusable_conversations(batches_of, chat_tokenizer, given, error, message):
+    refusal = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    whole = CHATML.replace("{{ message['content'] }}", "{{ '' + message['content'] }}")
+    chat_tokenizer.chat_template = refusal + whole
+    with pytest.raises(error, match=message) as raised:
+        batches_of(given, tokenizer=chat_tokenizer)
+    assert "\n" not in str(raised.value)
+
+
+def test_conversations_need_a_chat_template_and_messages(batches_of, chat_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="need a chat template, and the tokenizer has none"):
+        batches_of(CHATS)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        batches_of(CHATS, tokenizer=None)
+    with pytest.raises(ValueError, match=r"token id .* outside \[0, 300\)"):
+        batches_of(CHATS, tokenizer=chat_tokenizer, vocab_size=300)
+    (path := tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl holds no conversation"):
+        batches_of(path, tokenizer=chat_tokenizer)
+    good = json.dumps({"messages": CHATS[0]})
+    for bad in ('{"text": "mine"}', "[1]", "{"):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl is a table, .* no 'messages' in line 2"):
+            batches_of(path, tokenizer=chat_tokenizer)
+    path.write_text(good)
+    (tmp_path / "b.txt").write_text("a text")
+    for given in ([path, tmp_path / "b.txt"], [tmp_path / "b.txt", path]):
+        with pytest.raises(ValueError, match=r"a\.jsonl is a table, .*conversations are for"):
+            batches_of(given, tokenizer=chat_tokenizer)
+    with pytest.raises(ValueError, match=r"a\.jsonl is a table"):
+        token_windows(path, chat_tokenizer, seq_length=8)
 
 
 # Ready-made tokens
