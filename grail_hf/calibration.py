@@ -18,6 +18,7 @@ Tokens may also be given ready made, or be sampled from the model itself, where 
 """
 
 import difflib
+import errno
 import gzip
 import hashlib
 import json
@@ -750,7 +751,9 @@ def _read(source: TextSource, split: Split) -> _Text:
     """Find the text that `source` means. A name in `CORPORA` goes before a file of that name."""
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if isinstance(source, str) or path.is_dir():
+        if isinstance(source, str) and _is_text(source):
+            raise FileNotFoundError(_not_found(source))
+        if isinstance(source, str) or _is_dir(path):
             name = os.fspath(source)
             corpus = CORPORA.get(name) or _dataset_reference(name)
             if corpus is not None:
@@ -768,6 +771,24 @@ def _is_file(name: str | os.PathLike[str]) -> bool:
         return Path(name).is_file()
     except OSError:  # a text is often too long to be a file's name
         return False
+
+
+def _is_dir(name: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
+
+
+def _is_text(source: str) -> bool:
+    """Whether a string is no file, and holds line breaks or is too long for the name of one."""
+    try:
+        Path(source).stat()
+    except OSError as error:
+        return "\n" in source or error.errno == errno.ENAMETOOLONG
+    except ValueError:  # it holds a null character
+        return True
+    return False
 
 
 def _read_file(path: Path) -> str:
@@ -792,6 +813,12 @@ def _read_text(path: Path) -> str:
 
 
 def _not_found(name: str) -> str:
+    if _is_text(name):
+        shown = name if len(name) <= 30 else name[:30] + "..."
+        return (
+            f"{shown!r} is a text of {len(name):,} characters, not a file or the name of a corpus: "
+            "a text of your own goes in a list: [text]"
+        )
     shown = name if len(name) <= 80 else name[:77] + "..."
     nearest = difflib.get_close_matches(name.lower(), CORPORA, n=1)
     return (
@@ -812,7 +839,7 @@ def _dataset_reference(source: str) -> Corpus | None:
     if _is_file(source) or match is None:
         return None
     name = match["name"]
-    is_folder = Path(name).is_dir()
+    is_folder = _is_dir(name)
     on_hub = _HUB_NAME.fullmatch(name) and (
         ":" in source or ("/" in name and not Path(name).suffix)
     )
@@ -836,7 +863,7 @@ def _load(name: str, corpus: Corpus, split: Split) -> _Text:
     from datasets.exceptions import DatasetNotFoundError
 
     split_name = corpus.train if split == "train" else corpus.test
-    is_folder = Path(corpus.dataset).is_dir()
+    is_folder = _is_dir(corpus.dataset)
     attempts = [(corpus.dataset, corpus.config)]
     if corpus.config is None and "/" in corpus.dataset and not is_folder:
         owner, dataset = corpus.dataset.split("/")

@@ -7,12 +7,13 @@ import json
 import logging
 import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import SIZES, tiny_architecture, tiny_model
 
-from grail_hf import GrailConfig, calibration
+from grail_hf import GrailConfig, calibration, perplexity
 from grail_hf.calibration import (
     CORPORA,
     bos_token,
@@ -802,11 +803,47 @@ def test_missing_sources(batches_of, tmp_path):
             batches_of(missing)
     with pytest.raises(FileNotFoundError, match=r"wikitext2, ptb, c4\); did you mean 'wikitext2'"):
         batches_of("WikiText-2")
-    with pytest.raises(FileNotFoundError, match=r"a text of your own goes in a list: \[text\]"):
-        batches_of("It was a dark and stormy night: the rain fell in torrents. " * 100)
     (tmp_path / "there.txt").write_text("text")
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         batches_of([str(tmp_path / "there.txt"), "gone.txt"])
+
+
+DARK = "It was a dark and stormy night, the rain fell in torrents. "
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (DARK * 100, "'It was a dark and stormy night...' is a text of 5,900 characters"),
+        (DARK.replace(",", ":") * 100, "'It was a dark and stormy night...' is a text"),
+        # Neither is a question to the hub, nor a suffix a table's.
+        ("Chapter:it was a dark night " * 20, "'Chapter:it was a dark night Ch...' is a text"),
+        ("night:\nrain fell", r"'night:\\nrain fell' is a text of 16 characters"),
+        ("a\nb.jsonl", r"'a\\nb.jsonl' is a text"),
+        ("rain\0fell", r"'rain\\x00fell' is a text"),
+    ],
+    ids=["long", "colon", "reference", "lines", "table", "null"],
+)
+def test_a_text_that_is_not_in_a_list(batches_of, tokenizer, tiny_llama, jargon_test, text, shown):
+    """One line that says so, in any place where a path may stand."""
+    tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for read in (
+        lambda: batches_of(text),
+        lambda: token_windows(text, tokenizer, seq_length=8),
+        lambda: perplexity(tiny_llama, tokenizer, text),
+        lambda: batches_of([jargon_test, text]),
+    ):
+        with pytest.raises(FileNotFoundError, match=shown) as raised:
+            read()
+        message = str(raised.value)
+        assert message.endswith("a text of your own goes in a list: [text]")
+        assert "\n" not in message and len(message) < 200
+
+
+def test_names_too_long_for_a_file_are_not_found(batches_of, tmp_path):
+    for name in (Path("x" * 5000), Path("x" * 5000, "y"), f"{tmp_path}/{'x' * 300}:train:text"):
+        with pytest.raises(FileNotFoundError, match="goes in a list"):
+            batches_of(name)
 
 
 @pytest.mark.parametrize(
