@@ -479,8 +479,10 @@ def _sample(
     generate: Any = model.generate
     theirs = model.generation_config
     drawn = []
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cpu" if accelerator is None else accelerator.type  # by default, older torch asks CUDA
     with (
-        torch.random.fork_rng(range(torch.accelerator.device_count())),
+        torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind),
         tqdm(
             total=num_samples * seq_length, desc="Sampling", unit="token", disable=not progress
         ) as bar,

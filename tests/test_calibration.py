@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gzip
 import json
 import logging
@@ -717,6 +718,23 @@ def test_a_sample_depends_on_the_seed_alone_and_leaves_the_random_state(sampled)
     assert torch.equal(torch.get_rng_state(), state)
     assert again.fingerprint == first.fingerprint
     assert sampled(seed=1).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_sample_leaves_the_random_state_of_the_accelerator_there_is(sampled, monkeypatch, kind):
+    """A fake one. Older releases of torch take it for CUDA unless they are told."""
+    expected = sampled().fingerprint
+    states = [torch.tensor([7], dtype=torch.uint8), torch.tensor([8], dtype=torch.uint8)]
+    put_back = []
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(module, "set_rng_state", lambda *given: put_back.append(given))
+    as_before = functools.partial(torch.random.fork_rng, device_type="cuda")
+    monkeypatch.setattr(torch.random, "fork_rng", as_before)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device(kind))
+    assert sampled().fingerprint == expected
+    assert put_back == [(states[0], 0), (states[1], 1)]
 
 
 @torch.no_grad()
