@@ -1,19 +1,27 @@
 """Text to tokens: the batches that calibration reads, the windows that perplexity is measured on.
 
-Corpora are read as GPTQ and SparseGPT read them, so that figures compare with the literature: the
-whole text is joined and tokenised once (special tokens at most at its two ends), calibration takes
-random windows of it, evaluation takes consecutive ones. Padding each document by itself would be
-simpler to stream, but measures something else.
+Corpora are read as GPTQ and SparseGPT read them: the whole text is joined and tokenised once,
+calibration takes random windows of it, evaluation takes consecutive ones. Padding each document by
+itself would be simpler to stream, but measures something else.
+
+There is one difference. Where the tokenizer adds a BOS token by itself, each window starts with
+one, because some models (Gemma) predict badly without it. A window of `seq_length` tokens is then
+BOS and `seq_length` - 1 tokens of the text, which is tokenised without special tokens. `bos=False`
+gives GPTQ's windows exactly, with special tokens at most at the two ends of the text.
 
 Text may come from a file (plain, .gz, .xz) or a list of files, a list of strings, a corpus named in
 `CORPORA`, or any dataset written `name:split:column`, `name/config:split:column`, or
-`folder:split:column` for one on disk. Tokens may also be given ready made, or be sampled from the
-model itself, where there are no data.
+`folder:split:column` for one on disk. For calibration it may also be conversations, as lists of
+messages or in .jsonl files, which the tokenizer's chat template turns into tokens: each starts a
+window, a long one is cut into several, and shorter ones are padded to the longest of their batch.
+Tokens may also be given ready made, or be sampled from the model itself, where there are no data.
 """
 
 import difflib
+import errno
 import gzip
 import hashlib
+import json
 import logging
 import lzma
 import os
@@ -27,10 +35,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from grail_hf import processes
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.offload import input_device
 
 if TYPE_CHECKING:
@@ -40,9 +49,13 @@ logger = logging.getLogger(__name__)
 
 Split: TypeAlias = Literal["train", "test"]
 TextSource: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
-Calibration: TypeAlias = TextSource | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+Calibration: TypeAlias = (
+    TextSource | Iterable[Conversation] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+)
 
 SELF = "self"  # sampled from the model itself
+BOS_FIRST = ", BOS first in each"  # in what a report says of windows
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,2}")
 # A split may be sliced, as in train[:1000], and then holds a colon of its own.
 _REFERENCE = re.compile(r"(?P<name>[^:]+)(:(?P<split>(\[[^\]]*\]|[^:\[])*))?(:(?P<column>[^:]*))?")
@@ -54,12 +67,15 @@ class TokenBatches:
 
     `batches` hold `input_ids` [b, T], int64 on the CPU, and `attention_mask` [b, T], int64 of zeros
     and ones, only where there is padding. `source` is a line for the report. `fingerprint` is the
-    sha256 of the sequences and their masks in order; how they are cut into batches does not enter.
+    sha256 of the sequences, with their padding, and their masks in order; how they are cut into
+    batches does not enter otherwise. `bos` says whether each window of text starts with BOS; it is
+    None for tokens that were given or sampled.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     source: str
     fingerprint: str
+    bos: bool | None = None
 
     @property
     def num_samples(self) -> int:
@@ -76,12 +92,13 @@ class TokenBatches:
             for batch in self.batches
         )
 
-    def summary(self) -> dict[str, str | int]:
+    def summary(self) -> dict[str, str | int | None]:
         """What a report says of the calibration set."""
         return {
             "source": self.source,
             "samples": self.num_samples,
             "tokens": self.num_tokens,
+            "bos": self.bos,
             "fingerprint": self.fingerprint,
         }
 
@@ -106,6 +123,12 @@ class Corpus:
     by_document: bool = False
     test_documents: int | None = None
     test_windows: int | None = None
+
+
+@dataclass(frozen=True)
+class _Chats:
+    conversations: Sequence[Any]
+    label: str
 
 
 @dataclass(frozen=True)
@@ -159,6 +182,7 @@ def _read_calibration(
             seq_length=config.seq_length,
             batch_size=config.batch_size,
             seed=config.seed,
+            bos=config.bos,
             max_length=context_length(model),
             model=model,
             progress=progress,
@@ -181,6 +205,7 @@ def token_batches(
     seq_length: int,
     batch_size: int,
     seed: int,
+    bos: bool | str = AUTO,
     max_length: int | None = None,
     model: "PreTrainedModel | None" = None,
     progress: bool = True,
@@ -189,19 +214,24 @@ def token_batches(
 
     Text (see the module) is sampled: `num_samples` windows of `seq_length` tokens (at most
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
-    batches of `batch_size`. An integer tensor [N, T] is used whole, cut likewise. A mapping with
-    `input_ids` [b, T] and perhaps `attention_mask` [b, T], or an iterable of such, is used whole
-    and as batched; its other keys are dropped. "self" needs no data and no tokenizer: it is as many
-    tokens as text would be, sampled from `model` (in eval mode) where it is, in batches of
-    `batch_size`, with a bar on standard error if `progress`.
+    batches of `batch_size`; `bos` is that of `bos_token`. Conversations, given as lists of messages
+    or in .jsonl files with {"messages": [...]} in a line, are drawn with `seed` until they fill
+    `num_samples` windows of at most `seq_length` tokens; fewer are warned of. An integer tensor
+    [N, T] is used whole, cut likewise. A mapping with `input_ids` [b, T] and perhaps
+    `attention_mask` [b, T], or an iterable of such, is used whole and as batched; its other keys
+    are dropped. "self" needs no data and no tokenizer: it is as many tokens as text would be,
+    sampled from `model` (in eval mode) where it is, in batches of `batch_size`, with a bar on
+    standard error if `progress`.
 
-    Raises ValueError for text too short, "self" without a model that has its weights, ids outside
-    [0, vocab_size), and batches or masks of the wrong shape, TypeError for the wrong kind of data,
-    FileNotFoundError for text that is not found.
+    Raises ValueError for text too short, conversations that are malformed or that the tokenizer has
+    no chat template for, `bos=True` where there is no BOS token, "self" without a model that has
+    its weights, ids outside [0, vocab_size), and batches or masks of the wrong shape, TypeError for
+    the wrong kind of data, FileNotFoundError for text that is not found.
     """
     _check_positive(
         vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
     )
+    has_bos = None
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     if not isinstance(calibration, str | os.PathLike | Tensor):
@@ -223,14 +253,31 @@ def token_batches(
             f"sampled from the dense model itself: {num_samples} sequences of {length} tokens at "
             f"temperature 1, seed {seed}"
         )
+    elif chats := _read_conversations(calibration):
+        tokenizer = _required(tokenizer)
+        seq_length = capped(seq_length, max_length)
+        rows, first = _chat_windows(chats, tokenizer, num_samples, seq_length, seed, bos)
+        for row in rows:
+            check_token_ids(row[None], vocab_size, chats.label)
+        batches = [_padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        has_bos = first is not None
+        source = (
+            f"{chats.label}: {len(rows)} windows of at most {seq_length} tokens in the chat "
+            f"template{BOS_FIRST if has_bos else ''}, seed {seed}"
+        )
     else:
         tokenizer = _required(tokenizer)
         seq_length = capped(seq_length, max_length)
+        first = bos_token(tokenizer, bos)
         text = _read(calibration, "train")
-        windows = _random_windows(text, tokenizer, num_samples, seq_length, seed)
+        windows = _random_windows(text, tokenizer, num_samples, seq_length, seed, first)
         batches = _split(check_token_ids(windows, vocab_size, text.label), batch_size)
-        source = f"{text.label}: {num_samples} random windows of {seq_length} tokens, seed {seed}"
-    return TokenBatches(tuple(batches), source, _fingerprint(batches))
+        has_bos = first is not None
+        source = (
+            f"{text.label}: {num_samples} random windows of {seq_length} tokens"
+            f"{BOS_FIRST if has_bos else ''}, seed {seed}"
+        )
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos)
 
 
 def corpus_tokens(
@@ -242,7 +289,7 @@ def corpus_tokens(
     empty text or no tokenizer, FileNotFoundError for text that is not found.
     """
     tokenizer = _required(tokenizer)
-    return _tokenize(_read(source, split), tokenizer)
+    return _tokenize(_read(source, split), tokenizer, None)
 
 
 def token_windows(
@@ -251,21 +298,64 @@ def token_windows(
     *,
     seq_length: int,
     max_windows: int | None = None,
+    bos: bool | str = AUTO,
 ) -> Tensor:
     """Consecutive windows [N, seq_length], int64, of the test text, without overlap.
 
-    The remainder shorter than a window is dropped. N is at most `max_windows`, and at most what the
-    corpus' own protocol reads (256 windows for c4). Raises as `corpus_tokens`, and ValueError for
-    text shorter than one window.
+    Each starts with BOS or not, as `bos_token` has it. The remainder shorter than a window is
+    dropped. N is at most `max_windows`, and at most what the corpus' own protocol reads (256
+    windows for c4). Raises as `corpus_tokens` and `bos_token`, and ValueError for text shorter than
+    one window.
     """
     _check_positive(seq_length=seq_length, max_windows=1 if max_windows is None else max_windows)
     tokenizer = _required(tokenizer)
+    first = bos_token(tokenizer, bos)
+    length = _text_length(seq_length, first)
     text = _read(source, "test")
-    tokens = _tokenize(text, tokenizer)
-    _check_length(tokens, seq_length, text.label)
-    available = len(tokens) // seq_length
+    tokens = _tokenize(text, tokenizer, first)
+    _check_length(tokens, seq_length, text.label, first)
+    available = len(tokens) // length
     count = min(n for n in (available, max_windows, text.max_windows) if n is not None)
-    return tokens[: count * seq_length].view(count, seq_length)
+    return _with_bos(tokens[: count * length].view(count, length), first)
+
+
+def bos_token(
+    tokenizer: "PreTrainedTokenizerBase", bos: bool | str, chat: Sequence[int] = ()
+) -> int | None:
+    """The id of the BOS token that each window of text starts with; None for windows without one.
+
+    `bos` is True, False, or "auto": True if the tokenizer puts its BOS token in front of a text by
+    itself, and, for conversations, if their template does so too in `chat`, the tokens of one.
+    Raises ValueError for another value, and for True where there is no BOS token.
+    """
+    if not (isinstance(bos, bool) or bos == AUTO):
+        raise ValueError(f"bos={bos!r} must be True, False or {AUTO!r}")
+    token: int | None = tokenizer.bos_token_id
+    if bos is True and token is None:
+        raise ValueError(
+            "bos=True, but the tokenizer has no BOS token: set its bos_token, or leave bos='auto'"
+        )
+    if bos == AUTO:
+        # A template alone is no sign: SmolLM2's BOS is the mark in front of each of its messages.
+        added = tokenizer("a")["input_ids"][:1] == [token]
+        bos = added and (not chat or chat[0] == token)
+    return token if bos else None
+
+
+def _text_length(seq_length: int, bos: int | None) -> int:
+    """Tokens of text in a window."""
+    if bos is None:
+        return seq_length
+    if seq_length < 2:
+        raise ValueError(f"seq_length={seq_length} leaves no room after BOS: use at least 2")
+    return seq_length - 1
+
+
+def _with_bos(windows: Tensor, bos: int | None) -> Tensor:
+    """Put BOS, if there is one, in front of each window."""
+    if bos is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
 def check_token_ids(ids: Tensor, vocab_size: int, name: str) -> Tensor:
@@ -298,7 +388,7 @@ def _materialize(calibration: Iterable[Any]) -> list[Any]:
     items = list(calibration)
     if not items:
         raise ValueError(f"calibration is an empty {type(calibration).__name__}: zero batches")
-    for kind in (Mapping, str | os.PathLike):
+    for kind in (Mapping, str | os.PathLike, list | tuple):
         if all(isinstance(item, kind) for item in items):
             return items
     kinds = sorted({type(item).__name__ for item in items})
@@ -307,8 +397,8 @@ def _materialize(calibration: Iterable[Any]) -> list[Any]:
 
 def _unknown_kind(kind: str) -> str:
     return (
-        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts, "
-        "an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
+        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts or "
+        "one of conversations, an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
     )
 
 
@@ -319,7 +409,8 @@ def _split(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
 def _check_batch(batch: Mapping[str, Any], vocab_size: int, index: int) -> dict[str, Tensor]:
     """Check one given batch and reduce it to `input_ids` and, if anything is padded, the mask."""
     if "input_ids" not in batch:
-        raise ValueError(f"batch {index} has no 'input_ids', only {sorted(batch)}")
+        hint = ": conversations are lists of messages, in a list" if "role" in batch else ""
+        raise ValueError(f"batch {index} has no 'input_ids', only {sorted(batch)}{hint}")
     ids = check_token_ids(
         _as_tensor(batch["input_ids"], f"batch {index}"), vocab_size, f"batch {index}"
     )
@@ -388,8 +479,10 @@ def _sample(
     generate: Any = model.generate
     theirs = model.generation_config
     drawn = []
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cpu" if accelerator is None else accelerator.type  # by default, older torch asks CUDA
     with (
-        torch.random.fork_rng(range(torch.accelerator.device_count())),
+        torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind),
         tqdm(
             total=num_samples * seq_length, desc="Sampling", unit="token", disable=not progress
         ) as bar,
@@ -454,16 +547,18 @@ def _random_windows(
     num_samples: int,
     seq_length: int,
     seed: int,
+    bos: int | None,
 ) -> Tensor:
     """Draw [num_samples, seq_length] token ids; the same seed gives the same windows."""
     generator = torch.Generator().manual_seed(seed)
+    length = _text_length(seq_length, bos)
     if text.by_document:
-        pools = _long_documents(text, tokenizer, num_samples, seq_length, generator)
+        pools = _long_documents(text, tokenizer, num_samples, seq_length, generator, bos)
     else:
-        pools = [_tokenize(text, tokenizer)]
-        _check_length(pools[0], seq_length, text.label)
+        pools = [_tokenize(text, tokenizer, bos)]
+        _check_length(pools[0], seq_length, text.label, bos)
     available = sum(len(pool) for pool in pools)
-    if available < num_samples * seq_length:
+    if available < num_samples * length:
         logger.warning(
             "%s has %d tokens for %d windows of %d: the windows overlap",
             *(text.label, available, num_samples, seq_length),
@@ -471,9 +566,9 @@ def _random_windows(
     windows = []
     for index in range(num_samples):
         pool = pools[index % len(pools)]
-        start = int(torch.randint(len(pool) - seq_length + 1, (1,), generator=generator))
-        windows.append(pool[start : start + seq_length])
-    return torch.stack(windows)
+        start = int(torch.randint(len(pool) - length + 1, (1,), generator=generator))
+        windows.append(pool[start : start + length])
+    return _with_bos(torch.stack(windows), bos)
 
 
 def _long_documents(
@@ -482,14 +577,15 @@ def _long_documents(
     count: int,
     seq_length: int,
     generator: torch.Generator,
+    bos: int | None,
 ) -> list[Tensor]:
-    """Tokenise documents in random order until `count` are longer than `seq_length` tokens."""
+    """Tokenise documents in random order until `count` are longer than a window."""
     found: list[Tensor] = []
     longest = 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        tokens = _token_ids(text.documents[index], tokenizer)
+        tokens = _token_ids(text.documents[index], tokenizer, bos)
         longest = max(longest, len(tokens))
-        if len(tokens) > seq_length:
+        if len(tokens) > _text_length(seq_length, bos):
             found.append(tokens)
         if len(found) == count:
             break
@@ -501,16 +597,124 @@ def _long_documents(
     return found
 
 
-def _tokenize(text: _Text, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+def _read_conversations(source: Any) -> _Chats | None:
+    """The conversations that `source` holds or names; None where it is text."""
+    items = source if isinstance(source, list) else [source]
+    if isinstance(items[0], list | tuple):
+        return _Chats(items, f"given conversations ({len(items)})")
+    paths = [Path(item) for item in items]
+    if not all(path.suffix == ".jsonl" and _is_file(path) for path in paths):
+        return None
+    conversations = [messages for path in paths for messages in _read_messages(path)]
+    return _Chats(conversations, ", ".join(path.name for path in paths))
+
+
+def _read_messages(path: Path) -> list[Any]:
+    """The conversations of a .jsonl file, one a line."""
+    found = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line)["messages"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is a table, not a text, and has no 'messages' in line {number}: name its "
+                f"folder as a dataset, '{path.parent}:train:text', or give conversations"
+            ) from error
+    return found
+
+
+def _chat_windows(
+    chats: _Chats,
+    tokenizer: "PreTrainedTokenizerBase",
+    num_samples: int,
+    seq_length: int,
+    seed: int,
+    bos: bool | str,
+) -> tuple[list[Tensor], int | None]:
+    """At most `num_samples` windows [T] of token ids, T at most `seq_length`; BOS, if they have it.
+
+    A BOS that the template writes is not doubled.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "conversations need a chat template, and the tokenizer has none: set its "
+            "chat_template, or give texts"
+        )
+    if not chats.conversations:
+        raise ValueError(f"{chats.label} holds no conversation: give at least one")
+    for index, conversation in enumerate(chats.conversations):
+        _check_conversation(conversation, f"conversation {index} of {chats.label}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(chats.conversations), generator=generator).tolist()
+    first = bos_token(tokenizer, bos, _chat_ids(chats, order[0], tokenizer))
+    length = _text_length(seq_length, first)
+    windows: list[Tensor] = []
+    for index in order:
+        ids = _chat_ids(chats, index, tokenizer)
+        pieces = torch.split(torch.tensor(ids[1:] if ids[0] == first else ids), length)
+        windows += [_with_bos(piece[None], first)[0] for piece in pieces]
+        if len(windows) >= num_samples:
+            return windows[:num_samples], first
+    logger.warning(
+        "%s give %d windows, fewer than num_samples=%d", *(chats.label, len(windows), num_samples)
+    )
+    return windows, first
+
+
+def _check_conversation(messages: Any, name: str) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(f"{name} is {messages!r:.50}: it must be a list of messages, not empty")
+    for index, message in enumerate(messages):
+        if not (isinstance(message, Mapping) and {"role", "content"} <= set(message)):
+            raise ValueError(
+                f"{name} has {message!r:.50} as message {index}: it must map 'role' and 'content'"
+            )
+
+
+def _chat_ids(chats: _Chats, index: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        encoding: Any = tokenizer.apply_chat_template(
+            chats.conversations[index],
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False, "return_attention_mask": False},
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"the chat template refuses conversation {index} of {chats.label}: {error}"
+        ) from error
+    ids: list[int] = encoding["input_ids"]
+    if not ids:
+        raise ValueError(f"the chat template makes nothing of conversation {index}: drop it")
+    return ids
+
+
+def _padded(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """One batch of rows, and a mask where they differ in length."""
+    ids = pad_sequence(list(rows), batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
+
+
+def _tokenize(text: _Text, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Tensor:
     joined = text.joiner.join(text.documents)
     if not joined.strip():
         raise ValueError(f"{text.label} holds no text: give at least one window of it")
-    return _token_ids(joined, tokenizer)
+    return _token_ids(joined, tokenizer, bos)
 
 
-def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
+def _token_ids(text: str, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Tensor:
+    """Tokens of a text: without special ones where each window will get a BOS of its own.
+
+    Otherwise they are what the tokenizer makes of it by itself.
+    """
     # Not verbose: that a text is longer than the model's context is the point here, not a mistake.
-    encoding = tokenizer(text, verbose=False, return_attention_mask=False)
+    encoding = tokenizer(
+        text, verbose=False, return_attention_mask=False, add_special_tokens=bos is None
+    )
     return torch.tensor(encoding["input_ids"], dtype=torch.int64)
 
 
@@ -520,8 +724,8 @@ def _required(tokenizer: "PreTrainedTokenizerBase | None") -> "PreTrainedTokeniz
     return tokenizer
 
 
-def _check_length(tokens: Tensor, seq_length: int, label: str) -> None:
-    if len(tokens) < seq_length:
+def _check_length(tokens: Tensor, seq_length: int, label: str, bos: int | None) -> None:
+    if len(tokens) < _text_length(seq_length, bos):
         raise ValueError(
             f"{label} has {len(tokens)} tokens, fewer than one window of seq_length={seq_length}: "
             "use a smaller seq_length or more text"
@@ -549,7 +753,9 @@ def _read(source: TextSource, split: Split) -> _Text:
     """Find the text that `source` means. A name in `CORPORA` goes before a file of that name."""
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        if isinstance(source, str) or path.is_dir():
+        if isinstance(source, str) and _is_text(source):
+            raise FileNotFoundError(_not_found(source))
+        if isinstance(source, str) or _is_dir(path):
             name = os.fspath(source)
             corpus = CORPORA.get(name) or _dataset_reference(name)
             if corpus is not None:
@@ -562,21 +768,43 @@ def _read(source: TextSource, split: Split) -> _Text:
     return _Text([str(item) for item in items], f"given texts ({len(items)})")
 
 
-def _is_file(name: str) -> bool:
+def _is_file(name: str | os.PathLike[str]) -> bool:
     try:
         return Path(name).is_file()
     except OSError:  # a text is often too long to be a file's name
         return False
 
 
+def _is_dir(name: str | os.PathLike[str]) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        return False
+
+
+def _is_text(source: str) -> bool:
+    """Whether a string is no file, and holds line breaks or is too long for the name of one."""
+    try:
+        Path(source).stat()
+    except OSError as error:
+        return "\n" in source or error.errno == errno.ENAMETOOLONG
+    except ValueError:  # it holds a null character
+        return True
+    return False
+
+
 def _read_file(path: Path) -> str:
-    if not _is_file(path.as_posix()):
+    if not _is_file(path):
         raise FileNotFoundError(_not_found(os.fspath(path)))
     if path.suffix == ".jsonl":
         raise ValueError(
             f"{path} is a table, not a text: name its folder as a dataset, "
-            f"'{path.parent}:train:text'"
+            f"'{path.parent}:train:text'; conversations are for calibration, without texts"
         )
+    return _read_text(path)
+
+
+def _read_text(path: Path) -> str:
     opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as file:
@@ -587,6 +815,12 @@ def _read_file(path: Path) -> str:
 
 
 def _not_found(name: str) -> str:
+    if _is_text(name):
+        shown = name if len(name) <= 30 else name[:30] + "..."
+        return (
+            f"{shown!r} is a text of {len(name):,} characters, not a file or the name of a corpus: "
+            "a text of your own goes in a list: [text]"
+        )
     shown = name if len(name) <= 80 else name[:77] + "..."
     nearest = difflib.get_close_matches(name.lower(), CORPORA, n=1)
     return (
@@ -607,7 +841,7 @@ def _dataset_reference(source: str) -> Corpus | None:
     if _is_file(source) or match is None:
         return None
     name = match["name"]
-    is_folder = Path(name).is_dir()
+    is_folder = _is_dir(name)
     on_hub = _HUB_NAME.fullmatch(name) and (
         ":" in source or ("/" in name and not Path(name).suffix)
     )
@@ -631,7 +865,7 @@ def _load(name: str, corpus: Corpus, split: Split) -> _Text:
     from datasets.exceptions import DatasetNotFoundError
 
     split_name = corpus.train if split == "train" else corpus.test
-    is_folder = Path(corpus.dataset).is_dir()
+    is_folder = _is_dir(corpus.dataset)
     attempts = [(corpus.dataset, corpus.config)]
     if corpus.config is None and "/" in corpus.dataset and not is_folder:
         owner, dataset = corpus.dataset.split("/")

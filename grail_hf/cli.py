@@ -24,7 +24,7 @@ from rich.table import Table
 from grail_hf import processes
 from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table, find_architecture
-from grail_hf.calibration import SELF, read_calibration, token_windows
+from grail_hf.calibration import BOS_FIRST, SELF, bos_token, read_calibration, token_windows
 from grail_hf.checkpoint import (
     Checkpoint,
     NoSafetensorsError,
@@ -35,7 +35,7 @@ from grail_hf.checkpoint import (
     processor_folder,
 )
 from grail_hf.compress import PartlyCompressedError, compress
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.costs import Estimate, estimate
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint, has_tokenizer
 from grail_hf.evaluation import evaluate, perplexity
@@ -94,6 +94,13 @@ Ridge = Annotated[
 ]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLength = Annotated[int, typer.Option(help="Tokens in a window.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Start each window of text with BOS; by default if the tokenizer adds one by itself.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
 MultipleOf = Annotated[
     str, typer.Option(help='MLP widths are multiples of this; "auto": as large as costs nothing.')
@@ -160,11 +167,15 @@ def compress_command(
     bias: Bias = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help='A text file (repeat for more), a corpus name, or "self". Default: c4.'),
+        typer.Option(
+            help="A text file or a .jsonl file of conversations (repeat for more), a corpus name, "
+            'or "self". Default: c4.'
+        ),
     ] = None,
     revision: Revision = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
+    bos: Bos = None,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),
@@ -248,7 +259,7 @@ def _compress_in_memory(
         windows = None
         if eval_text:
             length = window_length(skeleton, config)
-            windows = token_windows(eval_text, tokenizer, seq_length=length)
+            windows = token_windows(eval_text, tokenizer, seq_length=length, bos=config.bos)
         model = _model(source, revision=revision)
         if tokens is None:
             check_weights(model)
@@ -256,7 +267,7 @@ def _compress_in_memory(
                 tokens = read_calibration(model, tokenizer, texts, config)
         measured: dict[str, Any] = {}
         if windows is not None and eval_text:
-            measured |= _measured_on(eval_text, windows)
+            measured |= _measured_on(eval_text, windows, _has_bos(tokenizer, config))
             measured["perplexity before"] = _perplexity(model, windows, config)
         report = compress(model, tokenizer, tokens, config)
         if windows is not None:
@@ -305,13 +316,14 @@ def _compress_from_disk(
         processes.once(partial(check_not_stopped, output), "the output folder")
     tokenizer = _tokenizer(source, revision)
     tokens = read_calibration(skeleton, tokenizer, texts, config)
-    windows = token_windows(eval_text, tokenizer, seq_length=window_length(skeleton, config))
+    length = window_length(skeleton, config)
+    windows = token_windows(eval_text, tokenizer, seq_length=length, bos=config.bos)
 
     def measure(folder: str | Path, revision: str | None = None) -> float:
         one = partial(_perplexity_of, str(folder), revision, windows, config)
         return processes.once(one, "the evaluation")
 
-    measured: dict[str, Any] = dict(_measured_on(eval_text, windows))
+    measured: dict[str, Any] = dict(_measured_on(eval_text, windows, _has_bos(tokenizer, config)))
     measured["perplexity before"] = measure(source, revision)
     report = run(source, output, tokens)
     measured["perplexity after"] = measure(output)
@@ -343,6 +355,7 @@ def evaluate_command(
     ] = None,
     batch_size: BatchSize = 8,
     max_windows: Annotated[int | None, typer.Option(help="Measure on at most this many.")] = None,
+    bos: Bos = None,
     limit: Annotated[float | None, typer.Option(help="Of lm-eval: examples per task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Of lm-eval.")] = None,
     include_path: Annotated[
@@ -366,6 +379,7 @@ def evaluate_command(
                 seq_length=seq_length,
                 batch_size=batch_size,
                 max_windows=max_windows,
+                bos=AUTO if bos is None else bos,
                 limit=limit,
                 num_fewshot=num_fewshot,
                 include_path=include_path,
@@ -373,7 +387,7 @@ def evaluate_command(
     table = Table("measured", "value", title=source)
     for name, value in result.items():
         if name != "tasks":
-            table.add_row(name, f"{value:.6g}")
+            table.add_row(name, str(value) if isinstance(value, bool) else f"{value:.6g}")
     for task, metrics in result.get("tasks", {}).items():
         for name, value in metrics.items():
             table.add_row(f"{task} {name}", f"{value:.6g}")
@@ -421,6 +435,7 @@ def inspect_command(
     revision: Revision = None,
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
+    bos: Bos = None,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),
@@ -550,14 +565,19 @@ def _texts(calibration: list[str] | None) -> str | list[Path]:
     return [Path(name) for name in calibration]
 
 
-def _measured_on(text: str, windows: Tensor) -> dict[str, str]:
+def _has_bos(tokenizer: PreTrainedTokenizerBase | None, config: GrailConfig) -> bool:
+    """Whether windows of text start with BOS."""
+    return tokenizer is not None and bos_token(tokenizer, config.bos) is not None
+
+
+def _measured_on(text: str, windows: Tensor, has_bos: bool = False) -> dict[str, str]:
     """What a report says of the text of an evaluation: of a path only the last name."""
     name, colon, rest = text.partition(":")
     public = Path(name).name if Path(name).exists() else name
     count, length = windows.shape
     return {
         "evaluation text": public + colon + rest,
-        "evaluation windows": f"{count} x {length} tokens",
+        "evaluation windows": f"{count} x {length} tokens{BOS_FIRST if has_bos else ''}",
     }
 
 
@@ -607,6 +627,7 @@ def _config(context: typer.Context) -> GrailConfig:
     with suppress(ValueError):
         settings["multiple_of"] = int(settings["multiple_of"])
     settings["bias"] = settings.get("bias") or False
+    settings["bos"] = AUTO if settings["bos"] is None else settings["bos"]
     return GrailConfig(**settings)
 
 

@@ -84,10 +84,12 @@ def compress(
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
             any other with `architecture`; loaded with `device_map` and offloaded, too.
-        tokenizer: needed where `calibration` is text.
+        tokenizer: needed where `calibration` is text or conversations.
         calibration: a path or a list of paths to text; "wikitext2", "c4", "ptb" or any
-            `name/config:split:column` that `datasets` loads; a list of strings; an [N, T] integer
-            tensor of token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
+            `name/config:split:column` that `datasets` loads; a list of strings; a list of
+            conversations, each a list of messages {role, content}, or a .jsonl file with such
+            `messages` in each line, for the tokenizer's chat template; an [N, T] integer tensor of
+            token ids; or batches `{input_ids, attention_mask}`. Padding never counts.
             "self" needs no data: the tokens are sampled from the model, in batches of
             `config.batch_size` and where the model is (put it on an accelerator first).
             Several processes need a batch each.

@@ -70,8 +70,13 @@ class GrailConfig:
         bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
             give one (llama, and qwen3's attention; not where a llama is saved as another type for
             its number of heads). The block's other projections get biases of zero with it.
-        num_samples: calibration windows to draw, where the calibration is text or "self".
+        num_samples: calibration windows to draw, where the calibration is text, conversations or
+            "self".
         seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
+        bos: whether each window of calibration text starts with the BOS token, which then takes
+            the first of its `seq_length` places. "auto": if the tokenizer adds one by itself and,
+            for conversations, the chat template does too. False: the text is cut as GPTQ does, with
+            a BOS token at its very start at most. Token ids and "self" are not affected.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
@@ -118,6 +123,7 @@ class GrailConfig:
     bias: bool | str = False
     num_samples: int = 128
     seq_length: int = 2048
+    bos: bool | str = AUTO
     batch_size: int = 4
     seed: int = 0
     multiple_of: int | str = AUTO
@@ -173,6 +179,8 @@ class GrailConfig:
             raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
         if self.seq_length < 2:
             raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
+        if not (isinstance(self.bos, bool) or self.bos == AUTO):
+            raise ValueError(f"bos={self.bos!r} must be True, False or {AUTO!r}")
         if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
             raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits")
         if self.ridge != AUTO and not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):

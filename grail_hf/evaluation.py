@@ -5,6 +5,11 @@ Perplexity follows GPTQ and SparseGPT: the text is joined and tokenised once, cu
 before. A sliding window gives lower figures, which do not compare with the literature's.
 
     perplexity = exp( sum_{n, t>0} -log p(x_{n,t} | x_{n,<t}) / (N (T - 1)) )
+
+Where the tokenizer adds a BOS token by itself, x_{n,0} is BOS, and every token of the text is
+predicted, the first of a window from BOS alone. lm-eval's rolling likelihood predicts every token
+too, but only its first window starts with BOS; each other one starts with the last token of the
+window before. Without BOS (`bos=False`, as in GPTQ) the first token of a window is not predicted.
 """
 
 import copy
@@ -22,6 +27,7 @@ from tqdm.auto import tqdm
 
 from grail_hf.calibration import (
     TextSource,
+    bos_token,
     capped,
     check_positions,
     check_token_ids,
@@ -29,6 +35,7 @@ from grail_hf.calibration import (
     evaluation_mode,
     token_windows,
 )
+from grail_hf.config import AUTO
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,16 +116,18 @@ def perplexity(
     seq_length: int | None = None,
     batch_size: int = 8,
     max_windows: int | None = None,
+    bos: bool | str = AUTO,
 ) -> float:
     """Perplexity of `model` on `text`, on windows of `seq_length` tokens.
 
     `text` is anything that `calibration.token_windows` reads, or a tensor of windows [N, T].
     `seq_length` defaults to the model's context, at most 2048; one that is longer than the context
-    is cut to it, with a warning. Raises as `token_windows` and
-    `language_model_loss` do.
+    is cut to it, with a warning. `bos` says whether each window of a text starts with BOS, which
+    counts in `seq_length`: "auto" if the tokenizer adds one by itself, False for the windows of
+    GPTQ. Raises as `token_windows` and `language_model_loss` do.
     """
     seq_length = seq_length and capped(seq_length, context_length(model))
-    windows = _windows(model, tokenizer, text, seq_length, max_windows)
+    windows = _windows(model, tokenizer, text, seq_length, max_windows, bos)
     return language_model_loss(model, windows, batch_size=batch_size).perplexity
 
 
@@ -131,21 +140,24 @@ def evaluate(
     seq_length: int | None = None,
     batch_size: int = 8,
     max_windows: int | None = None,
+    bos: bool | str = AUTO,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     include_path: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measure perplexity on `text` and run lm-eval's `tasks` (names, or one string with commas).
 
-    `seq_length`, `batch_size` and `max_windows` are those of `perplexity`; `seq_length` also bounds
-    lm-eval's inputs. `limit`, `num_fewshot` and `include_path` (a folder of further tasks) go to
-    lm-eval. Returns a dict that JSON can hold, with only what was asked for:
+    `seq_length`, `batch_size`, `max_windows` and `bos` are those of `perplexity`; `seq_length` also
+    bounds lm-eval's inputs, and `bos` decides whether they start with BOS. `limit`, `num_fewshot`
+    and `include_path` (a folder of further tasks) go to lm-eval. Returns a dict that JSON can hold,
+    with only what was asked for:
 
-        {"perplexity": float, "loss": float, "tokens": int, "seq_length": int,
+        {"perplexity": float, "loss": float, "tokens": int, "seq_length": int, "bos": bool,
          "tasks": {task: {metric: float}}}
 
-    A metric's key has its filter after a comma, unless that is lm-eval's "none". Raises ValueError
-    where nothing is asked for or a task is unknown, ImportError where tasks are but lm-eval is not
+    "bos" says whether each window starts with BOS; a tensor's windows are not looked at. A metric's
+    key has its filter after a comma, unless that is lm-eval's "none". Raises ValueError where
+    nothing is asked for or a task is unknown, ImportError where tasks are but lm-eval is not
     installed, and as `perplexity` does.
     """
     given = tasks.split(",") if isinstance(tasks, str) else tasks
@@ -155,9 +167,10 @@ def evaluate(
     seq_length = seq_length and capped(seq_length, context_length(model))
     # What can fail at once is tried before the model runs.
     task_manager = _task_manager(tasks, tokenizer, include_path) if tasks else None
+    has_bos = tokenizer is not None and bos_token(tokenizer, bos) is not None
     report: dict[str, Any] = {}
     if text is not None:
-        windows = _windows(model, tokenizer, text, seq_length, max_windows)
+        windows = _windows(model, tokenizer, text, seq_length, max_windows, bos)
         result = language_model_loss(model, windows, batch_size=batch_size)
         report |= {
             "perplexity": result.perplexity,
@@ -165,11 +178,14 @@ def evaluate(
             "tokens": result.tokens,
             "seq_length": result.seq_length,
         }
+        if not isinstance(text, Tensor):
+            report["bos"] = has_bos
     if tasks:
         report["tasks"] = _run_tasks(
             model,
             tokenizer,
             tasks,
+            bos=bos,
             max_length=seq_length,
             batch_size=batch_size,
             limit=limit,
@@ -185,12 +201,13 @@ def _windows(
     text: EvaluationText,
     seq_length: int | None,
     max_windows: int | None,
+    bos: bool | str,
 ) -> Tensor:
     if isinstance(text, Tensor):
         return text[:max_windows]
     if seq_length is None:
         seq_length = min(context_length(model) or 2048, 2048)
-    return token_windows(text, tokenizer, seq_length=seq_length, max_windows=max_windows)
+    return token_windows(text, tokenizer, seq_length=seq_length, max_windows=max_windows, bos=bos)
 
 
 def _finite(loss: float, window: int) -> float:
@@ -227,6 +244,7 @@ def _run_tasks(
     tokenizer: "PreTrainedTokenizerBase | None",
     tasks: Sequence[str],
     *,
+    bos: bool | str,
     max_length: int | None,
     batch_size: int,
     **options: Any,
@@ -234,13 +252,21 @@ def _run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # HFLM gives its tokenizer a padding token; the caller's is to stay as it is.
+    tokenizer = cast("PreTrainedTokenizerBase", copy.deepcopy(tokenizer))
+    if bos is True:
+        tokenizer.add_bos_token = True
+    settings: dict[str, Any] = {}
+    if bos is False or bos_token(tokenizer, AUTO) is not None:
+        # HFLM asks the tokenizer for special tokens or for none. Its default differs by release.
+        settings["add_bos_token"] = bos is not False
     with evaluation_mode(model):
         wrapped = HFLM(
             pretrained=model,
-            # HFLM gives its tokenizer a padding token; the caller's is to stay as it is.
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=tokenizer,
             batch_size=batch_size,
             max_length=max_length,
+            **settings,
         )
         results = simple_evaluate(wrapped, tasks=list(tasks), log_samples=False, **options)
     if results is None:  # lm-eval reports on the first process of a machine only

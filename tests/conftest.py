@@ -37,6 +37,19 @@ def tokenizer(tiny_llama_dir):
 
 
 @pytest.fixture
+def bos_tokenizer(tiny_llama_dir):
+    """The bundled tokenizer, made to put BOS (0) in front of a text by itself, as Gemma's does."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return tokenizer
+
+
+@pytest.fixture
 def tiny_llama(tiny_llama_dir):
     """A fresh copy of the trained model, in fp32."""
     from transformers import AutoModelForCausalLM

@@ -1,19 +1,23 @@
 """Calibration text: every kind of input, its sampling, and every refusal."""
 
+import copy
 import dataclasses
+import functools
 import gzip
 import json
 import logging
 import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import SIZES, tiny_architecture, tiny_model
 
-from grail_hf import GrailConfig, calibration
+from grail_hf import GrailConfig, calibration, perplexity
 from grail_hf.calibration import (
     CORPORA,
+    bos_token,
     corpus_tokens,
     read_calibration,
     token_batches,
@@ -180,6 +184,273 @@ def test_overlapping_windows_are_warned_about_once(batches_of, tokenizer, caplog
         batches_of([text], num_samples=50)
     (record,) = caplog.records
     assert f"{count} tokens for 50 windows of 16" in record.getMessage()
+
+
+# BOS
+
+
+def drawn(tokens, seq_length=16, num_samples=5, seed=0):
+    """Random windows of tokens, as GPTQ draws them."""
+    generator = torch.Generator().manual_seed(seed)
+    last = len(tokens) - seq_length
+    starts = [int(torch.randint(last + 1, (1,), generator=generator)) for _ in range(num_samples)]
+    return torch.stack([tokens[start : start + seq_length] for start in starts])
+
+
+def test_each_window_starts_with_bos_where_the_tokenizer_adds_one(
+    batches_of, tokenizer, bos_tokenizer, jargon_test
+):
+    result = batches_of(jargon_test, tokenizer=bos_tokenizer)
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = torch.cat([torch.zeros(5, 1, dtype=torch.int64), drawn(tokens, 15)], dim=1)
+    assert torch.equal(ids_of(result), windows)
+    assert (
+        result.source == "jargon-test.txt: 5 random windows of 16 tokens, BOS first in each, seed 0"
+    )
+    assert result.summary()["bos"] is True
+    forced = batches_of(jargon_test, bos=True)
+    assert (forced.fingerprint, forced.bos) == (result.fingerprint, True)
+
+
+@pytest.mark.parametrize("bos", ["auto", False])
+def test_windows_without_bos_are_those_of_gptq(
+    batches_of, tokenizer, bos_tokenizer, jargon_test, bos
+):
+    """Which has special tokens where the tokenizer puts them, at the ends of the whole text."""
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    result = batches_of(jargon_test, bos=bos)
+    assert torch.equal(ids_of(result), drawn(tokens))
+    assert result.source == "jargon-test.txt: 5 random windows of 16 tokens, seed 0"
+    assert result.summary()["bos"] is False
+    if bos is False:
+        tokens = torch.cat([torch.tensor([0]), tokens])
+        windows = batches_of(jargon_test, bos=False, tokenizer=bos_tokenizer)
+        assert torch.equal(ids_of(windows), drawn(tokens))
+        windows = token_windows(jargon_test, bos_tokenizer, seq_length=100, bos=False)
+        assert torch.equal(windows.flatten(), tokens[: len(tokens) // 100 * 100])
+
+
+def test_windows_for_perplexity_hold_all_of_the_text_behind_their_bos(
+    tokenizer, bos_tokenizer, jargon_test
+):
+    tokens = tokens_of(jargon_test.read_text(), tokenizer)
+    windows = token_windows(jargon_test, bos_tokenizer, seq_length=100)
+    assert windows.shape == (len(tokens) // 99, 100)
+    assert not windows[:, 0].any()
+    assert torch.equal(windows[:, 1:].flatten(), tokens[: len(windows) * 99])
+    assert torch.equal(token_windows(jargon_test, tokenizer, seq_length=100, bos=True), windows)
+
+
+def test_a_text_of_one_window_is_enough(batches_of, tokenizer, bos_tokenizer):
+    tokens = tokens_of("the end of the text", tokenizer)
+    options = {"tokenizer": bos_tokenizer, "num_samples": 1}
+    whole = batches_of(["the end of the text"], seq_length=len(tokens) + 1, **options)
+    assert ids_of(whole).tolist() == [[0, *tokens.tolist()]]
+    with pytest.raises(ValueError, match=f"has {len(tokens)} tokens, fewer than one window"):
+        batches_of(["the end of the text"], seq_length=len(tokens) + 2, **options)
+
+
+def test_a_window_of_one_document_starts_with_bos_too(batches_of, tokenizer, bos_tokenizer, c4):
+    train, validation = c4
+    documents = [tokens_of(document, tokenizer) for document in train]
+    longest = max(map(len, documents))
+    windows = ids_of(batches_of("c4", tokenizer=bos_tokenizer, seq_length=longest, num_samples=4))
+    assert not windows[:, 0].any()
+    (document,) = [tokens for tokens in documents if len(tokens) == longest]
+    assert all(is_window_of(window, document) for window in windows[:, 1:])
+    evaluated = token_windows("c4", bos_tokenizer, seq_length=33)
+    tokens = tokens_of(" ".join(validation[:1100]), tokenizer)
+    assert torch.equal(evaluated[:, 1:].flatten(), tokens[: 256 * 32])
+
+
+def test_bos_that_cannot_be_had(batches_of, tokenizer, bos_tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration, "_read", lambda *_: pytest.fail("read"))
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    assert bos_token(bare, "auto") is None
+    with pytest.raises(ValueError, match="bos=True, but the tokenizer has no BOS token"):
+        batches_of("c4", tokenizer=bare, bos=True)
+    with pytest.raises(ValueError, match="bos=True, but the tokenizer has no BOS token"):
+        token_windows("c4", bare, seq_length=8, bos=True)
+    with pytest.raises(ValueError, match="bos='yes' must be True, False or 'auto'"):
+        token_windows("c4", tokenizer, seq_length=8, bos="yes")
+    with pytest.raises(ValueError, match="seq_length=1 leaves no room after BOS"):
+        token_windows("c4", bos_tokenizer, seq_length=1)
+
+
+# Conversations
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+)
+CHATS = [
+    [{"role": "user", "content": "What is a hacker?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Describe the history of the Jargon File to me."},
+        {"role": "assistant", "content": "It began at Stanford.\u2028MIT took it over. " * 3},
+    ],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, world"}],
+]
+
+
+@pytest.fixture
+def chat_tokenizer(bos_tokenizer):
+    bos_tokenizer.chat_template = CHATML
+    return bos_tokenizer
+
+
+def chat_tokens(index, tokenizer):
+    """What the template above makes of one of the conversations, written out."""
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHATS[index])
+    return tokens_of(text, tokenizer)
+
+
+def order_of(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(CHATS), generator=generator).tolist()
+
+
+def unpadded(result):
+    """The sequences of a result, without the padding that follows them."""
+    rows = []
+    for batch in result.batches:
+        masks = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        for ids, mask in zip(batch["input_ids"], masks, strict=True):
+            assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+            rows.append(ids[mask.bool()].tolist())
+    return rows
+
+
+def test_each_conversation_starts_a_window(batches_of, tokenizer, chat_tokenizer, caplog):
+    """In a random order; a long one is cut, and what is shorter than others of a batch padded."""
+    expected = []
+    for index in order_of(seed=0):
+        ids = chat_tokens(index, tokenizer).tolist()
+        expected += [ids[start : start + 32] for start in range(0, len(ids), 32)]
+    lengths = [len(row) for row in expected]
+    assert len(expected) > len(CHATS) and min(lengths) < max(lengths) == 32
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32}
+    result = batches_of(CHATS, num_samples=len(expected), **options)
+    assert unpadded(result) == expected
+    assert not caplog.records
+    assert (result.num_samples, result.num_tokens) == (len(expected), sum(lengths))
+    widths = [max(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    assert [batch["input_ids"].shape[1] for batch in result.batches] == widths
+    assert result.source == (
+        f"given conversations (3): {len(expected)} windows of at most 32 tokens in the chat "
+        "template, seed 0"
+    )
+    assert batches_of(result.batches, tokenizer=None).fingerprint == result.fingerprint
+
+    first = batches_of((tuple(chat) for chat in CHATS), num_samples=2, **options)
+    assert unpadded(first) == expected[:2]
+    assert not caplog.records
+    assert batches_of(CHATS, num_samples=50, **options).num_samples == len(expected)
+    assert f"given conversations (3) give {len(expected)} windows, fewer than num_samples=50" in (
+        caplog.text
+    )
+    seeds = [seed for seed in range(9) if order_of(seed) != order_of(0)]
+    other = batches_of(CHATS, num_samples=50, seed=seeds[0], **options)
+    assert sorted(unpadded(other)) == sorted(expected) and unpadded(other) != expected
+
+
+@pytest.mark.parametrize(
+    ("adds", "written", "bos", "starts"),
+    [
+        (True, "", "auto", False),
+        (True, "", True, True),
+        (True, "{{ bos_token }}", "auto", True),
+        (True, "{{ bos_token }}", True, True),
+        (True, "{{ bos_token }}", False, False),
+        (False, "{{ bos_token }}", "auto", False),  # SmolLM2's begins a message
+        (False, "{{ bos_token }}", True, True),
+    ],
+)
+def test_windows_of_a_conversation_start_with_bos_if_tokenizer_and_template_do(
+    batches_of, tokenizer, bos_tokenizer, adds, written, bos, starts
+):
+    """It is not doubled."""
+    chat_tokenizer = bos_tokenizer if adds else copy.deepcopy(tokenizer)
+    chat_tokenizer.chat_template = written + CHATML
+    ids = chat_tokens(1, tokenizer).tolist()
+    if starts:
+        expected = [[0, *ids[start : start + 31]] for start in range(0, len(ids), 31)]
+    else:
+        ids = [0, *ids] if written else ids
+        expected = [ids[start : start + 32] for start in range(0, len(ids), 32)]
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32, "num_samples": 50}
+    result = batches_of(CHATS[1:2], bos=bos, **options)
+    assert unpadded(result) == expected and len(expected) > 1
+    assert result.summary()["bos"] is starts
+    assert ("BOS first in each" in result.source) is starts
+
+
+def test_conversations_in_files(batches_of, chat_tokenizer, tiny_llama, tmp_path):
+    """One in a line, whose strings may hold other line separators than the line feed."""
+    options = {"tokenizer": chat_tokenizer, "seq_length": 32}
+    expected = batches_of(CHATS, **options)
+    lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in CHATS]
+    (tmp_path / "all.jsonl").write_text("".join(lines), "utf-8")
+    (tmp_path / "a.jsonl").write_text(lines[0] + "\n", "utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(lines[1:]), "utf-8")
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for form in (tmp_path / "all.jsonl", str(tmp_path / "all.jsonl"), parts, map(str, parts)):
+        assert batches_of(form, **options).fingerprint == expected.fingerprint
+    assert batches_of(parts, **options).source.startswith("a.jsonl, b.jsonl: 5 windows of at")
+    config = GrailConfig(sparsity=0.3, num_samples=5, seq_length=32, batch_size=2)
+    read = read_calibration(tiny_llama, chat_tokenizer, tmp_path / "all.jsonl", config)
+    assert read.fingerprint == expected.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ([CHATS[0], "a text"], TypeError, "list of list, str: give"),
+        ([CHATS[0], []], ValueError, r"conversation 1 of given .* is \[\]: it must be a list of"),
+        ([[{"role": "user"}]], ValueError, r"has \{'role': 'user'\} as message 0: it must map"),
+        ([[1, 2, 3]], ValueError, "has 1 as message 0: it must map 'role' and 'content'"),
+        (CHATS[0], ValueError, "no 'input_ids', only .*: conversations are lists of messages"),
+        (
+            [[CHATS[0][0] | {"role": "tool"}]],
+            ValueError,
+            "template refuses conversation 0.*no tool",
+        ),
+        ([[CHATS[0][0] | {"content": 3}]], ValueError, "template refuses conversation 0 of given"),
+    ],
+)
+def test_unusable_conversations(batches_of, chat_tokenizer, given, error, message):
+    refusal = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    whole = CHATML.replace("{{ message['content'] }}", "{{ '' + message['content'] }}")
+    chat_tokenizer.chat_template = refusal + whole
+    with pytest.raises(error, match=message) as raised:
+        batches_of(given, tokenizer=chat_tokenizer)
+    assert "\n" not in str(raised.value)
+
+
+def test_conversations_need_a_chat_template_and_messages(batches_of, chat_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="need a chat template, and the tokenizer has none"):
+        batches_of(CHATS)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        batches_of(CHATS, tokenizer=None)
+    with pytest.raises(ValueError, match=r"token id .* outside \[0, 300\)"):
+        batches_of(CHATS, tokenizer=chat_tokenizer, vocab_size=300)
+    (path := tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl holds no conversation"):
+        batches_of(path, tokenizer=chat_tokenizer)
+    good = json.dumps({"messages": CHATS[0]})
+    for bad in ('{"text": "mine"}', "[1]", "{"):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl is a table, .* no 'messages' in line 2"):
+            batches_of(path, tokenizer=chat_tokenizer)
+    path.write_text(good)
+    (tmp_path / "b.txt").write_text("a text")
+    for given in ([path, tmp_path / "b.txt"], [tmp_path / "b.txt", path]):
+        with pytest.raises(ValueError, match=r"a\.jsonl is a table, .*conversations are for"):
+            batches_of(given, tokenizer=chat_tokenizer)
+    with pytest.raises(ValueError, match=r"a\.jsonl is a table"):
+        token_windows(path, chat_tokenizer, seq_length=8)
 
 
 # Ready-made tokens
@@ -449,6 +720,23 @@ def test_a_sample_depends_on_the_seed_alone_and_leaves_the_random_state(sampled)
     assert sampled(seed=1).fingerprint != first.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_a_sample_leaves_the_random_state_of_the_accelerator_there_is(sampled, monkeypatch, kind):
+    """A fake one. Older releases of torch take it for CUDA unless they are told."""
+    expected = sampled().fingerprint
+    states = [torch.tensor([7], dtype=torch.uint8), torch.tensor([8], dtype=torch.uint8)]
+    put_back = []
+    module = torch.get_device_module(kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(module, "set_rng_state", lambda *given: put_back.append(given))
+    as_before = functools.partial(torch.random.fork_rng, device_type="cuda")
+    monkeypatch.setattr(torch.random, "fork_rng", as_before)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device(kind))
+    assert sampled().fingerprint == expected
+    assert put_back == [(states[0], 0), (states[1], 1)]
+
+
 @torch.no_grad()
 def test_a_sample_follows_the_model_s_own_distribution(sampled, tiny_llama):
     """The loss on its tokens is the entropy of its predictions: neither sharpened nor cut off."""
@@ -533,11 +821,47 @@ def test_missing_sources(batches_of, tmp_path):
             batches_of(missing)
     with pytest.raises(FileNotFoundError, match=r"wikitext2, ptb, c4\); did you mean 'wikitext2'"):
         batches_of("WikiText-2")
-    with pytest.raises(FileNotFoundError, match=r"a text of your own goes in a list: \[text\]"):
-        batches_of("It was a dark and stormy night: the rain fell in torrents. " * 100)
     (tmp_path / "there.txt").write_text("text")
     with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
         batches_of([str(tmp_path / "there.txt"), "gone.txt"])
+
+
+DARK = "It was a dark and stormy night, the rain fell in torrents. "
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (DARK * 100, "'It was a dark and stormy night...' is a text of 5,900 characters"),
+        (DARK.replace(",", ":") * 100, "'It was a dark and stormy night...' is a text"),
+        # Neither is a question to the hub, nor a suffix a table's.
+        ("Chapter:it was a dark night " * 20, "'Chapter:it was a dark night Ch...' is a text"),
+        ("night:\nrain fell", r"'night:\\nrain fell' is a text of 16 characters"),
+        ("a\nb.jsonl", r"'a\\nb.jsonl' is a text"),
+        ("rain\0fell", r"'rain\\x00fell' is a text"),
+    ],
+    ids=["long", "colon", "reference", "lines", "table", "null"],
+)
+def test_a_text_that_is_not_in_a_list(batches_of, tokenizer, tiny_llama, jargon_test, text, shown):
+    """One line that says so, in any place where a path may stand."""
+    tiny_llama.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for read in (
+        lambda: batches_of(text),
+        lambda: token_windows(text, tokenizer, seq_length=8),
+        lambda: perplexity(tiny_llama, tokenizer, text),
+        lambda: batches_of([jargon_test, text]),
+    ):
+        with pytest.raises(FileNotFoundError, match=shown) as raised:
+            read()
+        message = str(raised.value)
+        assert message.endswith("a text of your own goes in a list: [text]")
+        assert "\n" not in message and len(message) < 200
+
+
+def test_names_too_long_for_a_file_are_not_found(batches_of, tmp_path):
+    for name in (Path("x" * 5000), Path("x" * 5000, "y"), f"{tmp_path}/{'x' * 300}:train:text"):
+        with pytest.raises(FileNotFoundError, match="goes in a list"):
+            batches_of(name)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,40 @@ def test_compress_and_evaluate(compress_arguments, less_text, tmp_path):
     assert measured == pytest.approx(report["evaluation"]["perplexity after"], rel=1e-3)
 
 
+@pytest.mark.parametrize("flags", [("--in-memory",), ("--disk-to-disk", "--bos")])
+def test_windows_start_with_bos_where_the_tokenizer_adds_one(
+    compress_arguments, tiny_llama_dir, bos_tokenizer, jargon_test, tmp_path, flags
+):
+    """In calibration and in both measurements, and report, card and JSON say so."""
+    source = shutil.copytree(tiny_llama_dir, tmp_path / "source")
+    bos_tokenizer.save_pretrained(source)
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
+    code, out, err = run(
+        *("compress", source, *compress_arguments[2:], *flags, "--no-compensate"),
+        *("--eval", text, "--json"),
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["calibration"]["bos"] is True
+    assert report["config"]["bos"] == (True if "--bos" in flags else "auto")
+    said = report["calibration"]["source"], report["evaluation"]["evaluation windows"]
+    assert said[0].endswith("8 random windows of 64 tokens, BOS first in each, seed 0")
+    assert re.fullmatch(r"\d+ x 64 tokens, BOS first in each", said[1])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(words in card for words in said)
+    measured = {}
+    for flag in ("--bos", "--no-bos"):
+        code, out, err = run(
+            *("evaluate", tmp_path / "out", "--text", text, "--seq-length", 64, flag),
+            *("--device", "cpu", "--json"),
+        )
+        assert code == 0, err
+        measured[json.loads(out)["bos"]] = json.loads(out)["perplexity"]
+    after = report["evaluation"]["perplexity after"]
+    assert measured[True] == pytest.approx(after, rel=1e-3)
+    assert measured[False] != pytest.approx(after, rel=1e-3)
+
+
 def test_compress_without_data(compress_arguments, tmp_path):
     """Sampled once the weights are there: the skeleton on the meta device has nothing to say."""
     code, out, err = run(*compress_arguments, "--calibration", "self", "--json")

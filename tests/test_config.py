@@ -33,6 +33,7 @@ OUT_OF_RANGE = [
     *(("dtype", value) for value in ("bfloat16", torch.float64)),
     *(("hidden_states", value) for value in ("cuda", None)),
     *(("bias", value) for value in (True, "all", None)),
+    *(("bos", value) for value in ("yes", 1, None)),
     *(("selector", value) for value in (3, None, ["gram"])),
     *(("device", value) for value in ("warp", 1.5)),
     *((name, value) for name in ("compensate", "rehome") for value in ("no", None)),
@@ -58,6 +59,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
         *(("fold", value) for value in FOLDS),
         *(("dtype", value) for value in SOLVE_DTYPES),
         *(("hidden_states", value) for value in HIDDEN_STATES),
+        *(("bos", value) for value in ("auto", True, False)),
         *(("device", value) for value in (None, "cpu")),
     ],
 )
@@ -159,6 +161,7 @@ def configs(draw) -> GrailConfig:
         ridge=draw(st.floats(0, allow_infinity=False, allow_nan=False) | st.just("auto")),
         num_samples=draw(count),
         seq_length=draw(st.integers(2, 10**6)),
+        bos=draw(st.sampled_from([True, False, "auto"])),
         batch_size=draw(count),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         multiple_of=draw(count),

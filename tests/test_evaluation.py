@@ -59,6 +59,29 @@ def test_every_form_of_text(tiny_llama, tokenizer, jargon_test, windows):
     )
 
 
+def test_every_token_is_predicted_where_windows_start_with_bos(
+    tiny_llama, tokenizer, bos_tokenizer, jargon_test
+):
+    text = [jargon_test.read_text()[:2000]]
+    tokens = torch.tensor(tokenizer(text[0])["input_ids"])
+    first = torch.zeros(1, dtype=torch.int64)
+    count = len(tokens) // 47
+    starting = torch.stack([torch.cat([first, row]) for row in tokens.split(47)[:count]])
+    joined = torch.cat([first, tokens])
+    joined = joined[: len(joined) // 48 * 48].view(-1, 48)
+    for bos, windows in (("auto", starting), (True, starting), (False, joined)):
+        report = evaluate(tiny_llama, bos_tokenizer, text=text, seq_length=48, bos=bos)
+        assert report["loss"] == pytest.approx(reference_loss(tiny_llama, windows), rel=1e-6)
+        assert report["tokens"] == len(windows) * 47
+        assert report["bos"] is (bos is not False)
+        value = perplexity(tiny_llama, bos_tokenizer, text, seq_length=48, bos=bos)
+        assert value == report["perplexity"]
+    report = evaluate(tiny_llama, tokenizer, text=text, seq_length=48)
+    plain = tokens[: len(tokens) // 48 * 48].view(-1, 48)
+    assert report["loss"] == pytest.approx(reference_loss(tiny_llama, plain), rel=1e-6)
+    assert report["bos"] is False
+
+
 @pytest.mark.parametrize(("context", "expected"), [(512, 512), (4096, 2048)])
 def test_default_seq_length(tiny_llama, tokenizer, jargon_test, context, expected):
     tiny_llama.config.max_position_embeddings = context
@@ -218,6 +241,54 @@ def test_lm_eval_agrees_with_ours(tiny_llama, tokenizer, rolling_task, only_loca
     assert json.loads(json.dumps(report)) == report
     assert tiny_llama.training
     assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize(
+    ("adds", "bos", "expected"),
+    [
+        (True, "auto", True),
+        (True, False, False),
+        (True, True, True),
+        (False, "auto", False),
+        (False, True, True),
+    ],
+)
+def test_lm_eval_starts_with_bos_where_windows_do(
+    tiny_llama,
+    tokenizer,
+    bos_tokenizer,
+    rolling_task,
+    only_local_tasks,
+    monkeypatch,
+    *,
+    adds,
+    bos,
+    expected,
+):
+    """Said outright: of the default of HFLM one release makes no BOS, another the tokenizer's."""
+    from lm_eval.models import huggingface
+
+    seen = []
+
+    class Spy(huggingface.HFLM):
+        def __init__(self, *, add_bos_token=False, **settings):
+            super().__init__(add_bos_token=add_bos_token, **settings)
+            seen.append(self.tok_encode("a hacker"))
+
+    monkeypatch.setattr(huggingface, "HFLM", Spy)
+    given = bos_tokenizer if adds else tokenizer
+    before = given("a hacker")["input_ids"]
+    evaluate(
+        tiny_llama,
+        given,
+        tasks="local_jargon",
+        seq_length=64,
+        bos=bos,
+        include_path=rolling_task[0],
+    )
+    plain = tokenizer("a hacker")["input_ids"]
+    assert seen == [[0, *plain] if expected else plain]
+    assert given("a hacker")["input_ids"] == before
 
 
 def test_report_holds_only_what_was_asked_for(
