@@ -183,6 +183,7 @@ def _read_calibration(
             batch_size=config.batch_size,
             seed=config.seed,
             bos=config.bos,
+            random_tokens=config.random_tokens,
             max_length=context_length(model),
             model=model,
             progress=progress,
@@ -206,6 +207,7 @@ def token_batches(
     batch_size: int,
     seed: int,
     bos: bool | str = AUTO,
+    random_tokens: float = 0.0,
     max_length: int | None = None,
     model: "PreTrainedModel | None" = None,
     progress: bool = True,
@@ -216,7 +218,8 @@ def token_batches(
     `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
     batches of `batch_size`; `bos` is that of `bos_token`. Conversations, given as lists of messages
     or in .jsonl files with {"messages": [...]} in a line, are drawn with `seed` until they fill
-    `num_samples` windows of at most `seq_length` tokens; fewer are warned of. An integer tensor
+    `num_samples` windows of at most `seq_length` tokens; fewer are warned of. A fraction
+    `random_tokens` of the tokens of either is replaced (`with_random_tokens`). An integer tensor
     [N, T] is used whole, cut likewise. A mapping with `input_ids` [b, T] and perhaps
     `attention_mask` [b, T], or an iterable of such, is used whole and as batched; its other keys
     are dropped. "self" needs no data and no tokenizer: it is as many tokens as text would be,
@@ -259,11 +262,12 @@ def token_batches(
         rows, first = _chat_windows(chats, tokenizer, num_samples, seq_length, seed, bos)
         for row in rows:
             check_token_ids(row[None], vocab_size, chats.label)
+        rows = [with_random_tokens(row, random_tokens, tokenizer, vocab_size, seed) for row in rows]
         batches = [_padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
         has_bos = first is not None
         source = (
             f"{chats.label}: {len(rows)} windows of at most {seq_length} tokens in the chat "
-            f"template{BOS_FIRST if has_bos else ''}, seed {seed}"
+            f"template{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
         )
     else:
         tokenizer = _required(tokenizer)
@@ -271,13 +275,49 @@ def token_batches(
         first = bos_token(tokenizer, bos)
         text = _read(calibration, "train")
         windows = _random_windows(text, tokenizer, num_samples, seq_length, seed, first)
-        batches = _split(check_token_ids(windows, vocab_size, text.label), batch_size)
+        windows = check_token_ids(windows, vocab_size, text.label)
+        windows = with_random_tokens(windows, random_tokens, tokenizer, vocab_size, seed)
+        batches = _split(windows, batch_size)
         has_bos = first is not None
         source = (
             f"{text.label}: {num_samples} random windows of {seq_length} tokens"
-            f"{BOS_FIRST if has_bos else ''}, seed {seed}"
+            f"{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
         )
     return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos)
+
+
+def with_random_tokens(
+    ids: Tensor,
+    fraction: float,
+    tokenizer: "PreTrainedTokenizerBase",
+    vocab_size: int,
+    seed: int,
+) -> Tensor:
+    """Replace a fraction of token ids by ids drawn uniformly from the vocabulary.
+
+    A calibration text holds a part of the vocabulary. What reads the rest, in the first layers
+    above all, is idle on it and would be removed as useless.
+
+    Args:
+        ids: [..], int64. Special tokens stay, and none is drawn.
+        fraction: chance of each token to be replaced, in [0, 1).
+        tokenizer: of the ids.
+        vocab_size: rows of the model's embedding; those beyond the tokenizer's are not drawn.
+        seed: of the draws.
+    """
+    if not fraction:
+        return ids
+    special = torch.tensor(tokenizer.all_special_ids, dtype=torch.int64)
+    known = torch.arange(min(vocab_size, len(tokenizer)))
+    ordinary = known[~torch.isin(known, special)]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(ids.shape, generator=generator) < fraction
+    drawn = ordinary[torch.randint(len(ordinary), ids.shape, generator=generator)]
+    return torch.where(chosen & ~torch.isin(ids, special), drawn, ids)
+
+
+def _says_random(fraction: float) -> str:
+    return f", {100 * fraction:g}% of the tokens replaced by random ones" if fraction else ""
 
 
 def corpus_tokens(

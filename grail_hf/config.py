@@ -77,6 +77,10 @@ class GrailConfig:
             the first of its `seq_length` places. "auto": if the tokenizer adds one by itself and,
             for conversations, the chat template does too. False: the text is cut as GPTQ does, with
             a BOS token at its very start at most. Token ids and "self" are not affected.
+        random_tokens: fraction of a calibration text's tokens that are replaced by tokens drawn
+            uniformly from the vocabulary, in [0, 1). What reads the tokens that the text lacks then
+            counts too, so that less is lost on other texts. 0 calibrates on the text as it is, as
+            the literature does. Token ids given ready made, and "self", are never changed.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
@@ -124,6 +128,7 @@ class GrailConfig:
     num_samples: int = 128
     seq_length: int = 2048
     bos: bool | str = AUTO
+    random_tokens: float = 0.1
     batch_size: int = 4
     seed: int = 0
     multiple_of: int | str = AUTO
@@ -175,6 +180,11 @@ class GrailConfig:
             if not (automatic or (_is_integer(value) and value >= 1)):
                 others = f", or {AUTO!r}" if name == "multiple_of" else ""
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1{others}")
+        if not (_is_number(self.random_tokens) and 0 <= self.random_tokens < 1):
+            raise ValueError(
+                f"random_tokens={self.random_tokens!r} is outside [0, 1): it is the fraction of the "
+                "calibration text's tokens to replace, for example random_tokens=0.1"
+            )
         if not (_is_integer(self.refit) and self.refit >= 0):
             raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
         if self.seq_length < 2:

@@ -309,7 +309,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose():
         plan = plan_compression(tiny_model("llama"), GrailConfig(**{"multiple_of": 1} | settings))
         assert (plan.allocation, plan.measures) == ("uniform", False)
     for case in ("mixtral", "gpt2"):  # experts are not measured; gpt2 keeps its heads
-        config = GrailConfig(sparsity=0.2, multiple_of=8 if case == "mixtral" else 1)
+        config = GrailConfig(sparsity=0.17, multiple_of=8 if case == "mixtral" else 1)
         plan = plan_compression(tiny_architecture(case), config)
         assert (plan.allocation, plan.measures) == ("uniform", False)
     plan = plan_compression(tiny_model("llama"), GrailConfig(sparsity=0.3))
