@@ -454,7 +454,6 @@ class Architecture:
         shared: experts beside these that see every token.
         shared_first: these run before the routed ones.
         others: blocks that some layers have in place of attention or the MLP.
-        returns_tuple: a layer returns a tuple whose first element is the hidden states.
         residual_scale_key: config key of the factor with which a block's output is added to the
             residual stream.
         additive: config values under which the stream is the sum of the blocks' outputs.
@@ -474,7 +473,6 @@ class Architecture:
     shared: Mlp | None = None
     shared_first: bool = False
     others: tuple[Block, ...] = ()
-    returns_tuple: bool = False
     residual_scale_key: str | None = None
     additive: Mapping[str, Any] = field(default_factory=dict)
     per_layer: Refusal | None = None
@@ -793,7 +791,6 @@ ENTRIES = (
             refused=(HEADS_FILL_HIDDEN,),
         ),
         mlp=Mlp(inputs=("mlp.fc_in",), linear=None, output="mlp.fc_out", width_key="n_inner"),
-        returns_tuple=True,
     ),
     Architecture(
         "opt",
@@ -817,7 +814,6 @@ ENTRIES = (
             output="mlp.dense_4h_to_h",
             refused=(Refusal("its MLP is always four times as wide as the hidden size"),),
         ),
-        returns_tuple=True,
     ),
     Architecture(
         "falcon",
@@ -834,7 +830,6 @@ ENTRIES = (
             output="mlp.dense_4h_to_h",
             width_key="ffn_hidden_size",
         ),
-        returns_tuple=True,
     ),
     Architecture("starcoder2", mlp=Mlp(inputs=("mlp.c_fc",), linear=None, output="mlp.c_proj")),
     Architecture("stablelm", attention=Attention(refused=(HEADS_FILL_HIDDEN,))),

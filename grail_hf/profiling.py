@@ -28,7 +28,7 @@ from grail_hf.offload import Homes, Place, input_device
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
-from grail_hf.stream import Block, as_returned, forwards_replaced, stream
+from grail_hf.stream import Block, as_returned, forwards_replaced, stream, takes_tuples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +104,6 @@ def _profile(
         place,
         seed=config.seed,
         progress=False,
-        returns_tuple=plan.architecture.returns_tuple,
         dtype=config.torch_dtype,
     )
     for block in tqdm(
@@ -138,9 +137,7 @@ def _profile(
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own = [parts[batch.number] for batch in watched.batches]
     with homes.surroundings():
-        divergences = _divergences(
-            model, layers, own, finals, variants, plan.architecture.returns_tuple
-        )
+        divergences = _divergences(model, layers, own, finals, variants)
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
         measured = {**known.divergences, variant.width: divergence}
@@ -226,7 +223,6 @@ def _divergences(
     batches: Batches,
     dense: Sequence[Tensor],
     variants: Sequence[_Variant],
-    returns_tuple: bool,
 ) -> list[float]:
     """KL(dense || variant) of the next token, nats a token, for each variant.
 
@@ -234,10 +230,11 @@ def _divergences(
     final norm, scaling and caps are what they are.
     """
     device = input_device(model)
+    in_tuple = takes_tuples(model, layers)
 
     def log_probabilities(inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        returned = as_returned(hidden.to(device), returns_tuple)
+        returned = as_returned(hidden.to(device), in_tuple)
         with forwards_replaced(layers, lambda *_, **__: returned):
             logits: Tensor = model(**inputs, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)

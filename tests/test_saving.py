@@ -37,15 +37,14 @@ from grail_hf.planning import plan_compression
 
 # Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
 LOADER = """
-import json, sys
+import json, sys, traceback
 from pathlib import Path
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers import AutoModelForImageTextToText
 
-torch.set_num_threads(int(sys.argv[2]))
-found = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
+
+def load(folder):
     known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
@@ -56,7 +55,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             for batch, logits in zip(saved["batches"], saved["logits"])
             for mask in [batch["attention_mask"].bool()]
         ]
-    found[folder.name] = {
+    return {
         "equal": [torch.equal(*pair) for pair in pairs],
         "errors": [((one - other).norm() / other.norm()).item() for one, other in pairs],
         "problems": {key: list(value) for key, value in info.items() if value},
@@ -64,6 +63,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         "model_type": model.config.model_type,
         "dtype": str(model.dtype),
     }
+
+torch.set_num_threads(int(sys.argv[2]))
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        found[folder.name] = load(folder)
+    except Exception:  # one that does not load does not hide how the others do
+        found[folder.name] = {"problems": traceback.format_exc()}
 print(json.dumps({"found": found, "modules": [m for m in sys.modules if "grail" in m]}))
 """
 
