@@ -60,7 +60,7 @@ def compressed_config(
     text = config.get_text_config()
     if text is not config:
         decoder = compressed_config(text, specs, widths)
-        return _edited(config, {"text_config": decoder})
+        return _edited(uniform_config(config), {"text_config": decoder})
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
     for kind, of_kind in widths.items():
@@ -150,11 +150,16 @@ def said_widths(
 
 
 def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the config in which every layer is as wide as the widest."""
+    """A copy of the config in which every layer is as wide as the widest.
+
+    It has no `auto_map`: the stock class loads such a model, and code from the hub may compute a
+    width from others. A model that is itself made of such code names it again when it is saved.
+    """
     config = copy.deepcopy(config)
     if has_own_widths(config):
         config.per_layer_config = None
-        del config.auto_map, config.__dict__[ALLOW]
+        del config.__dict__[ALLOW]
+    vars(config).pop("auto_map", None)
     return config
 
 

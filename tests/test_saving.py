@@ -26,9 +26,10 @@ from tiny_models import (
     relative_error,
     specs_of,
     state_of,
+    tiny_architecture,
     tiny_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import grail_hf
 from grail_hf import ALLOCATIONS, CompressionReport, GrailConfig
@@ -181,6 +182,81 @@ def test_a_reloaded_model_can_be_compressed_again(saved):
     assert report.base_model == name
     assert (report.model_type, set(report.widths["attention"])) == ("mistral", {2})
     assert torch.isfinite(logits(again, batches())).all()
+
+
+# The hub's own code for a type that transformers has
+
+
+def of_the_hub(case, folder):
+    """A checkpoint whose config names code in a repository, which is not there."""
+    auto_map = {
+        name: f"no/repository--code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")
+    }
+    tiny_architecture(case).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+
+
+def to_memory(source, output):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+    assert model.config.auto_map
+    compress(model)
+    model.save_pretrained(output)
+
+
+def to_disk(source, output):
+    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "magnitude"}
+    grail_hf.compress_checkpoint(source, output, batches(), progress=False, **settings)
+
+
+def to_widths_and_padded(source, output):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    compress(model, ignore=(0,))
+    model.save_pretrained(output / "between")
+    assert model.config.auto_map["AutoModelForCausalLM"].startswith("modeling_grail.")
+    grail_hf.export(output / "between", output / "padded", "padded")
+    shutil.copytree(output / "padded", output, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        ("phi3", to_memory),
+        ("phi3", to_disk),
+        ("phi3", grail_hf.export),
+        ("phi3", to_widths_and_padded),
+        ("gemma3", to_memory),
+        ("gemma3", to_disk),
+    ],
+)
+def test_the_hub_s_code_for_the_dense_model_does_not_load_the_result(case, way, tmp_path):
+    of_the_hub(case, tmp_path / "dense")
+    way(tmp_path / "dense", tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert type(again).__module__.startswith("transformers.models.")
+
+
+def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the cache joins it
+    dense = tmp_path / "dense"
+    tiny_model("llama").save_pretrained(dense)
+    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM): pass\n"
+    (dense / "own_code.py").write_text(code)
+    said = json.loads((dense / "config.json").read_text())
+    said["auto_map"] = {"AutoModelForCausalLM": "own_code.Own"}
+    (dense / "config.json").write_text(json.dumps(said))
+    model = AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+    compress(model, mlp_sparsity=0.4, attention_sparsity=0, sparsity=None)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "Own"
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
 
 
 # Heads that the config cannot say: 9 do not divide 48
