@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.config import GrailConfig
 from grail_hf.offload import input_device
+from grail_hf.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -390,9 +390,7 @@ def _sample(
     drawn = []
     with (
         torch.random.fork_rng(range(torch.accelerator.device_count())),
-        tqdm(
-            total=num_samples * seq_length, desc="Sampling", unit="token", disable=not progress
-        ) as bar,
+        Bar(total=num_samples * seq_length, desc="Sampling", unit="token", shown=progress) as bar,
     ):
         streamer = SimpleNamespace(put=lambda ids: bar.update(ids.numel()), end=lambda: None)
         torch.manual_seed(seed)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
@@ -25,6 +24,7 @@ from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, input_device
+from grail_hf.progress import Bar
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
@@ -106,8 +106,13 @@ def _profile(
         progress=False,
         dtype=config.torch_dtype,
     )
-    for block in tqdm(
-        blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
+    for block in Bar(
+        blocks,
+        total=len(layers),
+        desc="Profiling",
+        unit="layer",
+        shown=progress,
+        parts=len(layers),
     ):
         fitted, watched = (
             replace(block, batches=[b for b in block.batches if is_held[b.number] == held])

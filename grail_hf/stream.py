@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.architectures import GroupSpec
@@ -26,6 +25,7 @@ from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.meter import Meter
 from grail_hf.offload import HiddenStates, Homes, Place, input_device
+from grail_hf.progress import Bar
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
 
@@ -132,7 +132,7 @@ class Block:
     place: Place
     target: str
     batches: Sequence[_MicroBatch]
-    progress: tqdm[Any]
+    progress: Bar
     dtype: torch.dtype
     meter: Meter
 
@@ -449,11 +449,12 @@ def stream(
     if group_batches is None:
         group_batches = sum(len(specs[index]) for index in left) * len(micro_batches)
     passes = len(left) * (1 + (target != "self")) - 1
-    with tqdm(
+    with Bar(
         total=group_batches + passes * len(micro_batches),
         desc="Calibrating",
         unit="batch",
-        disable=not progress,
+        shown=progress,
+        parts=len(left),
     ) as bar:
         for index in left:
             layer, name = layers[index], names[id(layers[index])]
