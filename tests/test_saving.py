@@ -357,6 +357,28 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
 
 
 @pytest.mark.parametrize(
+    ("case", "settings", "said"),
+    [
+        ("qwen2", {}, "ignores head_dim"),
+        ("qwen2", {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.0}, None),
+        ("qwen3", {}, None),
+        ("qwen3", {"bias": "auto"}, "ignores the bias of o_proj"),
+        ("llama-biases", {"bias": "auto"}, None),
+    ],
+)
+def test_the_card_says_what_vllm_s_own_code_ignores(case, settings, said, tmp_path):
+    model = tiny_model(case)
+    report = compress(model, **settings)
+    model.save_pretrained(tmp_path / "out")
+    report.save(tmp_path / "out")
+    grail_hf.export(tmp_path / "out", tmp_path / "again", "stock")
+    for folder in ("out", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert ("--model-impl transformers" in card) is bool(said)
+        assert said is None or said in card
+
+
+@pytest.mark.parametrize(
     ("folder", "said"),
     [("mine", "mine"), ("models--some--model/snapshots/0f", "some/model"), ("models--gpt2", None)],
 )
