@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-slow test-oldest test-newest test-newest-quick lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -20,6 +21,14 @@ test-slow: $(INSTALLED)
 # in constraints-dev.txt.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/pytest -n 2
+
+# The newest releases of everything, as a user gets them; `make clean` forgets those installed here.
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/pytest -n 2
+
+# Every architecture: streamed, narrowed, saved, loaded, with layers that differ in width.
+test-newest-quick: $(NEWEST)/.installed
+	$(NEWEST)/bin/pytest -n 2 tests/test_architectures.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,5 +49,10 @@ $(OLDEST)/.installed: pyproject.toml constraints-dev.txt
 		--constraint $(OLDEST)/constraints.txt --editable ".[dev]"
 	touch $@
 
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv $(OLDEST) build
+	rm -rf .venv $(OLDEST) $(NEWEST) build

@@ -441,6 +441,9 @@ def _unmet(requires: dict[str, Any], config: Any) -> list[str]:
 
 Block = Attention | Mlp | Experts | Whole
 
+HEAD_DIM = "head_dim: it takes hidden_size / num_attention_heads"
+OUTPUT_BIAS = "the bias of o_proj, without a word"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -454,7 +457,6 @@ class Architecture:
         shared: experts beside these that see every token.
         shared_first: these run before the routed ones.
         others: blocks that some layers have in place of attention or the MLP.
-        returns_tuple: a layer returns a tuple whose first element is the hidden states.
         residual_scale_key: config key of the factor with which a block's output is added to the
             residual stream.
         additive: config values under which the stream is the sum of the blocks' outputs.
@@ -463,6 +465,9 @@ class Architecture:
         rehome: where it may move.
         exports: other types that a checkpoint can be exported as, or why it cannot be.
         gguf: llama.cpp's architectures for it, of which the first that fits is taken.
+        vllm_ignores: what vLLM's own code for the type does not read and a result may have,
+            `HEAD_DIM` or `OUTPUT_BIAS`, for the model card (vLLM 0.33.0, 4ba787ec9:
+            `vllm/model_executor/models`).
         note: what else there is to know, for the table.
     """
 
@@ -474,7 +479,6 @@ class Architecture:
     shared: Mlp | None = None
     shared_first: bool = False
     others: tuple[Block, ...] = ()
-    returns_tuple: bool = False
     residual_scale_key: str | None = None
     additive: Mapping[str, Any] = field(default_factory=dict)
     per_layer: Refusal | None = None
@@ -482,6 +486,7 @@ class Architecture:
     rehome: Rehome | None = None
     exports: dict[str, Rehome | str] = field(default_factory=dict)
     gguf: tuple[Gguf, ...] = ()
+    vllm_ignores: str = ""
     note: str = ""
 
     def groups(
@@ -727,12 +732,14 @@ ENTRIES = (
         },
         # llama.cpp's qwen2 has no other number of heads; its llama takes biases, and any number.
         gguf=(Gguf("qwen2", square=True, requires=FULL_ATTENTION), GGUF_LLAMA),
+        vllm_ignores=HEAD_DIM,
     ),
     Architecture(
         "qwen3",
         attention=Attention(bias_key="attention_bias"),
         exports={name: QK_NORM.format(name) for name in ("mistral", "granite")},
         gguf=(Gguf("qwen3", requires=FULL_ATTENTION | {"attention_bias": False}),),
+        vllm_ignores=OUTPUT_BIAS,
     ),
     Architecture("gemma"),
     Architecture("gemma2", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, note=DIVIDES),
@@ -793,7 +800,6 @@ ENTRIES = (
             refused=(HEADS_FILL_HIDDEN,),
         ),
         mlp=Mlp(inputs=("mlp.fc_in",), linear=None, output="mlp.fc_out", width_key="n_inner"),
-        returns_tuple=True,
     ),
     Architecture(
         "opt",
@@ -817,7 +823,6 @@ ENTRIES = (
             output="mlp.dense_4h_to_h",
             refused=(Refusal("its MLP is always four times as wide as the hidden size"),),
         ),
-        returns_tuple=True,
     ),
     Architecture(
         "falcon",
@@ -834,7 +839,6 @@ ENTRIES = (
             output="mlp.dense_4h_to_h",
             width_key="ffn_hidden_size",
         ),
-        returns_tuple=True,
     ),
     Architecture("starcoder2", mlp=Mlp(inputs=("mlp.c_fc",), linear=None, output="mlp.c_proj")),
     Architecture("stablelm", attention=Attention(refused=(HEADS_FILL_HIDDEN,))),
@@ -892,6 +896,7 @@ ENTRIES = (
             pins={"block_auto_adjust_ff_dim": False},
         ),
         others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
+        vllm_ignores=HEAD_DIM,
     ),
     Architecture("mixtral", experts=Experts(width_key="intermediate_size")),
     Architecture(
@@ -899,6 +904,7 @@ ENTRIES = (
         experts=Experts(),
         shared=GATED_SHARED_EXPERT,
         shared_first=True,
+        vllm_ignores=HEAD_DIM,
     ),
     Architecture("qwen3_moe", experts=Experts()),
     Architecture(
@@ -939,6 +945,7 @@ ENTRIES = (
             width_key="intermediate_size",
         ),
         residual_scale_key="residual_multiplier",
+        vllm_ignores=HEAD_DIM,
     ),
     Architecture(
         "lfm2_moe",
@@ -950,6 +957,7 @@ ENTRIES = (
         ),
         experts=Experts(path="feed_forward.experts", router="feed_forward.gate"),
         others=(Whole(ATTENTION, "conv", "conv.out_proj", "a short convolution has no heads"),),
+        vllm_ignores=HEAD_DIM,
     ),
     Architecture("gemma3", attention=SANDWICH_ATTENTION, mlp=SANDWICH_MLP, **INSIDE),
     Architecture("gemma4", **GEMMA4, **INSIDE),

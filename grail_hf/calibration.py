@@ -36,11 +36,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.offload import input_device
+from grail_hf.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -523,9 +523,7 @@ def _sample(
     kind = "cpu" if accelerator is None else accelerator.type  # by default, older torch asks CUDA
     with (
         torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=kind),
-        tqdm(
-            total=num_samples * seq_length, desc="Sampling", unit="token", disable=not progress
-        ) as bar,
+        Bar(total=num_samples * seq_length, desc="Sampling", unit="token", shown=progress) as bar,
     ):
         streamer = SimpleNamespace(put=lambda ids: bar.update(ids.numel()), end=lambda: None)
         torch.manual_seed(seed)

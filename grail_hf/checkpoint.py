@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.offload import HiddenStates, Homes, Place
+from grail_hf.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,18 +120,18 @@ class Checkpoint:
             OSError: a file is not what its name in the hub's cache says it is.
         """
         digests = {}
-        with tqdm(
+        with Bar(
             total=self.num_bytes,
             desc="Checking the weights",
             unit="B",
             unit_scale=True,
-            disable=not progress,
+            shown=progress,
         ) as bar:
             for path in self.spans:
                 digests[path.name] = self._verify(path, bar)
         return digests
 
-    def _verify(self, path: Path, bar: tqdm[Any]) -> str:
+    def _verify(self, path: Path, bar: Bar) -> str:
         from safetensors import safe_open
 
         digest = hashlib.sha256()

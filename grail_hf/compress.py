@@ -197,7 +197,6 @@ def narrow_layers_(
             group_batches=group_batches(
                 plan, config, len(processes.share(len(tokens.batches))), homes.first
             ),
-            returns_tuple=plan.architecture.returns_tuple,
             dtype=config.torch_dtype,
         ):
             for group in block.groups:

@@ -182,8 +182,8 @@ class GrailConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1{others}")
         if not (_is_number(self.random_tokens) and 0 <= self.random_tokens < 1):
             raise ValueError(
-                f"random_tokens={self.random_tokens!r} is outside [0, 1): it is the fraction of the "
-                "calibration text's tokens to replace, for example random_tokens=0.1"
+                f"random_tokens={self.random_tokens!r} is outside [0, 1): it is the fraction of "
+                "the calibration text's tokens to replace, for example random_tokens=0.1"
             )
         if not (_is_integer(self.refit) and self.refit >= 0):
             raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from grail_hf.calibration import (
     TextSource,
@@ -36,6 +35,7 @@ from grail_hf.calibration import (
     token_windows,
 )
 from grail_hf.config import AUTO
+from grail_hf.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ def language_model_loss(
     with (
         evaluation_mode(model),
         torch.inference_mode(),
-        tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar,
+        Bar(total=count, desc="perplexity", unit="window", shown=progress) as bar,
     ):
         for first in range(0, count, batch_size):
             ids = windows[first : first + batch_size].to(device)

@@ -90,7 +90,7 @@ def infer_architecture(model: PreTrainedModel) -> Architecture:
     model_type = model.config.model_type
     with evaluation_mode(model):
         subject = _Subject(model, _layers_path(model))
-        returns_tuple, examples = _examples(subject)
+        examples = _examples(subject)
         found = [blocks for example in examples for blocks in _blocks(subject, example)]
     attention, mlp, others = _merged([block for block, _ in found])
     entry = Architecture(
@@ -99,7 +99,6 @@ def infer_architecture(model: PreTrainedModel) -> Architecture:
         attention=attention,
         mlp=mlp,
         others=others,
-        returns_tuple=returns_tuple,
         residual_scale_key=_residual_scale_key(subject, [scale for _, scale in found]),
         per_layer=_per_layer(subject),
     )
@@ -205,9 +204,9 @@ def _token_ids(model: PreTrainedModel) -> Tensor:
 @torch.no_grad()
 def _modules_run(
     model: PreTrainedModel, lists: Sequence[nn.ModuleList]
-) -> dict[nn.Module, tuple[Tensor, Any]]:
-    """The lists' modules that run on text, each with the hidden states it gets and its output."""
-    ran: dict[nn.Module, tuple[Tensor, Any]] = {}
+) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """The lists' modules that run on text, each with the hidden states it gets and returns."""
+    ran: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module in ran:
@@ -219,7 +218,7 @@ def _modules_run(
                 f"a {type(module).__name__} returns a {type(output).__name__}: a decoder layer "
                 "takes hidden_states and returns them, alone or as the first of a tuple"
             )
-        ran[module] = hidden.clone(), (isinstance(output, tuple), behind.clone())
+        ran[module] = hidden.clone(), behind.clone()
 
     handles = [
         layer.register_forward_hook(look, with_kwargs=True) for layers in lists for layer in layers
@@ -235,8 +234,8 @@ def _modules_run(
 
 
 @torch.no_grad()
-def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
-    """Whether layers return tuples, and one example for each structure among them.
+def _examples(subject: _Subject) -> list[_Example]:
+    """One example for each structure among the layers.
 
     Raises ValueError where a layer cannot be run by itself on what it is called with.
     """
@@ -244,13 +243,10 @@ def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
 
     model, layers = subject.model, subject.layers
     ran = _modules_run(model, [layers])
-    (returns_tuple,) = {is_tuple for _, (is_tuple, _) in ran.values()}
-    (batch,) = record_calls(
-        model, layers, [{"input_ids": _token_ids(model)}], returns_tuple=returns_tuple
-    )
+    (batch,) = record_calls(model, layers, [{"input_ids": _token_ids(model)}])
     examples: dict[Any, _Example] = {}
     for index, layer in enumerate(layers):
-        front, (_, behind) = ran[layer]
+        front, behind = ran[layer]
         try:
             again = batch.through(layer, index, front, front.device)
         except (RuntimeError, LookupError, TypeError) as error:
@@ -266,7 +262,7 @@ def _examples(subject: _Subject) -> tuple[bool, list[_Example]]:
                 lambda x: x.float() if x.is_floating_point() else x, batch.calls[index]
             )
             examples[shapes] = _Example(index, _randomised(layer), args, kwargs, _noise(front))
-    return returns_tuple, list(examples.values())
+    return list(examples.values())
 
 
 def _randomised(layer: nn.Module) -> nn.Module:

@@ -166,9 +166,9 @@ def plan_compression(
     Raises:
         TypeError: not a transformers model.
         ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised, with adapters, with layers that share
-            parameters), a sparsity that cannot be reached, an `ignore` entry that matches nothing,
-            widths that no config can say.
+            be compressed (encoder-decoder, quantised, sharded over processes, with adapters, with
+            layers that share parameters), a sparsity that cannot be reached, an `ignore` entry that
+            matches nothing, widths that no config can say.
     """
     select = find_selector(config.selector)
     check_model(model)
@@ -576,6 +576,13 @@ def check_model(model: object) -> None:
         raise ValueError(
             "the model is quantised: compress the full-precision model, then quantise the result"
         )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise ValueError(
+                f"{name} is sharded over processes (tensor parallelism or FSDP): load the model "
+                "without tp_plan or distributed_config; to use several accelerators, load it with "
+                "device_map='auto', or start one process for each, which loads the whole model"
+            )
 
 
 def check_weights(model: PreTrainedModel) -> None:

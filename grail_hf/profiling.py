@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
@@ -25,10 +24,11 @@ from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, input_device
+from grail_hf.progress import Bar
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
-from grail_hf.stream import Block, as_returned, forwards_replaced, stream
+from grail_hf.stream import Block, as_returned, forwards_replaced, stream, takes_tuples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,11 +109,15 @@ def _profile(
         place,
         seed=config.seed,
         progress=False,
-        returns_tuple=first.architecture.returns_tuple,
         dtype=config.torch_dtype,
     )
-    for block in tqdm(
-        blocks, total=len(layers), desc="Profiling", unit="layer", disable=not progress
+    for block in Bar(
+        blocks,
+        total=len(layers),
+        desc="Profiling",
+        unit="layer",
+        shown=progress,
+        parts=len(layers),
     ):
         index = block.index
         fitted, watched = (
@@ -144,9 +148,7 @@ def _profile(
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own_batches = [parts[batch.number] for batch in watched.batches]
     with homes.surroundings():
-        divergences = _divergences(
-            model, layers, own_batches, finals, variants, first.architecture.returns_tuple
-        )
+        divergences = _divergences(model, layers, own_batches, finals, variants)
     for variant, divergence in zip(variants, divergences, strict=True):
         known = profiles[variant.slot]
         measured = {**known.divergences, variant.width: divergence}
@@ -240,7 +242,6 @@ def _divergences(
     batches: Batches,
     dense: Sequence[Tensor],
     variants: Sequence[_Variant],
-    returns_tuple: bool,
 ) -> list[float]:
     """KL(dense || variant) of the next token, nats a token, for each variant.
 
@@ -248,10 +249,11 @@ def _divergences(
     final norm, scaling and caps are what they are.
     """
     device = input_device(model)
+    in_tuple = takes_tuples(model, layers)
 
     def log_probabilities(inputs: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        returned = as_returned(hidden.to(device), returns_tuple)
+        returned = as_returned(hidden.to(device), in_tuple)
         with forwards_replaced(layers, lambda *_, **__: returned):
             logits: Tensor = model(**inputs, use_cache=False).logits
         log_probabilities = logits.float().log_softmax(dim=-1)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
-from grail_hf.architectures import ATTENTION
+from grail_hf.architectures import ARCHITECTURES, ATTENTION, HEAD_DIM, OUTPUT_BIAS
 from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
 from grail_hf.config import AUTO, GrailConfig
@@ -324,6 +324,7 @@ class CompressionReport:
             "",
             self._usage(),
             "",
+            *self._serving(),
         ]
         if self.rehomed and not self.export:
             lines += [
@@ -378,6 +379,26 @@ class CompressionReport:
             return str(self.export["usage"])
         usage = USAGE.replace(_CAUSAL, self._auto_class)
         return usage if self.uniform else usage.replace('name")', 'name", trust_remote_code=True)')
+
+    def _serving(self) -> list[str]:
+        """What to give vLLM where its own code for the type does not compute this model."""
+        if self.export and self.export["usage"] != USAGE:
+            return []  # not a checkpoint
+        entry = ARCHITECTURES.get(self.export.get("model_type", self.new_model_type))
+        heads = [width for width in self.widths.get(ATTENTION, ()) if width]
+        if not (entry and heads):
+            return []
+        has = {
+            HEAD_DIM: max(heads) < self.units[ATTENTION],
+            OUTPUT_BIAS: bool(self.config.bias) and min(heads) < self.units[ATTENTION],
+        }
+        if not has.get(entry.vllm_ignores):
+            return []
+        return [
+            f"vLLM's own code for `{entry.model_type}` ignores {entry.vllm_ignores}. Serve this "
+            "model with `vllm serve --model-impl transformers`.",
+            "",
+        ]
 
     @property
     def _auto_class(self) -> str:

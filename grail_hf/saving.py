@@ -60,7 +60,7 @@ def compressed_config(
     text = config.get_text_config()
     if text is not config:
         decoder = compressed_config(text, specs, widths)
-        return _edited(config, {"text_config": decoder})
+        return _edited(uniform_config(config), {"text_config": decoder})
     edits: dict[str, Any] = {}
     layers: dict[int, dict[str, int]] = {}
     for kind, of_kind in widths.items():
@@ -104,11 +104,8 @@ def edited_config(
     config = uniform_config(config)
     if layers:
         _check_own_widths(config)
-        # The order counts: `per_layer_config` is compared with the other values. Another auto_map
-        # would name code that is not this model's.
-        edits = edits | {ALLOW: True, "auto_map": dict(AUTO_MAP), "per_layer_config": dict(layers)}
     try:
-        return _edited(config, edits)
+        return _with_own_widths(_edited(config, edits), layers)
     except _Unsayable as error:
         refusal = f"a stock {config.model_type} config cannot say {says} ({error})"
         remedy = "choose another sparsity, attention_sparsity or attention_unit"
@@ -122,7 +119,7 @@ def edited_config(
                 f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
                 f"{rehome.model_type}; {remedy}"
             ) from error
-    return rehomed_config(config, rehome, edits)
+    return _with_own_widths(rehomed_config(config, rehome, edits), layers)
 
 
 def said_widths(
@@ -150,11 +147,16 @@ def said_widths(
 
 
 def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the config in which every layer is as wide as the widest."""
+    """A copy of the config in which every layer is as wide as the widest.
+
+    It has no `auto_map`: the stock class loads such a model, and code from the hub may compute a
+    width from others. A model that is itself made of such code names it again when it is saved.
+    """
     config = copy.deepcopy(config)
     if has_own_widths(config):
         config.per_layer_config = None
-        del config.auto_map, config.__dict__[ALLOW]
+        del config.__dict__[ALLOW]
+    vars(config).pop("auto_map", None)
     return config
 
 
@@ -202,6 +204,20 @@ def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedCon
     except (StrictDataclassError, ValueError) as error:
         raise _Unsayable(str(error).strip().splitlines()[-1].strip()) from error
     return edited
+
+
+def _with_own_widths(
+    config: PreTrainedConfig, layers: Mapping[int, Mapping[str, int]] | None
+) -> PreTrainedConfig:
+    """Give some layers values of their own, in place.
+
+    This comes after all other edits: transformers compares these values with the config's, and it
+    warns when a config whose layers differ is validated.
+    """
+    if layers:
+        vars(config).update({ALLOW: True, "auto_map": dict(AUTO_MAP)})
+        config.per_layer_config = {index: dict(own) for index, own in layers.items()}
+    return config
 
 
 def _check_own_widths(config: PreTrainedConfig) -> None:

@@ -10,14 +10,13 @@ accelerator: the hidden states in front of it are run through it and replaced by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.architectures import GroupSpec
@@ -26,6 +25,7 @@ from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.meter import Meter
 from grail_hf.offload import HiddenStates, Homes, Place, input_device
+from grail_hf.progress import Bar
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import RegionalGradient
 
@@ -132,7 +132,7 @@ class Block:
     place: Place
     target: str
     batches: Sequence[_MicroBatch]
-    progress: tqdm[Any]
+    progress: Bar
     dtype: torch.dtype
     meter: Meter
 
@@ -417,7 +417,6 @@ def stream(
     seed: int = 0,
     progress: bool = True,
     group_batches: int | None = None,
-    returns_tuple: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Iterator[Block]:
     """Yield each decoder layer as a `Block` at work; what follows sees what it has become.
@@ -437,7 +436,6 @@ def stream(
         progress: show a bar on standard error.
         group_batches: batches that the caller will run for groups, in all layers together, for
             the bar's estimate; by default all of them once for each group.
-        returns_tuple: the layers return a tuple whose first element is the hidden states.
         dtype: in which the micro-batches' moments are summed. In fp32 the order of the batches
             decides between units that are alike, and so does what processes share them.
     """
@@ -445,17 +443,18 @@ def stream(
     names = {id(module): name for name, module in model.named_modules()}
     with homes.meter.phase("embed"), homes.surroundings():
         place = place or Place(input_device(model))
-        micro_batches = record_calls(model, layers, batches, place, returns_tuple)
+        micro_batches = record_calls(model, layers, batches, place)
     homes.start(micro_batches)
     left = range(homes.first, len(layers))
     if group_batches is None:
         group_batches = sum(len(specs[index]) for index in left) * len(micro_batches)
     passes = len(left) * (1 + (target != "self")) - 1
-    with tqdm(
+    with Bar(
         total=group_batches + passes * len(micro_batches),
         desc="Calibrating",
         unit="batch",
-        disable=not progress,
+        shown=progress,
+        parts=len(left),
     ) as bar:
         for index in left:
             layer, name = layers[index], names[id(layers[index])]
@@ -508,7 +507,6 @@ def record_calls(
     layers: nn.ModuleList,
     batches: Sequence[dict[str, Tensor]],
     place: Place | None = None,
-    returns_tuple: bool = False,
 ) -> list[_MicroBatch]:
     """Every layer's arguments for this process's batches, and the hidden states before layer 0.
 
@@ -518,6 +516,7 @@ def record_calls(
     shared = _Shared()
     device = input_device(model)
     place = place or Place(device)
+    in_tuple = takes_tuples(model, layers)
     micro_batches = []
     held_out = held_out_tokens(batches)
     for number in processes.share(len(batches)):
@@ -532,15 +531,11 @@ def record_calls(
         )
 
         def record(*args: Any, batch: _MicroBatch = batch, **kwargs: Any) -> Any:
-            hidden: Tensor
-            if args:
-                hidden, args = args[0], args[1:]
-            else:
-                hidden = kwargs.pop("hidden_states")
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
             if not batch.calls:
                 batch.hidden = place.keep(hidden)
             batch.calls.append(shared.store((args, kwargs)))
-            return as_returned(hidden, returns_tuple)
+            return as_returned(hidden, in_tuple)
 
         with forwards_replaced(layers, record):
             model.base_model(**inputs, use_cache=False)
@@ -712,9 +707,33 @@ def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def as_returned(hidden: Tensor, returns_tuple: bool) -> Any:
-    """Hidden states the way in which a decoder layer returns them."""
-    return (hidden, None) if returns_tuple else hidden
+@torch.no_grad()
+def takes_tuples(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
+    """Whether the model expects its decoder layers to return a tuple, not a tensor.
+
+    This differs between model types and between versions of transformers. So the first layer is
+    replaced by one that returns a tensor: a model that expects a tuple takes element 0 of that, and
+    hands on hidden states that lack the batch dimension. No decoder layer runs or needs its
+    weights.
+    """
+    seen: list[Tensor] = []
+
+    def look(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        if len(seen) > 1:
+            raise _Reached
+        return seen[0]
+
+    ids = torch.ones(2, 3, dtype=torch.int64, device=input_device(model))
+    with forwards_replaced(layers, look), suppress(_Reached):
+        seen.append(model.base_model(input_ids=ids, use_cache=False)[0])
+    before, after = seen
+    return before.shape[:-1] != after.shape[:-1]
+
+
+def as_returned(hidden: Tensor, in_tuple: bool) -> Any:
+    """Hidden states as the model expects a decoder layer to return them, see `takes_tuples`."""
+    return (hidden, None) if in_tuple else hidden
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import huggingface_hub
 import psutil
@@ -197,7 +198,11 @@ def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
     arguments = [str(argument) for argument in (*compress_arguments, *settings)]
     journal = tmp_path / ".out.partial" / ".grail" / "journal.json"
     process = subprocess.Popen(
-        [sys.executable, "-m", "grail_hf", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "grail_hf", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell has what it runs in the background ignore the signal, and so would this process.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not (journal.is_file() and json.loads(journal.read_text())["layers"]):

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import grail_hf
 from grail_hf import SELECTORS, PartlyCompressedError
@@ -145,9 +146,30 @@ def test_a_quantised_model_is_refused(place):
         compress(model, Untouchable())
 
 
+@pytest.mark.parametrize("kind", ["tp", "fsdp"])
+def test_a_sharded_model_is_refused(kind, tiny_llama_dir, monkeypatch):
+    """The first of two processes, the other of which is pretended."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_llama_dir, distributed_config={f"{kind}_size": 2}
+        )
+        with pytest.raises(ValueError, match=r"sharded over processes.*device_map='auto'"):
+            compress(model, Untouchable())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_model_with_adapters_is_refused():
-    """`add_adapter` leaves the model of its class."""
-    peft = pytest.importorskip("peft")
+    """`add_adapter` leaves the model of its class.
+
+    A release of transformers may ask for a PEFT that is not released yet.
+    """
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     model = tiny_model("llama")
     model.add_adapter(peft.LoraConfig(target_modules=["up_proj"]))
     with refused(model, ValueError, "PEFT adapters", "merge"):

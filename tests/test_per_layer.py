@@ -6,6 +6,7 @@ the same, and whatever is loaded computes the same bits as the live model.
 
 import copy
 import json
+import logging
 import math
 import os
 import subprocess
@@ -296,6 +297,27 @@ def test_the_config_names_the_layers_that_are_not_the_widest(made, case, unit):
     moved = dense.model_type == "llama" and dense.hidden_size % heads != 0
     assert model.config.model_type == ("mistral" if moved else dense.model_type)
     assert type(model).__module__.startswith("transformers.models.")
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])  # the first moves to another type
+def test_a_compression_does_not_read_as_all_layers_what_is_the_widest_s(case, monkeypatch):
+    """transformers warns of that."""
+    warnings = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message: warnings.append(message))
+    model = tiny_model(case)
+    compress(
+        model,
+        calibration=batches(),
+        allocation="error",
+        sparsity=0.3,
+        multiple_of=1,
+        progress=False,
+    )
+    assert warnings == []
+    assert model.config.intermediate_size > min(
+        c.intermediate_size for c in model.config.per_layer_config
+    )
+    assert "per-layer attribute `intermediate_size`" in warnings[0]
 
 
 @pytest.mark.parametrize("case", CASES)

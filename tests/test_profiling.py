@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import grail_hf
-from grail_hf import ALLOCATIONS, ARCHITECTURES, profiling
+from grail_hf import ALLOCATIONS, profiling
 from grail_hf.allocation import TOLERANCE
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.compensation import ridge
@@ -132,9 +132,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
 def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
     """A small change of the last consumer's output by a factor, and what the layer makes of it."""
     model, inputs = tiny_architecture(case), batches()
-    entry = ARCHITECTURES[model.config.model_type]
-    options = {"progress": False, "returns_tuple": entry.returns_tuple}
-    for block in stream(model, homes_of(model), all_specs_of(model), inputs, **options):
+    for block in stream(model, homes_of(model), all_specs_of(model), inputs, progress=False):
         energy = block.energies()[-1]
         consumer = block.groups[-1].consumer
         norm = block.groups[-1].spec.post_norm

@@ -167,7 +167,7 @@ def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
     """As many passes are announced as are made."""
     bars = []
     monkeypatch.setattr(
-        "grail_hf.stream.tqdm", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
+        "grail_hf.stream.Bar", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
     )
     # Where `ridge="auto"` finds plain pruning to be best, nothing is refitted, and time is saved.
     settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-4} | settings

@@ -15,15 +15,12 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf import ARCHITECTURES
 from grail_hf.groups import Group
 from grail_hf.stream import Block, stream
 
 
 def blocks_of(model, inputs, unit="kv_group"):
-    entry, specs = ARCHITECTURES[model.config.model_type], all_specs_of(model, unit)
-    options = {"progress": False, "returns_tuple": entry.returns_tuple}
-    return stream(model, homes_of(model), specs, inputs, **options)
+    return stream(model, homes_of(model), all_specs_of(model, unit), inputs, progress=False)
 
 
 def one_by_one(inputs):

@@ -26,9 +26,10 @@ from tiny_models import (
     relative_error,
     specs_of,
     state_of,
+    tiny_architecture,
     tiny_model,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import grail_hf
 from grail_hf import ALLOCATIONS, CompressionReport, GrailConfig
@@ -37,15 +38,14 @@ from grail_hf.planning import plan_compression
 
 # Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
 LOADER = """
-import json, sys
+import json, sys, traceback
 from pathlib import Path
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers import AutoModelForImageTextToText
 
-torch.set_num_threads(int(sys.argv[2]))
-found = {}
-for folder in sorted(Path(sys.argv[1]).iterdir()):
+
+def load(folder):
     known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto_class = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model, info = auto_class.from_pretrained(folder, output_loading_info=True)
@@ -56,7 +56,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
             for batch, logits in zip(saved["batches"], saved["logits"])
             for mask in [batch["attention_mask"].bool()]
         ]
-    found[folder.name] = {
+    return {
         "equal": [torch.equal(*pair) for pair in pairs],
         "errors": [((one - other).norm() / other.norm()).item() for one, other in pairs],
         "problems": {key: list(value) for key, value in info.items() if value},
@@ -64,6 +64,14 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
         "model_type": model.config.model_type,
         "dtype": str(model.dtype),
     }
+
+torch.set_num_threads(int(sys.argv[2]))
+found = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        found[folder.name] = load(folder)
+    except Exception:  # one that does not load does not hide how the others do
+        found[folder.name] = {"problems": traceback.format_exc()}
 print(json.dumps({"found": found, "modules": [m for m in sys.modules if "grail" in m]}))
 """
 
@@ -176,6 +184,81 @@ def test_a_reloaded_model_can_be_compressed_again(saved):
     assert torch.isfinite(logits(again, batches())).all()
 
 
+# The hub's own code for a type that transformers has
+
+
+def of_the_hub(case, folder):
+    """A checkpoint whose config names code in a repository, which is not there."""
+    auto_map = {
+        name: f"no/repository--code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")
+    }
+    tiny_architecture(case).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+
+
+def to_memory(source, output):
+    model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+    assert model.config.auto_map
+    compress(model)
+    model.save_pretrained(output)
+
+
+def to_disk(source, output):
+    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "magnitude"}
+    grail_hf.compress_checkpoint(source, output, batches(), progress=False, **settings)
+
+
+def to_widths_and_padded(source, output):
+    model = AutoModelForCausalLM.from_pretrained(source)
+    compress(model, ignore=(0,))
+    model.save_pretrained(output / "between")
+    assert model.config.auto_map["AutoModelForCausalLM"].startswith("modeling_grail.")
+    grail_hf.export(output / "between", output / "padded", "padded")
+    shutil.copytree(output / "padded", output, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        ("phi3", to_memory),
+        ("phi3", to_disk),
+        ("phi3", grail_hf.export),
+        ("phi3", to_widths_and_padded),
+        ("gemma3", to_memory),
+        ("gemma3", to_disk),
+    ],
+)
+def test_the_hub_s_code_for_the_dense_model_does_not_load_the_result(case, way, tmp_path):
+    of_the_hub(case, tmp_path / "dense")
+    way(tmp_path / "dense", tmp_path / "out")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert type(again).__module__.startswith("transformers.models.")
+
+
+def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the cache joins it
+    dense = tmp_path / "dense"
+    tiny_model("llama").save_pretrained(dense)
+    code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM): pass\n"
+    (dense / "own_code.py").write_text(code)
+    said = json.loads((dense / "config.json").read_text())
+    said["auto_map"] = {"AutoModelForCausalLM": "own_code.Own"}
+    (dense / "config.json").write_text(json.dumps(said))
+    model = AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=True)
+    assert type(model).__name__ == "Own"
+    compress(model, mlp_sparsity=0.4, attention_sparsity=0, sparsity=None)
+    model.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "Own"
+    assert torch.equal(logits(again, batches()), logits(model, batches()))
+
+
 # Heads that the config cannot say: 9 do not divide 48
 
 
@@ -271,6 +354,28 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
     assert f"`{model.config.model_type}`" in card.text
     assert "| perplexity | 12.3 |" in card.text
     assert "/home" not in str(card) + (tmp_path / "grail.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "said"),
+    [
+        ("qwen2", {}, "ignores head_dim"),
+        ("qwen2", {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.0}, None),
+        ("qwen3", {}, None),
+        ("qwen3", {"bias": "auto"}, "ignores the bias of o_proj"),
+        ("llama-biases", {"bias": "auto"}, None),
+    ],
+)
+def test_the_card_says_what_vllm_s_own_code_ignores(case, settings, said, tmp_path):
+    model = tiny_model(case)
+    report = compress(model, **settings)
+    model.save_pretrained(tmp_path / "out")
+    report.save(tmp_path / "out")
+    grail_hf.export(tmp_path / "out", tmp_path / "again", "stock")
+    for folder in ("out", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert ("--model-impl transformers" in card) is bool(said)
+        assert said is None or said in card
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,22 @@
 import pytest
 import torch
 from tiny_models import (
+    ARCHITECTURE_CASES,
     CASES,
+    SIZES,
     all_specs_of,
     at_tokens,
     batches,
+    config_of,
     homes_of,
     layers_of,
+    random_model,
     relative_error,
     specs_of,
     tiny_model,
 )
 
-from grail_hf.stream import _Shared, held_out_tokens, record_calls, stream
+from grail_hf.stream import _Shared, held_out_tokens, record_calls, stream, takes_tuples
 
 CPU = torch.device("cpu")
 
@@ -79,6 +83,27 @@ def test_grams_are_those_of_the_full_models_consumer_inputs(case, padded, kernel
             assert relative_error(stats.total.double(), x.sum(dim=0)) < 1e-5
             assert not group.consumer._forward_pre_hooks
     assert next(expected, None) is None
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gptj", "bloom", "falcon"])
+@pytest.mark.parametrize("number", [1, 3])
+@torch.no_grad()
+def test_a_model_is_given_hidden_states_as_its_layers_return_them(case, number):
+    """In a tuple or not, whatever the version of transformers, and without a layer's weights."""
+    values = {"model_type": case} | SIZES | ARCHITECTURE_CASES[case]
+    model = random_model(config_of(values | {"num_hidden_layers": number}))
+    returned = []
+    handles = [
+        layer.register_forward_hook(lambda *call: returned.append(call[-1]))
+        for layer in layers_of(model)
+    ]
+    model(**batches()[0])
+    for handle in handles:
+        handle.remove()
+    layers_of(model).to("meta")
+    assert len(returned) == number
+    assert takes_tuples(model, layers_of(model)) == isinstance(returned[0], tuple)
+    assert all("forward" not in vars(layer) for layer in layers_of(model))
 
 
 @every_case

@@ -202,7 +202,6 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
         tokens.batches,
         seed=config.seed,
         progress=False,
-        returns_tuple=plan.architecture.returns_tuple,
         dtype=config.torch_dtype,
     ):
         moments = [block.collect(group) for group in block.groups]
