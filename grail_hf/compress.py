@@ -28,7 +28,7 @@ from grail_hf.calibration import (
     evaluation_mode,
     read_calibration,
 )
-from grail_hf.compensation import Repair, fold_linearly, ridge
+from grail_hf.compensation import Repair, fold_linearly, ridge_within
 from grail_hf.config import GrailConfig
 from grail_hf.costs import estimate
 from grail_hf.experts import ExpertsGroup
@@ -215,7 +215,10 @@ def narrow_(
     if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
         with block.meter.phase("refit"):
             intercept = group.kind in plan.biased
-            report.refit(*refit_group_(block, group, damping, intercept, config))
+            error = report.groups[-1].error
+            refitted = refit_group_(block, group, damping, intercept, error, config)
+        if refitted:
+            report.refit(*refitted)
 
 
 def repair_(
@@ -254,7 +257,8 @@ def repair_(
 
     def solve(stats: GramStats) -> Repair:
         settings = config.ridge, group.name, intercept
-        return processes.once(partial(ridge, weight, stats, None, *settings), group.name)
+        solution = partial(ridge_within, group.weight.dtype, weight, stats, *settings)
+        return processes.once(solution, group.name)
 
     repair = solve(stats) if config.compensate else Repair(weight)
     report.add(block.index, group, weight, stats, repair)

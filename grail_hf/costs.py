@@ -360,7 +360,12 @@ class _Work:
         vectors = rows * width * (_FP32 + 3 * _FP64 + 3 * self.item)
         squares = _FP32 * rows**2 + _FP64 * width**2
         working = vectors + squares + self._pass_bytes(inputs, outputs)
-        self.at_peak("refit", held + max(working, solve))
+        if linear.dtype == torch.float16:
+            # The block's bfloat16 copy.
+            working += self.item * (group.num_parameters * kept // inputs)
+        # What was there before, in case that a refit does harm.
+        kept_back = self.item * (rows * width + outputs * kept)
+        self.at_peak("refit", held + kept_back + max(working, solve))
         each = width * self.item + outputs * _FP32
         self.refit_inputs = max(self.refit_inputs, self.tokens // stride * each)
 

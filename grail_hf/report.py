@@ -185,9 +185,8 @@ class CompressionReport:
         last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
         self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
 
-    def refit(self, stats: GramStats, repair: Repair) -> None:
+    def refit(self, error: float, repair: Repair) -> None:
         """Replace the last group's error, after a refit, by what its consumer now leaves."""
-        error = reconstruction_error(repair.weight, repair.weight, stats, bias=repair.bias)
         self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     def share(self) -> None:

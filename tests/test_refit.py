@@ -1,6 +1,7 @@
 """The refit of linear producers against least squares on the block's own Jacobian."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf.refit import refit_
+from grail_hf.refit import in_wider_range, refit_
 from grail_hf.stream import stream
 
 CPU = torch.device("cpu")
 every_case = pytest.mark.parametrize("case", CASES)
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-padded"])
 
 
@@ -118,9 +120,49 @@ def test_a_refit_that_is_not_finite_is_said_and_changes_nothing():
     for batch in block.batches:
         batch.outputs[1][..., 0] = float("inf")
     before = group.layer.get_submodule(group.spec.linear).weight.clone()
-    with pytest.raises(FloatingPointError, match=r"the refit of model\.layers\.0\.mlp"):
+    with pytest.raises(FloatingPointError, match=r"the fitted mlp\.up_proj is not finite"):
         refit_(block, group, steps=2)
     assert torch.equal(group.layer.get_submodule(group.spec.linear).weight, before)
+
+
+def raises_(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def scales_(factor):
+    def scale(block, group, steps):
+        projection = group.projection(group.spec.linear)
+        projection.put_(projection.weight * factor)
+
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        (raises_(FloatingPointError("it is not finite")), "it is not finite"),
+        (raises_(ZeroDivisionError("float division by zero")), "division by zero"),
+        (scales_(0.0), "leaves an error of"),
+        (scales_(float("nan")), "are NaN or Inf"),
+        (scales_(1e38), "are NaN or Inf"),
+    ],
+    ids=["not finite", "by zero", "worse", "NaN", "overflow"],
+)
+def test_a_refit_that_fails_leaves_the_repaired_group(failing, reason, monkeypatch, caplog):
+    """And warns of each; the model is what it is without a refit."""
+    settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-3, "progress": False, "bias": "auto"}
+    plain, failed = tiny_model("qwen2"), tiny_model("qwen2")
+    expected = grail_hf.compress(plain, calibration=batches(), refit=0, **settings)
+    monkeypatch.setattr("grail_hf.refit.refit_", failing)
+    report = grail_hf.compress(failed, calibration=batches(), **settings)
+    assert_state(failed, state_of(plain))
+    assert [group.error for group in report.groups] == [group.error for group in expected.groups]
+    for group in report.groups:
+        (warning,) = [line for line in caplog.messages if line.startswith(f"{group.name} ")]
+        assert "not refitted" in warning and reason in warning
 
 
 @pytest.mark.parametrize("name", ["mlp.gate_proj", "self_attn.v_proj"])
@@ -139,15 +181,48 @@ def test_a_dead_block_has_nothing_to_refit(name, flushed):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_bf16_gains_as_well():
-    model = tiny_model("llama", dtype=torch.bfloat16)
+@halves
+def test_half_precision_gains_as_well(dtype):
+    model = tiny_model("llama", dtype=dtype)
     group, block = first_group_and_block(model, "mlp", batches())
     output, target = shortfall(block, group)
     before = (output - target).square().sum()
     refit_(block, group, steps=3)
     output, target = shortfall(block, group)
     assert (output - target).square().sum() < before
-    assert group.layer.get_submodule(group.spec.linear).weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_half_precision_ends_where_fp32_does(tiny_llama, tokenizer, jargon_train):
+    """On a trained model, whose gradients over many tokens exceed float16's range."""
+    ids = tokenizer(jargon_train.read_text("utf-8")[:16_000], return_tensors="pt").input_ids
+    inputs = ids[:, : 8 * 256].reshape(8, 256)
+    settings = {"sparsity": 0.5, "selector": "wanda", "ridge": 1e-3, "batch_size": 8}
+    del tiny_llama.model.layers[1:]
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model = copy.deepcopy(tiny_llama).to(dtype)
+        report = grail_hf.compress(model, calibration=inputs, progress=False, **settings)
+        errors[dtype] = [group.error for group in report.groups]
+    expected = errors.pop(torch.float32)
+    assert all(found == pytest.approx(expected, rel=0.02) for found in errors.values())
+
+
+def test_buffers_and_arguments_of_float16_go_along():
+    """The mask and the rotary tables of an eager attention, and a buffer of its own."""
+    model = tiny_model("llama", dtype=torch.float16, attn_implementation="eager")
+    group, block = first_group_and_block(model, "attention", batches())
+    module = group.layer.self_attn
+    module.register_buffer("scale", torch.ones((), dtype=torch.float16))
+    module.register_forward_hook(lambda module, _, output: (output[0] * module.scale, *output[1:]))
+    tensors = [*module.parameters(), *module.buffers()]
+    with in_wider_range(module) as dtype:
+        assert {t.dtype for t in (*module.parameters(), *module.buffers())} == {torch.bfloat16}
+        for run in block.runs(group):
+            assert replace(run, dtype=dtype).output().dtype == torch.bfloat16
+    assert all(
+        a is b for a, b in zip(tensors, [*module.parameters(), *module.buffers()], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
