@@ -32,7 +32,7 @@ from grail_hf.compensation import Repair, fold_linearly, ridge_within
 from grail_hf.config import GrailConfig
 from grail_hf.costs import estimate
 from grail_hf.experts import ExpertsGroup
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, full_fp32_products
 from grail_hf.groups import Group
 from grail_hf.narrow_experts import narrow_experts_
 from grail_hf.offload import Homes, Place, choose_place, homes_of
@@ -63,6 +63,7 @@ class PartlyCompressedError(RuntimeError):
 
 
 @torch.no_grad()
+@full_fp32_products()
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -79,6 +80,9 @@ def compress(
     some by accelerate or torch.distributed, they share the calibration's batches: all of them must
     make this call, with the same model and settings, and all end with the same model and report.
     The calibration of the first counts.
+
+    While it works, fp32 matrix products of the process are in fp32, whatever it allows otherwise
+    (TF32, bf16).
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
