@@ -49,6 +49,7 @@ from grail_hf.planning import (
     choose_device,
     decoder_layers,
     plan_compression,
+    refits,
     usable_device,
     window_length,
 )
@@ -444,6 +445,9 @@ def inspect_command(
     ):
         table.add_row(title, f"{before:,}", f"{after:,}")
     table.add_row("model type", model.config.model_type, plan.config.model_type)
+    refitted = refits(plan, config)
+    for kind, (number, repaired) in refitted.items():
+        table.add_row(f"{kind} groups refitted", "", f"{number} of {repaired}")
     table.add_section()
     table.add_row("calibration tokens", "", f"{costs.tokens:,}")
     table.add_row(f"hidden states ({config.hidden_states})", "", size(costs.hidden_bytes))
@@ -459,6 +463,7 @@ def inspect_command(
                 "sparsity": plan.sparsity,
                 "units": plan.units,
                 "widths": plan.widths,
+                "refits": refitted,
                 "projection_parameters": plan.projection_parameters,
                 "total_parameters": plan.total_parameters,
                 "estimate": costs.to_dict(),

@@ -215,14 +215,18 @@ def narrow_(
     """
     with block.meter.phase("solve"):
         damping = repair_(block, group, width, plan, config, report)
-    # Infinite damping says that nothing fitted to these tokens holds on others.
-    if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
+    if not config.refit_steps:
+        return
+    if group.spec.linear is None:
+        report.refit("not linear")
+    elif damping is None or math.isinf(damping):
+        report.refit("plain pruning")  # nothing fitted to these tokens holds on others
+    else:
         with block.meter.phase("refit"):
             intercept = group.kind in plan.biased
             error = report.groups[-1].error
             refitted = refit_group_(block, group, damping, intercept, error, config)
-        if refitted:
-            report.refit(*refitted)
+        report.refit("done" if refitted else "undone", refitted)
 
 
 def repair_(

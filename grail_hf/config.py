@@ -51,7 +51,8 @@ class GrailConfig:
             what earlier blocks lost; as "dense" where a norm lies between block and stream. For
             each of a mixture's experts it is "self": what a block lacks belongs to no one expert.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
-            up-projections) are refitted to the target after the consumer, by half of the
+            up-projections; of a fused projection their rows) are refitted to the target after the
+            consumer, by half of the
             calibration, or by all of it for more than 2 steps; 0 leaves them as they were cut. A
             step takes about three forward passes of the block on those tokens. A refit that
             overflows, or that leaves a larger error than the repair did, is undone with a warning.

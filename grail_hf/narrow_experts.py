@@ -88,4 +88,6 @@ def _narrowed(
         solve = partial(ridge_within, expert.weight.dtype, weight, stats, *settings, least=least)
         repair = processes.once(solve, expert.name)
     report.add(block.index, expert, weight, stats, repair)
+    if config.refit_steps:
+        report.refit("own output")
     return reduction, repair.weight.to(expert.weight.dtype)

@@ -1,7 +1,8 @@
 """Refit of the producers that a block's output is linear in, by conjugate gradients.
 
 With its queries and keys fixed, attention is linear in the value projection; with its gate fixed, a
-gated MLP is linear in the up-projection. So after the consumer is solved for, what the block still
+gated MLP is linear in the up-projection. Either may be rows of a projection that has others too
+([q; k; v], [gate; up]). So after the consumer is solved for, what the block still
 misses is a linear least-squares problem in the weight U [K, D] of that producer,
 
     minimise ||Y - A(U)||^2 + damping ||U - U_0||^2,    A linear,
@@ -32,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ from grail_hf.gram import (
     damped_cholesky,
     sum_of_products,
 )
-from grail_hf.groups import Group, Projection
+from grail_hf.groups import Group, Projection, Rows
 from grail_hf.stream import Block, Run, captured_input
 
 logger = logging.getLogger(__name__)
@@ -97,9 +99,11 @@ def refit_group_(
     Returns:
         The error that is left now, and what the consumer is; None where nothing was refitted.
     """
+    linear = group.linear
+    assert linear is not None
     before = [
         (module, name, getattr(module, name))
-        for module in (group.layer.get_submodule(str(group.spec.linear)), group.consumer)
+        for module in (linear.projection.module, group.consumer)
         for name in ("weight", "bias")
     ]
     stride = refit_stride(config.refit_steps)
@@ -139,14 +143,16 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     Raises:
         ArithmeticError: the fitted weight is not finite, or a step's length is not.
     """
-    if group.spec.linear is None or steps == 0:
+    linear = group.linear
+    if linear is None or steps == 0:
         return
-    projection = group.projection(group.spec.linear)
-    linear = projection.module
     start = linear.weight
     module = block.layer.get_submodule(group.spec.name)
     runs = block.runs(group)
-    with in_wider_range(module) as dtype, replaceable_weight(projection) as put:
+    with (
+        in_wider_range(module) as dtype,
+        replaceable_weight(linear.projection, linear.index) as put,
+    ):
         runs = [replace(run, dtype=dtype) for run in runs]
         inputs = _input_moments(block, group, linear, runs)
         factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
@@ -168,7 +174,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
                 with torch.enable_grad():
                     output = run.output()
                 goal = run.without_padding(towards(run, output.detach())).to(output.dtype)
-                add_(total, torch.autograd.grad(output, weight, goal)[0])
+                add_(total, linear.of_stored(torch.autograd.grad(output, weight, goal)[0]))
                 block.progress.update()
             processes.sum_([total], group.name)
             return to_t_(total)
@@ -212,17 +218,18 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             del scaled  # before the next step makes its own
         del residual, direction
         change = to_weight(solution.to(factor))
-    fitted = processes.once(lambda: add_(change, start).to(start.dtype).contiguous(), group.name)
+    fitted = processes.once(lambda: add_(change, start).to(start.dtype), group.name)
     if not torch.isfinite(fitted).all():
-        raise FloatingPointError(f"the fitted {group.spec.linear} is not finite in {start.dtype}")
-    linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
+        raise FloatingPointError(f"the refitted weight is not finite in {start.dtype}")
+    linear.put_(fitted)
 
 
-def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
-    """[D, D] fp64, X^T X over the inputs of `linear`."""
-    moments = Symmetric.zeros(linear.in_features, linear.weight.device, torch.float64)
+def _input_moments(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Symmetric:
+    """[D, D] fp64, X^T X over the inputs of the linear producer."""
+    weight = linear.projection.weight
+    moments = Symmetric.zeros(weight.shape[1], weight.device, torch.float64)
     for run in runs:
-        with captured_input(linear) as inputs:
+        with captured_input(linear.projection.module) as inputs:
             run.output()
         moments.add_products_(run.rows(inputs[0]))
         block.progress.update()
@@ -230,7 +237,7 @@ def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence
     return moments
 
 
-def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+def _coupling(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Tensor:
     """[K, K] fp32, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
 
     That is precise enough for a preconditioner, which is damped by a tenth of its diagonal.
@@ -246,7 +253,7 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
     z = coupling.new_zeros(0, len(coupling))  # one process has it
     for run in runs:
         if run.batch.number == longest:
-            with without_biases(linear), captured_input(group.consumer) as inputs:
+            with without_biases(linear, group.consumer), captured_input(group.consumer) as inputs:
                 run.output()
             block.progress.update()
             z = run.rows(inputs[0]).float()
@@ -255,9 +262,8 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
         processes.sum_([products], group.name)
         coupling[start : start + _PART] *= products
     coupling *= sum(tokens.values()) / tokens[longest]
-    rows = linear.out_features
-    own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
-    width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1
+    assert group.spec.linear is not None
+    rows, width = len(linear.weight), group.spec.linear.size
     heads = (rows // width, len(coupling) // rows, width)
     if heads[1] == 1:
         return coupling
@@ -288,16 +294,20 @@ def in_wider_range(module: nn.Module) -> Iterator[torch.dtype | None]:
 
 
 @contextmanager
-def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn.Parameter]]:
-    """A function that puts another weight [out, in] into a projection, and returns what is stored.
+def replaceable_weight(
+    projection: Projection, index: slice | Tensor = slice(None)
+) -> Iterator[Callable[[Tensor], nn.Parameter]]:
+    """A function that puts another weight [K, in] into a projection's rows `index`, all by default.
 
-    Its own weight is back afterwards.
+    It returns the whole weight as it is stored. The projection's own is back after the context.
     """
     module = projection.module
     own = module.weight
 
     def put(weight: Tensor) -> nn.Parameter:
-        stored = nn.Parameter(projection.stored(weight).detach().to(own.dtype))
+        whole = (own.detach().T if projection.transposed else own.detach()).clone()
+        whole[index] = weight.to(whole.dtype)
+        stored = nn.Parameter(projection.stored(whole))
         module.weight = stored
         return stored
 
@@ -308,13 +318,17 @@ def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn
 
 
 @contextmanager
-def without_biases(*linears: nn.Linear) -> Iterator[None]:
-    """The projections have no bias inside the context."""
-    biases = [linear.bias for linear in linears]
+def without_biases(linear: Rows, consumer: Any) -> Iterator[None]:
+    """Those rows of the producer and the whole consumer have biases of zero inside the context."""
+    parts = ((linear.projection.module, linear.index), (consumer, slice(None)))
+    biases = [module.bias for module, _ in parts]
     try:
-        for linear in linears:
-            linear.register_parameter("bias", None)
+        for (module, index), bias in zip(parts, biases, strict=True):
+            if bias is not None:
+                zeroed = bias.detach().clone()
+                zeroed[index] = 0
+                module.bias = nn.Parameter(zeroed)
         yield
     finally:
-        for linear, bias in zip(linears, biases, strict=True):
-            linear.bias = bias
+        for (module, _), bias in zip(parts, biases, strict=True):
+            module.bias = bias
