@@ -44,6 +44,26 @@ class Producer:
 
 
 @dataclass(frozen=True)
+class LinearRows:
+    """Rows of a projection in whose weights a block's output is linear, all else fixed.
+
+    They are the projection's last ones (the second half of [gate; up], the values of [q; k; v]) or,
+    where a projection goes unit by unit, the last ones of each unit.
+
+    Attributes:
+        path: of the projection, inside the decoder layer and in the consumer's module.
+        size: rows of one channel or head.
+        count: rows that there are whatever the width; None where there are `size` for each unit.
+        interleaved: the projection goes unit by unit.
+    """
+
+    path: str
+    size: int = 1
+    count: int | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class GroupSpec:
     """All units in front of one consumer, resolved for one decoder layer.
 
@@ -53,8 +73,7 @@ class GroupSpec:
             those of one.
         producers: the projections that shrink with the units.
         consumer: path, inside the decoder layer, of the projection that reads the units.
-        linear: the producer in whose weight the block's output is linear, all else fixed; None
-            where there is none.
+        linear: the rows in which the block's output is linear; None where there are none.
         columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
         partitions: the units form this many equal runs, each of which keeps equally many.
         unshrunk: modules of the block that stay whole whatever the width.
@@ -83,7 +102,7 @@ class GroupSpec:
     producers: tuple[Producer, ...]
     consumer: str
     columns: int
-    linear: str | None = None
+    linear: LinearRows | None = None
     partitions: int = 1
     unshrunk: tuple[str, ...] = ()
     norms: tuple[Producer, ...] = ()
@@ -140,7 +159,8 @@ class Attention:
             not [queries; keys; values].
         query_rows: rows of the query projection for each channel of a head (2: with a gate).
         output: the projection behind the heads.
-        linear_if: config values under which the output is linear in a value projection of its own.
+        linear_if: config values under which the output is linear in the values; None where it never
+            is.
         head_norms: norms of queries and of keys whose weights are [heads, head_dim].
         sinks: the parameter [heads] of attention sinks, a logit a query head.
         post_norm: a norm between the output and the residual stream, in layers that have it.
@@ -154,7 +174,7 @@ class Attention:
     interleaved: bool = False
     query_rows: int = 1
     output: str = "self_attn.o_proj"
-    linear_if: Mapping[str, Any] = field(default_factory=dict)
+    linear_if: Mapping[str, Any] | None = field(default_factory=dict)
     head_norms: tuple[str, ...] = ()
     sinks: str | None = None
     post_norm: str | None = None
@@ -175,7 +195,9 @@ class Attention:
         rows = sum(_shape(layer, path, self.transposed)[0] for path in self.inputs)
         kv_heads = (rows // head_dim - heads * self.query_rows) // 2
         group_size = heads // kv_heads
-        linear = len(self.inputs) == 3 and _has_values(config, self.linear_if)
+        linear = None
+        if self.linear_if is not None and _has_values(config, self.linear_if):
+            linear = LinearRows(self.inputs[-1], head_dim, interleaved=self.interleaved)
         norms = [path for path in self.head_norms if _has(layer, path)]
         sinks = (self.sinks,) if self.sinks else ()
         block = self.output.rpartition(".")[0]
@@ -196,7 +218,7 @@ class Attention:
             producers=self._producers(group_size, head_dim),
             consumer=self.output,
             columns=group_size * head_dim,
-            linear=self.inputs[2] if linear else None,
+            linear=linear,
             norms=(
                 *(Producer(path, (n,)) for path, n in zip(norms, (group_size, 1), strict=False)),
                 *(Producer(path, (group_size,)) for path in sinks),
@@ -215,6 +237,7 @@ class Attention:
             num_units=heads,
             producers=(Producer(self.inputs[0], (self.query_rows * head_dim,)),),
             columns=head_dim,
+            linear=linear and replace(linear, count=kv_heads * head_dim),
             partitions=kv_heads,
             unshrunk=self.inputs[1:],
             norms=tuple(Producer(path) for path in (*norms[:1], *sinks)),
@@ -237,7 +260,7 @@ class Mlp:
     Attributes:
         inputs: the projections in front of the activation.
         sections: of each input; 2 where one projection holds [gate; up].
-        linear: the input that the output is linear in, all else fixed; None where there is none.
+        linear: the input in whose last section the output is linear; None where there is none.
         output: the projection behind it.
         width_key: config key of the width; None where the routed experts' key says it too.
         pins: config values without which the config would give the layers another width.
@@ -268,7 +291,7 @@ class Mlp:
             producers=tuple(Producer(path, (1,) * self.sections) for path in self.inputs),
             consumer=self.output,
             columns=1,
-            linear=self.linear,
+            linear=LinearRows(self.linear) if self.linear else None,
             unshrunk=(self.gate,) if self.gate else (),
             transposed=self.transposed,
             config_per_unit={self.width_key: 1} if self.width_key else {},
@@ -636,7 +659,7 @@ DIVIDES = "the number of heads must divide the hidden size"
 RECURRENT = "its heads share a state over the sequence"
 SANDWICH_ATTENTION = Attention(post_norm="post_attention_layernorm")
 SANDWICH_MLP = Mlp(post_norm="post_feedforward_layernorm")
-FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear=None)
+FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear="mlp.gate_up_proj")
 UNGATED = Mlp(inputs=("mlp.up_proj",), linear=None)
 # Wide as a multiple of the routed experts, by the same config key.
 SHARED_EXPERTS = Mlp(
@@ -815,6 +838,7 @@ ENTRIES = (
             inputs=("self_attention.query_key_value",),
             interleaved=True,
             output="self_attention.dense",
+            linear_if=None,  # its attention adds the residual stream
             refused=(HEADS_FILL_HIDDEN,),
         ),
         mlp=Mlp(

@@ -49,6 +49,7 @@ from grail_hf.planning import (
     choose_device,
     decoder_layers,
     plan_compression,
+    refits,
     usable_device,
     window_length,
 )
@@ -470,6 +471,9 @@ def inspect_command(
             f"a forecast: the widths are measured (allocation {plan.allocation}, attention unit "
             f"{' or '.join(plan.attention_units)})"
         )
+    refitted = refits(plan, config)
+    for kind, (number, repaired) in refitted.items():
+        table.add_row(f"{kind} groups refitted", "", f"{number} of {repaired}")
     table.add_section()
     table.add_row("calibration tokens", "", f"{costs.tokens:,}")
     table.add_row(f"hidden states ({config.hidden_states})", "", size(costs.hidden_bytes))
@@ -487,6 +491,7 @@ def inspect_command(
                 "attention_units": plan.attention_units,
                 "units": plan.units,
                 "widths": plan.widths,
+                "refits": refitted,
                 "projection_parameters": plan.projection_parameters,
                 "total_parameters": plan.total_parameters,
                 "estimate": costs.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,6 +19,8 @@ from grail_hf.gram import (
     sum_of_products,
 )
 from grail_hf.reduction import Reduction
+
+logger = logging.getLogger(__name__)
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Rows of a weight for which a damping is tried at a time.
@@ -84,6 +87,48 @@ def ridge(
     missing = stats.missing_of(weight)
     factor, used = damped_cholesky(stats.moments.dense, damping, name)
     return Repair(cholesky_solve_(missing, factor).add_(weight), used)
+
+
+def ridge_within(
+    dtype: torch.dtype,
+    weight: Tensor,
+    stats: GramStats,
+    damping: float | str,
+    name: str,
+    intercept: bool = False,
+    least: float = 0.0,
+) -> Repair:
+    """`ridge` on all channels, with a result that `dtype` can hold.
+
+    Where the result overflows (a float16 model's may), damping grows tenfold until it does not, up
+    to plain pruning, which leaves W_S as it is. A warning names the group.
+    """
+    repair = ridge(weight, stats, None, damping, name, intercept, least)
+    overflows = False
+    while not _fits(repair, dtype):
+        overflows, used = True, repair.damping or torch.finfo(stats.dtype).eps
+        if used >= DAMPINGS[-1]:
+            repair = Repair(weight, math.inf)
+            break
+        repair = ridge(weight, stats, None, 10 * used, name, repair.bias is not None)
+    if overflows:
+        logger.warning(
+            "the repaired %s overflows %s; solved with damping %g instead: bfloat16 and float32 "
+            "have the range",
+            *(name, dtype, repair.damping),
+        )
+    return repair
+
+
+def _fits(repair: Repair, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has the range for a repair, and the repair no NaN."""
+    largest = torch.finfo(dtype).max
+    return all(
+        bool(extreme.abs() <= largest)
+        for part in (repair.weight, repair.bias)
+        if part is not None
+        for extreme in part.aminmax()
+    )
 
 
 def choose_damping(

@@ -29,11 +29,11 @@ from grail_hf.calibration import (
     evaluation_mode,
     read_calibration,
 )
-from grail_hf.compensation import Repair, fold_linearly, ridge
+from grail_hf.compensation import Repair, fold_linearly, ridge_within
 from grail_hf.config import GrailConfig
 from grail_hf.costs import estimate
 from grail_hf.experts import ExpertsGroup
-from grail_hf.gram import GramStats
+from grail_hf.gram import GramStats, full_fp32_products
 from grail_hf.groups import Group
 from grail_hf.narrow_experts import narrow_experts_
 from grail_hf.offload import Homes, Place, choose_place, homes_of
@@ -64,6 +64,7 @@ class PartlyCompressedError(RuntimeError):
 
 
 @torch.no_grad()
+@full_fp32_products()
 def compress(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -80,6 +81,9 @@ def compress(
     some by accelerate or torch.distributed, they share the calibration's batches: all of them must
     make this call, with the same model and settings, and all end with the same model and report.
     The calibration of the first counts.
+
+    While it works, fp32 matrix products of the process are in fp32, whatever it allows otherwise
+    (TF32, bf16).
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
@@ -225,11 +229,18 @@ def narrow_(
     """
     with block.meter.phase("solve"):
         damping = repair_(block, group, width, plan, config, report)
-    # Infinite damping says that nothing fitted to these tokens holds on others.
-    if config.refit_steps and group.spec.linear and damping is not None and math.isfinite(damping):
+    if not config.refit_steps:
+        return
+    if group.spec.linear is None:
+        report.refit("not linear")
+    elif damping is None or math.isinf(damping):
+        report.refit("plain pruning")  # nothing fitted to these tokens holds on others
+    else:
         with block.meter.phase("refit"):
             intercept = group.kind in plan.biased
-            report.refit(*refit_group_(block, group, damping, intercept, config))
+            error = report.groups[-1].error
+            refitted = refit_group_(block, group, damping, intercept, error, config)
+        report.refit("done" if refitted else "undone", refitted)
 
 
 def repair_(
@@ -268,7 +279,8 @@ def repair_(
 
     def solve(stats: GramStats) -> Repair:
         settings = config.ridge, group.name, intercept
-        return processes.once(partial(ridge, weight, stats, None, *settings), group.name)
+        solution = partial(ridge_within, group.weight.dtype, weight, stats, *settings)
+        return processes.once(solution, group.name)
 
     repair = solve(stats) if config.compensate else Repair(weight)
     report.add(block.index, group, weight, stats, repair)

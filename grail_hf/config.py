@@ -55,11 +55,14 @@ class GrailConfig:
             what earlier blocks lost; as "dense" where a norm lies between block and stream. For
             each of a mixture's experts it is "self": what a block lacks belongs to no one expert.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
-            up-projections) are refitted to the target after the consumer, by half of the
+            up-projections; of a fused projection their rows) are refitted to the target after the
+            consumer, by half of the
             calibration, or by all of it for more than 2 steps; 0 leaves them as they were cut. A
-            step takes about three forward passes of the block on those tokens. Without a target of
-            the dense model ("self", or without `compensate`) there is nothing to refit to, and this
-            has no effect.
+            step takes about three forward passes of the block on those tokens. A refit that
+            overflows, or that leaves a larger error than the repair did, is undone with a warning.
+            Blocks of a float16 model are refitted as bfloat16 copies, which have the range. Without
+            a target of the dense model ("self", or without `compensate`) there is nothing to refit
+            to, and this has no effect.
         fold: what the repair of folded units goes by. "measured": what they put out, taken in
             another pass over the calibration tokens. "linear": the mean of what they put out
             before (the paper), which a gate or an attention makes an approximation.

@@ -301,7 +301,7 @@ class _Work:
         targets = outputs * (config.targeted and not group.spec.experts)
         held_out = config.holds_out
         runs = self.plan.runs(group.spec)
-        refits = config.refit_steps > 0 and isinstance(group, Group) and bool(group.spec.linear)
+        refits = config.refit_steps > 0 and group.spec.linear is not None
         folds = (1 if config.targeted else 2) * isinstance(self.plan.select, Folding)
         eliminates = kept < inputs and config.selector in ("gram", "slimgpt")
         collects, dampings = 1 + refits, len(DAMPINGS) * held_out
@@ -350,17 +350,24 @@ class _Work:
 
     def _add_refit(self, group: Group, kept: int, held: int, solve: int) -> None:
         """A refit of a group with `kept` inputs left, whose last solve takes `solve` bytes."""
-        linear = group.projection(str(group.spec.linear)).weight
+        linear = group.linear
+        assert linear is not None
         *_, outputs, inputs = group.weight.shape
-        rows, width = linear.shape[0] * kept // inputs, linear.shape[1]
+        rows, width = len(linear.weight) * kept // inputs, linear.weight.shape[1]
+        whole = len(linear.projection.weight) * kept // inputs
         stride = refit_stride(self.config.refit_steps)
         steps = self.config.refit_steps / stride
         self.operations["refit"] += int(6 * self.tokens * group.num_parameters * steps)
         # The solution; the residual, the direction and its image; weights and their gradients.
-        vectors = rows * width * (_FP32 + 3 * _FP64 + 3 * self.item)
+        vectors = width * (rows * (_FP32 + 3 * _FP64) + 3 * self.item * whole)
         squares = _FP32 * rows**2 + _FP64 * width**2
         working = vectors + squares + self._pass_bytes(inputs, outputs)
-        self.at_peak("refit", held + max(working, solve))
+        if linear.weight.dtype == torch.float16:
+            # The block's bfloat16 copy.
+            working += self.item * (group.num_parameters * kept // inputs)
+        # What was there before, in case that a refit does harm.
+        kept_back = self.item * (whole * width + outputs * kept)
+        self.at_peak("refit", held + kept_back + max(working, solve))
         each = width * self.item + outputs * _FP32
         self.refit_inputs = max(self.refit_inputs, self.tokens // stride * each)
 

@@ -36,6 +36,7 @@ from grail_hf.checkpoint import (
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
 from grail_hf.costs import Estimate, estimate
+from grail_hf.gram import full_fp32_products
 from grail_hf.meter import Meter
 from grail_hf.offload import Place, choose_place
 from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
@@ -56,6 +57,7 @@ class StoppedError(RuntimeError):
 
 
 @torch.no_grad()
+@full_fp32_products()
 def compress_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -77,7 +79,7 @@ def compress_checkpoint(
     run that is stopped, or killed, can go on behind the last layer that it had written: its files
     are then, byte for byte, those of a run that was not stopped, but for the times and the memory
     that `grail.json` reports. Several processes share the work as in `compress`; the output is in a
-    folder that all of them see.
+    folder that all of them see. fp32 matrix products are in fp32, as in `compress`.
 
     Args:
         source: a folder in safetensors, or a name on the hub.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,32 @@ def _ends(size: int) -> list[int]:
 
 def _numbers(ends: Sequence[int]) -> int:
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+
+
+@contextmanager
+def full_fp32_products() -> Iterator[None]:
+    """fp32 matrix products are computed in fp32 inside the context.
+
+    TF32 and bf16, which a program may allow for speed (`torch.set_float32_matmul_precision`), keep
+    10 and 7 bits of the mantissa: a Gram matrix of such products need not be positive definite. The
+    setting is the process's; it is as it was after the context.
+    """
+    # torch 2.9 has a setting for each backend besides the old one. The old one overwrites them, and
+    # cannot be read where they contradict it.
+    found: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in found if hasattr(backend, "fp32_precision")]
+    each: list[str] = [backend.fp32_precision for backend in backends]
+    try:
+        old = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        old = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+        for backend, precision in zip(backends, each, strict=True):
+            backend.fp32_precision = precision
 
 
 @dataclass(frozen=True)

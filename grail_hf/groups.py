@@ -58,6 +58,36 @@ class Projection:
         setattr(module, inputs, weight.shape[1])
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a projection: K of its outputs.
+
+    Methods that end in an underscore change the module.
+
+    Attributes:
+        projection: whose rows they are.
+        index: of the rows, in the order of the projection.
+    """
+
+    projection: Projection
+    index: slice | Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """[K, in], detached."""
+        return self.projection.weight[self.index]
+
+    def of_stored(self, whole: Tensor) -> Tensor:
+        """[K, in], of a tensor stored as the module stores its weight, such as its gradient."""
+        return self.projection.stored(whole)[self.index]
+
+    def put_(self, weight: Tensor) -> None:
+        """Give these rows another weight [K, in], which may be of another dtype."""
+        whole = self.projection.weight.clone()
+        whole[self.index] = weight.to(whole.dtype)
+        self.projection.put_(whole)
+
+
 class Group:
     """All units in front of one consumer of a live decoder layer.
 
@@ -146,6 +176,20 @@ class Group:
                 "torch.nn.Linear"
             )
         return Projection(module, self.spec.transposed)
+
+    @property
+    def linear(self) -> Rows | None:
+        """The rows in which the block's output is linear, as the layer is now, if there are any."""
+        rows = self.spec.linear
+        if rows is None:
+            return None
+        projection = self.projection(rows.path)
+        total, units = projection.weight.shape[0], self.weight.shape[1] // self.columns
+        if not rows.interleaved:
+            number = rows.count or units * rows.size
+            return Rows(projection, slice(total - number, total))
+        each = torch.arange(total, device=projection.weight.device).view(units, -1)
+        return Rows(projection, each[:, -rows.size :].flatten())
 
     @property
     def paths(self) -> tuple[str, ...]:

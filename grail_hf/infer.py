@@ -383,11 +383,17 @@ class _Trace:
                 consumers[path] = {p: sources[p] for p in self.projections if p in sources}
         return consumers
 
-    def linear_in(self, path: str, source: str) -> bool:
-        """Whether the input of the projection at `path` is linear in the output of `source`."""
+    def linear_in(self, path: str, source: str, rows: slice | Tensor = slice(None)) -> bool:
+        """Whether the input of the projection at `path` is linear in these outputs of `source`."""
         seen: list[Tensor] = []
+
+        def scale(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            scaled = output.clone()
+            scaled[..., rows] *= -2
+            return scaled
+
         handles = [
-            self.projections[source].register_forward_hook(lambda *call: -2 * call[2]),
+            self.projections[source].register_forward_hook(scale),
             self.projections[path].register_forward_pre_hook(lambda _, x: seen.append(x[0])),
         ]
         try:
@@ -472,17 +478,17 @@ def _mlp(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str, Tens
     if len(rows) != 1 or min(rows) % width:
         raise _Unfit(f"{', '.join(sources)} have {sorted(rows)} rows for {width} channels")
     sections = min(rows) // width
-    # What is refitted lies in the consumer's module.
-    own = [source for source in sources if sections == 1 and _parent(source) == _parent(path)]
-    linear = [source for source in own if trace.linear_in(path, source)]
     block = Mlp(
         inputs=tuple(sources),
         sections=sections,
-        linear=linear[-1] if linear else None,
+        linear=None,
         output=path,
         transposed=_transposed(trace, path),
     )
     _check_fit(subject, trace.example, block)
+    for source in sources:
+        refitted = replace(block, linear=source)
+        block = refitted if _is_linear(subject, trace, refitted) else block
     assert block.width_key is not None
     keys = _keys(subject.config, width, block.width_key, unset=True)
     named = [replace(block, width_key=key) for key in keys]
@@ -516,6 +522,8 @@ def _attention(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str
         except _Unfit as error:
             misfit = error
             continue
+        if not _is_linear(subject, trace, block):
+            block = replace(block, linear_if=None)
         named = [
             replace(block, heads_key=heads_key, kv_heads_key=kv_heads_key)
             for heads_key in _keys(config, heads, block.heads_key)
@@ -525,6 +533,15 @@ def _attention(subject: _Subject, trace: _Trace, path: str, sources: Mapping[str
         reason = "no values of its config give it fewer heads of the same size"
         return _first_sayable(subject, trace.example, named) or _refused(block, reason)
     raise misfit
+
+
+def _is_linear(subject: _Subject, trace: _Trace, block: Attention | Mlp) -> bool:
+    """Whether what the block says to be linear is, and lies in the consumer's module."""
+    spec = block.group(subject.config, trace.example.layer, ATTENTION_UNITS[0])
+    linear = Group(trace.example.layer, spec, "").linear
+    if spec.linear is None or linear is None or _parent(spec.linear.path) != _parent(block.output):
+        return False
+    return trace.linear_in(block.output, spec.linear.path, linear.index)
 
 
 def _query_key_value(trace: _Trace, path: str, sources: Mapping[str, Tensor]) -> tuple[str, ...]:

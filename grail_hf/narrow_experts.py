@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from grail_hf import processes
-from grail_hf.compensation import Repair, ridge
+from grail_hf.compensation import Repair, ridge_within
 from grail_hf.config import GrailConfig
 from grail_hf.experts import Expert, ExpertsGroup
 from grail_hf.gram import GramStats
@@ -84,7 +84,10 @@ def _narrowed(
     if config.compensate:
         least = SCARCE_DAMPING if stats.count < width else 0.0
         least = least if stats.count else math.inf
-        solve = partial(ridge, weight, stats, None, config.ridge, expert.name, least=least)
+        settings = config.ridge, expert.name
+        solve = partial(ridge_within, expert.weight.dtype, weight, stats, *settings, least=least)
         repair = processes.once(solve, expert.name)
     report.add(block.index, expert, weight, stats, repair)
+    if config.refit_steps:
+        report.refit("own output")
     return reduction, repair.weight.to(expert.weight.dtype)

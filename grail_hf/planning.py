@@ -618,6 +618,18 @@ def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) 
     return total
 
 
+def refits(plan: Plan, config: GrailConfig) -> dict[str, tuple[int, int]]:
+    """Of each kind, the groups that will be refitted, of how many that are repaired.
+
+    The others are linear in no producer, or a mixture's experts. Empty without a refit.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for _, spec in plan.repaired if config.refit_steps else ():
+        refitted, repaired = found.get(spec.kind, (0, 0))
+        found[spec.kind] = refitted + (spec.linear is not None), repaired + 1
+    return found
+
+
 def warn_of_few_tokens(tokens: int, plan: Plan, config: GrailConfig) -> None:
     """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
     channels = max(plan.widths[spec.kind][i] * spec.columns for i, spec in plan.reduced)

@@ -1,7 +1,8 @@
 """Refit of the producers that a block's output is linear in, by conjugate gradients.
 
 With its queries and keys fixed, attention is linear in the value projection; with its gate fixed, a
-gated MLP is linear in the up-projection. So after the consumer is solved for, what the block still
+gated MLP is linear in the up-projection. Either may be rows of a projection that has others too
+([q; k; v], [gate; up]). So after the consumer is solved for, what the block still
 misses is a linear least-squares problem in the weight U [K, D] of that producer,
 
     minimise ||Y - A(U)||^2 + damping ||U - U_0||^2,    A linear,
@@ -19,23 +20,28 @@ alike, and what couples the rows is nearly one matrix for all directions,
 with W the consumer and g what multiplies each of its inputs (the gate; the context that a head
 attends to). M preconditions the steps; as with K-FAC (arXiv 1503.05671), only their number depends
 on how good an approximation it is.
+
+The weights of a direction and their gradients have magnitudes beyond float16's range. So a float16
+block is run here as a bfloat16 copy of itself, which is as fast on an accelerator. Its coarser
+rounding does little harm, since the steps solve for a small change of the weight.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grail_hf import processes
-from grail_hf.compensation import Repair, ridge
+from grail_hf.compensation import Repair, reconstruction_error, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.gram import (
-    GramStats,
     Symmetric,
     add_,
     cholesky_,
@@ -43,14 +49,18 @@ from grail_hf.gram import (
     damped_cholesky,
     sum_of_products,
 )
-from grail_hf.groups import Group, Projection
+from grail_hf.groups import Group, Projection, Rows
 from grail_hf.stream import Block, Run, captured_input
+
+logger = logging.getLogger(__name__)
 
 _INPUT_DAMPING = 1e-3
 # For a few steps every second micro-batch serves nearly as well as all of them.
 _QUICK_STEPS = 2
 # Rows of a square matrix that are worked on at a time.
 _PART = 256
+# An error that two solves of the same problem may differ by, relative to it.
+_SAME = 1e-6
 
 
 def refit_stride(steps: int) -> int:
@@ -69,26 +79,54 @@ def refit_group_(
     group: Group,
     damping: float,
     intercept: bool,
+    error: float,
     config: GrailConfig,
-) -> tuple[GramStats, Repair]:
+) -> tuple[float, Repair] | None:
     """Refit a repaired group's linear producer, and its consumer again to what that puts out.
 
     With the damping that the consumer took before: on tokens that the refit has seen, less would
-    seem to do.
+    seem to do. Where the numbers overflow or the block's error grows, the group is put back as it
+    was, with a warning that names it.
+
+    Args:
+        block: the decoder layer and its calibration hidden states.
+        group: of it, shrunk and repaired.
+        damping: that the repair took.
+        intercept: the consumer has a bias that is fitted.
+        error: that the repair left, relative to the target's energy on the calibration tokens.
+        config: the settings.
 
     Returns:
-        The statistics behind the refitted producer, and what the consumer is now.
+        The error that is left now, and what the consumer is; None where nothing was refitted.
     """
+    linear = group.linear
+    assert linear is not None
+    before = [
+        (module, name, getattr(module, name))
+        for module in (linear.projection.module, group.consumer)
+        for name in ("weight", "bias")
+    ]
     stride = refit_stride(config.refit_steps)
     part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
-    refit_(part, group, config.refit_steps)
-    stats = block.collect(group)
     weight = group.weight.to(config.torch_dtype)
-    refitted = processes.once(
-        partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
-    )
-    group.repair_(refitted.weight, refitted.bias)
-    return stats, refitted
+    try:
+        refit_(part, group, config.refit_steps)
+        stats = block.collect(group)
+        repair = processes.once(
+            partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
+        )
+        group.repair_(repair.weight, repair.bias)
+        left = processes.once(
+            lambda: reconstruction_error(weight, repair.weight, stats, bias=repair.bias), group.name
+        )
+        if not left <= (1 + _SAME) * error:
+            raise FloatingPointError(f"it leaves an error of {left:.4g}, up from {error:.4g}")
+    except ArithmeticError as reason:
+        logger.warning("%s is repaired but not refitted: %s", group.name, reason)
+        for module, name, parameter in before:
+            setattr(module, name, parameter)
+        return None
+    return left, repair
 
 
 @torch.no_grad()
@@ -103,40 +141,43 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         damping: of each row, relative to its own curvature M_ii.
 
     Raises:
-        FloatingPointError: the fitted weight is not finite.
+        ArithmeticError: the fitted weight is not finite, or a step's length is not.
     """
-    if group.spec.linear is None or steps == 0:
+    linear = group.linear
+    if linear is None or steps == 0:
         return
-    projection = group.projection(group.spec.linear)
-    linear = projection.module
-    runs = block.runs(group)
     start = linear.weight
-    inputs = _input_moments(block, group, linear, runs)
-    factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
+    module = block.layer.get_submodule(group.spec.name)
+    runs = block.runs(group)
+    with (
+        in_wider_range(module) as dtype,
+        replaceable_weight(linear.projection, linear.index) as put,
+    ):
+        runs = [replace(run, dtype=dtype) for run in runs]
+        inputs = _input_moments(block, group, linear, runs)
+        factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
 
-    def to_weight(t: Tensor) -> Tensor:
-        """U of T: solves U L = T."""
-        weight: Tensor = torch.linalg.solve_triangular(factor, t, upper=False, left=False)
-        return weight
+        def to_weight(t: Tensor) -> Tensor:
+            """U of T: solves U L = T."""
+            weight: Tensor = torch.linalg.solve_triangular(factor, t, upper=False, left=False)
+            return weight
 
-    def to_t_(gradient: Tensor) -> Tensor:
-        """Overwrite a gradient by U by that by T: solves (gradient by T) L^T = (gradient by U)."""
-        torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False, out=gradient)
-        return gradient
+        def to_t_(gradient: Tensor) -> Tensor:
+            """Overwrite the gradient g by U by that by T, h: solves h L^T = g."""
+            torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False, out=gradient)
+            return gradient
 
-    def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
-        """A^T of what `towards` makes of each run's output, as a gradient by T."""
-        total = torch.zeros_like(start, dtype=factor.dtype)
-        for run in runs:
-            with torch.enable_grad():
-                output = run.output()
-            goal = run.without_padding(towards(run, output.detach()))
-            add_(total, torch.autograd.grad(output, weight, goal)[0])
-            block.progress.update()
-        processes.sum_([total], group.name)
-        return to_t_(total)
-
-    with replaceable_weight(projection) as put:
+        def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
+            """A^T of what `towards` makes of each run's output, as a gradient by T."""
+            total = torch.zeros_like(start, dtype=factor.dtype)
+            for run in runs:
+                with torch.enable_grad():
+                    output = run.output()
+                goal = run.without_padding(towards(run, output.detach())).to(output.dtype)
+                add_(total, linear.of_stored(torch.autograd.grad(output, weight, goal)[0]))
+                block.progress.update()
+            processes.sum_([total], group.name)
+            return to_t_(total)
 
         def normal(t: Tensor) -> Tensor:
             """A^T A t. Biases are no part of A."""
@@ -160,7 +201,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
         # What is added to weights in the end need not be more exact than they are.
         solution = torch.zeros_like(start, dtype=torch.float32)
-        residual = adjoint(put(start), lambda run, output: run.target.to(output) - output)
+        residual = adjoint(put(start), Run.miss)
         direction = preconditioned(residual).to(residual)
         norm = sum_of_products(residual, direction)
         for _ in range(steps):
@@ -177,20 +218,18 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             del scaled  # before the next step makes its own
         del residual, direction
         change = to_weight(solution.to(factor))
-    fitted = processes.once(lambda: add_(change, start).to(start.dtype).contiguous(), group.name)
+    fitted = processes.once(lambda: add_(change, start).to(start.dtype), group.name)
     if not torch.isfinite(fitted).all():
-        raise FloatingPointError(
-            f"the refit of {group.name} is not finite in {start.dtype}: use refit=0, or load the "
-            "model in bfloat16 or float32"
-        )
-    linear.weight = nn.Parameter(fitted, requires_grad=start.requires_grad)
+        raise FloatingPointError(f"the refitted weight is not finite in {start.dtype}")
+    linear.put_(fitted)
 
 
-def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
-    """[D, D] fp64, X^T X over the inputs of `linear`."""
-    moments = Symmetric.zeros(linear.in_features, linear.weight.device, torch.float64)
+def _input_moments(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Symmetric:
+    """[D, D] fp64, X^T X over the inputs of the linear producer."""
+    weight = linear.projection.weight
+    moments = Symmetric.zeros(weight.shape[1], weight.device, torch.float64)
     for run in runs:
-        with captured_input(linear) as inputs:
+        with captured_input(linear.projection.module) as inputs:
             run.output()
         moments.add_products_(run.rows(inputs[0]))
         block.progress.update()
@@ -198,7 +237,7 @@ def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence
     return moments
 
 
-def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Tensor:
+def _coupling(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Tensor:
     """[K, K] fp32, (W^T W) * (Z^T Z) for Z the consumer's inputs as the block is now.
 
     That is precise enough for a preconditioner, which is damped by a tenth of its diagonal.
@@ -214,7 +253,7 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
     z = coupling.new_zeros(0, len(coupling))  # one process has it
     for run in runs:
         if run.batch.number == longest:
-            with without_biases(linear), captured_input(group.consumer) as inputs:
+            with without_biases(linear, group.consumer), captured_input(group.consumer) as inputs:
                 run.output()
             block.progress.update()
             z = run.rows(inputs[0]).float()
@@ -223,9 +262,8 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
         processes.sum_([products], group.name)
         coupling[start : start + _PART] *= products
     coupling *= sum(tokens.values()) / tokens[longest]
-    rows = linear.out_features
-    own = [producer.rows for producer in group.spec.producers if producer.path == group.spec.linear]
-    width = sum(own[0]) if own else group.columns  # rows of a head's values, or 1
+    assert group.spec.linear is not None
+    rows, width = len(linear.weight), group.spec.linear.size
     heads = (rows // width, len(coupling) // rows, width)
     if heads[1] == 1:
         return coupling
@@ -233,16 +271,43 @@ def _coupling(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]
 
 
 @contextmanager
-def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn.Parameter]]:
-    """A function that puts another weight [out, in] into a projection, and returns what is stored.
+def in_wider_range(module: nn.Module) -> Iterator[torch.dtype | None]:
+    """The module's float16 parameters and buffers are bfloat16 copies inside the context.
 
-    Its own weight is back afterwards.
+    Yields the dtype that its float16 arguments need then; None if nothing in it is float16.
+    """
+    found = [
+        (part, name, tensor)
+        for part in module.modules()
+        for own in (part.named_parameters, part.named_buffers)
+        for name, tensor in own(recurse=False)
+        if tensor.dtype == torch.float16
+    ]
+    try:
+        for part, name, tensor in found:
+            copy = tensor.detach().to(torch.bfloat16)
+            setattr(part, name, nn.Parameter(copy) if isinstance(tensor, nn.Parameter) else copy)
+        yield torch.bfloat16 if found else None
+    finally:
+        for part, name, tensor in found:
+            setattr(part, name, tensor)
+
+
+@contextmanager
+def replaceable_weight(
+    projection: Projection, index: slice | Tensor = slice(None)
+) -> Iterator[Callable[[Tensor], nn.Parameter]]:
+    """A function that puts another weight [K, in] into a projection's rows `index`, all by default.
+
+    It returns the whole weight as it is stored. The projection's own is back after the context.
     """
     module = projection.module
     own = module.weight
 
     def put(weight: Tensor) -> nn.Parameter:
-        stored = nn.Parameter(projection.stored(weight).detach().to(own.dtype))
+        whole = (own.detach().T if projection.transposed else own.detach()).clone()
+        whole[index] = weight.to(whole.dtype)
+        stored = nn.Parameter(projection.stored(whole))
         module.weight = stored
         return stored
 
@@ -253,13 +318,17 @@ def replaceable_weight(projection: Projection) -> Iterator[Callable[[Tensor], nn
 
 
 @contextmanager
-def without_biases(*linears: nn.Linear) -> Iterator[None]:
-    """The projections have no bias inside the context."""
-    biases = [linear.bias for linear in linears]
+def without_biases(linear: Rows, consumer: Any) -> Iterator[None]:
+    """Those rows of the producer and the whole consumer have biases of zero inside the context."""
+    parts = ((linear.projection.module, linear.index), (consumer, slice(None)))
+    biases = [module.bias for module, _ in parts]
     try:
-        for linear in linears:
-            linear.register_parameter("bias", None)
+        for (module, index), bias in zip(parts, biases, strict=True):
+            if bias is not None:
+                zeroed = bias.detach().clone()
+                zeroed[index] = 0
+                module.bias = nn.Parameter(zeroed)
         yield
     finally:
-        for linear, bias in zip(linears, biases, strict=True):
-            linear.bias = bias
+        for (module, _), bias in zip(parts, biases, strict=True):
+            module.bias = bias

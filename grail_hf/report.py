@@ -7,6 +7,7 @@ import math
 import platform
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -57,6 +58,11 @@ class GroupReport:
     plain pruning to be best, or no token came to an expert). Of folded units that are repaired,
     `error_measured` and `error_linear` are what the two ways of `GrailConfig.fold` leave, before
     any refit. `tokens` are those that were routed to an expert.
+
+    `refit` is the outcome of the refit, None where the settings ask for none: "done"; "undone",
+    because it overflowed or left a larger error; "not linear", because the output is linear in no
+    producer; "plain pruning", because no repair did better; "own output", because an expert has no
+    other target.
     """
 
     name: str
@@ -70,6 +76,7 @@ class GroupReport:
     error_measured: float | None = None
     error_linear: float | None = None
     tokens: int | None = None
+    refit: str | None = None
 
     @property
     def scarce(self) -> bool:
@@ -197,10 +204,12 @@ class CompressionReport:
         last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
         self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
 
-    def refit(self, stats: GramStats, repair: Repair) -> None:
-        """Replace the last group's error, after a refit, by what its consumer now leaves."""
-        error = reconstruction_error(repair.weight, repair.weight, stats, bias=repair.bias)
-        self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
+    def refit(self, outcome: str, refitted: tuple[float, Repair] | None = None) -> None:
+        """Add the outcome of a refit to the last group, and where it was done what is left now."""
+        self.groups[-1] = replace(self.groups[-1], refit=outcome)
+        if refitted:
+            error, repair = refitted
+            self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
 
     def share(self) -> None:
         """Of several processes, have all reports say what the first one's does."""
@@ -475,6 +484,10 @@ class CompressionReport:
                 rows.append(
                     (f"mean {kind} error, pruned / as saved", f"{pruned:.4f}", f"{repaired:.4f}")
                 )
+            outcomes = Counter(g.refit for g in self.groups if g.kind == kind and g.refit)
+            if outcomes:
+                said = (f"{number} {outcome}" for outcome, number in outcomes.most_common())
+                rows.append((f"{kind} refits", "", ", ".join(said)))
         return rows
 
     def __str__(self) -> str:

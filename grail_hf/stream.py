@@ -85,6 +85,7 @@ class Run:
         target: [b, T, O], what it should put out, likewise.
         batch: the micro-batch.
         device: where the module runs.
+        dtype: that the module computes in, where it is not the model's float16.
     """
 
     module: nn.Module
@@ -93,13 +94,22 @@ class Run:
     target: Tensor
     batch: _MicroBatch
     device: torch.device
+    dtype: torch.dtype | None = None
 
     def output(self) -> Tensor:
         """[b, T, O], what the block puts out now."""
-        from accelerate.utils import send_to_device
+        from accelerate.utils.operations import recursively_apply
 
-        args, kwargs = send_to_device((self.args, self.kwargs), self.device)
+        args, kwargs = recursively_apply(self._moved, (self.args, self.kwargs))
         return _hidden_states(self.module(*args, **kwargs))
+
+    def miss(self, output: Tensor) -> Tensor:
+        """[b, T, O] fp32, what an output lacks of the target."""
+        return self.target.to(output.device).float() - output.float()
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        dtype = self.dtype if tensor.dtype == torch.float16 else None
+        return tensor.to(self.device, dtype or tensor.dtype)
 
     def rows(self, x: Tensor) -> Tensor:
         """[b, T, H] to [n, H]: the tokens that are not padding."""

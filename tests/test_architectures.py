@@ -38,12 +38,13 @@ from transformers import AutoModelForCausalLM
 import grail_hf
 from grail_hf import ARCHITECTURES, GrailConfig
 from grail_hf.allocation import TOLERANCE
-from grail_hf.architectures import ATTENTION, EXPERTS, MLP, architectures_table
+from grail_hf.architectures import ATTENTION, EXPERTS, MLP, LinearRows, architectures_table
 from grail_hf.config import ATTENTION_UNITS
 from grail_hf.costs import estimate
 from grail_hf.experts import group_in
 from grail_hf.planning import plan_compression
 from grail_hf.reduction import Reduction
+from grail_hf.refit import replaceable_weight, without_biases
 from grail_hf.saving import apply_config_, compressed_config
 from grail_hf.stream import stream
 
@@ -229,25 +230,47 @@ def test_pruning_is_zeroing_what_the_removed_units_feed(case, unit):
                 assert vars(module)[name] == value, f"{name} of {type(module).__name__}"
 
 
-@every_case
 @torch.no_grad()
-def test_the_linear_producer_is_one(case):
-    """Twice its weight, biases apart, is twice the block's output, those of its biases apart."""
-    model = tiny_architecture(case)
-    block = next(streamed(model, "dense"))
-    for group in block.groups:
-        if group.spec.linear is None:
-            continue
-        weight = group.layer.get_submodule(group.spec.linear).weight
-        (run, *_), dense = block.runs(group), weight.clone()
-        outputs = []
-        for factor in (0.0, 1.0, 2.0):
-            weight.copy_(factor * dense)
+def is_linear(block, group):
+    """Whether the block's output, without biases, is linear in the group's linear rows."""
+    run, linear = block.runs(group)[0], group.linear
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(linear.weight.shape, generator=generator) for _ in range(2))
+    outputs = []
+    with (
+        replaceable_weight(linear.projection, linear.index) as put,
+        without_biases(linear, group.consumer),
+    ):
+        for weight in (torch.zeros_like(one), one, other, one - 2 * other):
+            put(weight)
             outputs.append(run.output())
-        nothing, once, twice = outputs
-        weight.copy_(dense)
-        assert relative_error(twice - nothing, 2 * (once - nothing)) < 1e-4
-        assert relative_error(once, nothing) > 1e-2
+    nothing, of_one, of_other, of_both = outputs
+    return (
+        nothing.norm() < 1e-5 * of_one.norm()
+        and relative_error(of_both, of_one - 2 * of_other) < 1e-4
+        and relative_error(of_other, of_one) > 1e-2
+    )
+
+
+@every_case
+@every_unit
+def test_the_linear_rows_are_and_no_others(case, unit):
+    """A block that an entry calls linear in nothing is not linear in the last rows of any input."""
+    model = tiny_architecture(case)
+    settings = {"target": "dense", "progress": False}
+    settings["returns_tuple"] = entry_of(model).returns_tuple
+    block = next(stream(model, homes_of(model), all_specs_of(model, unit), batches(), **settings))
+    for group in block.groups:
+        if group.spec.experts or not group.num_units:
+            assert group.spec.linear is None
+        elif group.spec.linear is not None:
+            assert is_linear(block, group), group.name
+        else:
+            for producer in group.spec.producers:
+                group.spec = replace(
+                    group.spec, linear=LinearRows(producer.path, producer.rows[-1])
+                )
+                assert not is_linear(block, group), producer.path
 
 
 @every_case

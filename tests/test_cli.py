@@ -228,6 +228,7 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     plan = json.loads(out)
     assert plan["widths"] == {"attention": [3] * 6, "mlp": [704] * 6}
     assert plan["new_model_type"] == "mistral"
+    assert plan["refits"] == {"attention": [6, 6], "mlp": [6, 6]}
     before, after = plan["projection_parameters"]
     assert before == 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
     assert after == 6 * (2 * 256 * 192 + 2 * 256 * 96 + 3 * 256 * 704)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,7 @@ import grail_hf
 from grail_hf import SELECTORS
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import ATTENTION_UNITS
+from grail_hf.gram import full_fp32_products
 
 SPARSITY = 0.3
 
@@ -566,3 +568,87 @@ def test_a_llama_that_moves_to_another_type_gets_no_biases():
     compress(plain)
     assert biased.config.model_type == "mistral"
     assert_state(biased, state_of(plain))
+
+
+# The precision of fp32 products
+
+
+def legacy_():
+    torch.set_float32_matmul_precision("medium")
+
+
+def by_backend_():
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("one setting for all backends, before torch 2.9")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def both_():
+    by_backend_()
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def precisions():
+    """What can be read of it: torch refuses to tell where two settings contradict each other."""
+    found = []
+    for read in (
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda: torch.backends.mkldnn.matmul.fp32_precision,
+    ):
+        try:
+            found.append(read())
+        except (RuntimeError, AttributeError) as error:
+            found.append(type(error))
+    return found
+
+
+@pytest.fixture
+def precision_as_it_was():
+    before = precisions()
+    with full_fp32_products():  # which is tested below to put it back
+        yield
+    assert precisions() == before
+
+
+@pytest.mark.parametrize("allow_", [legacy_, by_backend_])
+@pytest.mark.parametrize("disk_to_disk", [False, True], ids=["in memory", "disk to disk"])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_products_are_in_fp32_whatever_the_program_allows(
+    allow_, disk_to_disk, fails, precision_as_it_was, tmp_path
+):
+    seen = []
+
+    def selector(group, stats):
+        seen.append(precisions())
+        if fails:
+            raise ZeroDivisionError
+        return stats.energy.reshape(-1, group.columns).sum(1)
+
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": selector, "progress": False}
+    settings |= {"refit": 0, "ridge": 1e-3}
+    allow_()
+    before = precisions()
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        if disk_to_disk:
+            folders = tmp_path / "dense", tmp_path / "out"
+            grail_hf.compress_checkpoint(*folders, calibration=batches(), **settings)
+        else:
+            grail_hf.compress(model, calibration=batches(), **settings)
+    assert precisions() == before
+    for legacy, tf32, *backends in seen:
+        assert legacy == "highest" and tf32 is False
+        assert set(backends) <= {"ieee", AttributeError}
+    assert seen
+
+
+def test_settings_that_contradict_each_other_stay_out_of_the_way(precision_as_it_was):
+    both_()
+    with full_fp32_products():
+        assert precisions()[0] == "highest"
+    assert precisions()[2] in ("ieee", AttributeError)

@@ -303,16 +303,20 @@ def test_overflow_later_says_where_and_that_the_model_must_be_loaded_again(layer
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_repair_that_overflows_the_models_dtype_is_said():
+def test_a_repair_that_overflows_the_models_dtype_takes_more_damping(caplog):
     model = tiny_model("qwen2", intermediate_size=82, dtype=torch.float16)
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):
             weight = model.model.layers[0].mlp.get_submodule(name).weight
+            weight *= 1e-2  # so that what the block puts out is in range
             weight[41:] = weight[:41]
         model.model.layers[0].mlp.down_proj.weight.fill_(40_000)  # two of them exceed 65,504
     shares = {"sparsity": None, "attention_sparsity": 0, "mlp_sparsity": 0.5, "target": "self"}
-    with pytest.raises(PartlyCompressedError, match=r"layers\.0\.mlp overflows torch\.float16"):
-        compress(model, **shares)
+    report = compress(model, **shares, ridge=1e-4)
+    assert "repaired model.layers.0.mlp overflows torch.float16; solved with damping" in caplog.text
+    assert 1e-4 < report.groups[0].damping < float("inf")
+    assert report.groups[0].error < report.groups[0].error_pruned
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_a_dense_output_that_overflows_is_said_before_anything_changes():

@@ -1,6 +1,7 @@
 """The refit of linear producers against least squares on the block's own Jacobian."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,22 +13,27 @@ from tiny_models import (
     homes_of,
     layers_of,
     state_of,
+    tiny_architecture,
     tiny_model,
 )
 
 import grail_hf
-from grail_hf.refit import refit_
+from grail_hf import ARCHITECTURES, GrailConfig
+from grail_hf.planning import plan_compression, refits
+from grail_hf.refit import in_wider_range, refit_
 from grail_hf.stream import stream
 
 CPU = torch.device("cpu")
 every_case = pytest.mark.parametrize("case", CASES)
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-padded"])
 
 
-def first_group_and_block(model, kind, inputs):
+def first_group_and_block(model, kind, inputs, unit="kv_group"):
     """The first layer's group, with a residual target that its block misses by far."""
     options = {"target": "residual", "progress": False}
-    block = next(stream(model, homes_of(model), all_specs_of(model), inputs, **options))
+    options["returns_tuple"] = ARCHITECTURES[model.config.model_type].returns_tuple
+    block = next(stream(model, homes_of(model), all_specs_of(model, unit), inputs, **options))
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back
         group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5
@@ -51,7 +57,7 @@ def test_many_steps_leave_nothing_to_descend(case, kind, padding):
     """The problem is convex: where the squared miss has no gradient, it is least."""
     model = tiny_model(case).double()
     group, block = first_group_and_block(model, kind, batches(padded=padding)[:1])
-    linear = group.layer.get_submodule(group.spec.linear)
+    linear = group.layer.get_submodule(group.spec.linear.path)
 
     def slope() -> float:
         (run,) = block.runs(group)
@@ -79,11 +85,61 @@ def test_each_step_brings_the_block_nearer_and_touches_one_weight(case, kind):
             for name, value in model.state_dict().items()
             if not torch.equal(value, before[name])
         }
-        linear = f"layers.0.{group.spec.linear}.weight"
+        linear = f"layers.0.{group.spec.linear.path}.weight"
         assert all(name.endswith(linear) for name in changed)
         assert bool(changed) == bool(steps)
         assert all(p.requires_grad for p in layers_of(model)[0].parameters())
     assert misses[2] < misses[1] < misses[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "unit"),
+    [
+        *((case, "mlp", "kv_group") for case in ("phi3", "glm", "glm4")),
+        *((case, "attention", "kv_group") for case in ("phi3", "gpt2", "gpt_neox")),
+        *((case, "attention", "kv_group") for case in ("falcon", "falcon-new", "falcon-alibi")),
+        ("phi3", "attention", "query_head"),
+    ],
+)
+def test_of_a_fused_projection_the_linear_rows_alone_are_refitted(case, kind, unit):
+    """Whether they lie in one run, in each unit's place, or in columns."""
+    misses, states = [], []
+    for steps in (0, 1, 4):
+        model = tiny_architecture(case)
+        group, block = first_group_and_block(model, kind, batches(), unit)
+        refit_(block, group, steps)
+        output, target = shortfall(block, group)
+        misses.append((output - target).square().sum().item())
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert misses[2] < misses[1] < misses[0]
+    before, _, after = states
+    (name,) = (name for name in before if not torch.equal(before[name], after[name]))
+    assert name.endswith(f"0.{group.spec.linear.path}.weight")
+    old, new = (
+        state[name].T if group.spec.transposed else state[name] for state in (before, after)
+    )
+    changed = (old != new).any(dim=1).nonzero().flatten()
+    own = torch.arange(len(old))[group.linear.index]
+    assert set(changed.tolist()) <= set(own.tolist()) and len(changed) > 0.9 * len(own)
+
+
+@pytest.mark.parametrize("case", ["phi3", "glm4"])
+def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
+    # On all of the calibration, so that the error is what was minimised.
+    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    settings = {"sparsity": 0.4, "multiple_of": 1, "ridge": 1e-3, "progress": False}
+    errors = [
+        [
+            group.error
+            for group in grail_hf.compress(
+                tiny_architecture(case), calibration=batches(), refit=refit, **settings
+            ).groups
+            if group.layer == 0
+        ]
+        for refit in (0, 4)
+    ]
+    assert len(errors[0]) == 2
+    assert all(refitted < 0.99 * repaired for repaired, refitted in zip(*errors, strict=True))
 
 
 def test_compress_with_refit_is_nearer_to_the_dense_model(monkeypatch):
@@ -117,10 +173,51 @@ def test_a_refit_that_is_not_finite_is_said_and_changes_nothing():
     group, block = first_group_and_block(model, "mlp", batches())
     for batch in block.batches:
         batch.outputs[1][..., 0] = float("inf")
-    before = group.layer.get_submodule(group.spec.linear).weight.clone()
-    with pytest.raises(FloatingPointError, match=r"the refit of model\.layers\.0\.mlp"):
+    before = group.layer.get_submodule(group.spec.linear.path).weight.clone()
+    with pytest.raises(FloatingPointError, match="the refitted weight is not finite"):
         refit_(block, group, steps=2)
-    assert torch.equal(group.layer.get_submodule(group.spec.linear).weight, before)
+    assert torch.equal(group.layer.get_submodule(group.spec.linear.path).weight, before)
+
+
+def raises_(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+def scales_(factor):
+    def scale(block, group, steps):
+        projection = group.projection(group.spec.linear.path)
+        projection.put_(projection.weight * factor)
+
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason"),
+    [
+        (raises_(FloatingPointError("it is not finite")), "it is not finite"),
+        (raises_(ZeroDivisionError("float division by zero")), "division by zero"),
+        (scales_(0.0), "leaves an error of"),
+        (scales_(float("nan")), "are NaN or Inf"),
+        (scales_(1e38), "are NaN or Inf"),
+    ],
+    ids=["not finite", "by zero", "worse", "NaN", "overflow"],
+)
+def test_a_refit_that_fails_leaves_the_repaired_group(failing, reason, monkeypatch, caplog):
+    """And warns of each; the model is what it is without a refit."""
+    settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-3, "progress": False, "bias": "auto"}
+    plain, failed = tiny_model("qwen2"), tiny_model("qwen2")
+    expected = grail_hf.compress(plain, calibration=batches(), refit=0, **settings)
+    monkeypatch.setattr("grail_hf.refit.refit_", failing)
+    report = grail_hf.compress(failed, calibration=batches(), **settings)
+    assert_state(failed, state_of(plain))
+    assert [group.error for group in report.groups] == [group.error for group in expected.groups]
+    for group in report.groups:
+        (warning,) = [line for line in caplog.messages if line.startswith(f"{group.name} ")]
+        assert "not refitted" in warning and reason in warning
+        assert group.refit == "undone"
 
 
 @pytest.mark.parametrize("name", ["mlp.gate_proj", "self_attn.v_proj"])
@@ -139,15 +236,48 @@ def test_a_dead_block_has_nothing_to_refit(name, flushed):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_bf16_gains_as_well():
-    model = tiny_model("llama", dtype=torch.bfloat16)
+@halves
+def test_half_precision_gains_as_well(dtype):
+    model = tiny_model("llama", dtype=dtype)
     group, block = first_group_and_block(model, "mlp", batches())
     output, target = shortfall(block, group)
     before = (output - target).square().sum()
     refit_(block, group, steps=3)
     output, target = shortfall(block, group)
     assert (output - target).square().sum() < before
-    assert group.layer.get_submodule(group.spec.linear).weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_half_precision_ends_where_fp32_does(tiny_llama, tokenizer, jargon_train):
+    """On a trained model, whose gradients over many tokens exceed float16's range."""
+    ids = tokenizer(jargon_train.read_text("utf-8")[:16_000], return_tensors="pt").input_ids
+    inputs = ids[:, : 8 * 256].reshape(8, 256)
+    settings = {"sparsity": 0.5, "selector": "wanda", "ridge": 1e-3, "batch_size": 8}
+    del tiny_llama.model.layers[1:]
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        model = copy.deepcopy(tiny_llama).to(dtype)
+        report = grail_hf.compress(model, calibration=inputs, progress=False, **settings)
+        errors[dtype] = [group.error for group in report.groups]
+    expected = errors.pop(torch.float32)
+    assert all(found == pytest.approx(expected, rel=0.02) for found in errors.values())
+
+
+def test_buffers_and_arguments_of_float16_go_along():
+    """The mask and the rotary tables of an eager attention, and a buffer of its own."""
+    model = tiny_model("llama", dtype=torch.float16, attn_implementation="eager")
+    group, block = first_group_and_block(model, "attention", batches())
+    module = group.layer.self_attn
+    module.register_buffer("scale", torch.ones((), dtype=torch.float16))
+    module.register_forward_hook(lambda module, _, output: (output[0] * module.scale, *output[1:]))
+    tensors = [*module.parameters(), *module.buffers()]
+    with in_wider_range(module) as dtype:
+        assert {t.dtype for t in (*module.parameters(), *module.buffers())} == {torch.bfloat16}
+        for run in block.runs(group):
+            assert replace(run, dtype=dtype).output().dtype == torch.bfloat16
+    assert all(
+        a is b for a, b in zip(tensors, [*module.parameters(), *module.buffers()], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,11 +340,39 @@ def test_a_refit_keeps_the_damping_that_was_chosen_without_its_tokens():
     assert dampings[0] == dampings[1]
 
 
+@pytest.mark.parametrize(
+    ("case", "outcomes"),
+    [
+        ("phi3", {"attention": "done", "mlp": "done"}),
+        ("nemotron", {"attention": "done", "mlp": "not linear"}),
+        ("mixtral", {"attention": "done", "experts": "own output"}),
+    ],
+)
+def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
+    """By the plan before, and by the report and its table after."""
+    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    model, settings = tiny_architecture(case), {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-3}
+    config = GrailConfig(**settings)
+    plan = plan_compression(model, config)
+    layers = len(layers_of(model))
+    assert refits(plan, config) == {
+        kind: (layers * (outcome == "done"), layers) for kind, outcome in outcomes.items()
+    }
+    assert refits(plan, GrailConfig(**settings, refit=0)) == {}
+    report = grail_hf.compress(model, calibration=batches(), progress=False, **settings)
+    assert {group.kind: group.refit for group in report.groups if group.layer == 0} == outcomes
+    for kind in outcomes:
+        (line,) = [line for line in str(report).splitlines() if f" {kind} refits:" in line]
+        assert outcomes[kind] in line
+    assert grail_hf.CompressionReport.from_dict(report.to_dict()).groups == report.groups
+
+
 def test_where_plain_pruning_is_best_nothing_is_refitted(monkeypatch):
     monkeypatch.setattr("grail_hf.compensation.DAMPINGS", ())
     repaired, pruned = tiny_model("qwen3"), tiny_model("qwen3")
     settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "magnitude", "progress": False}
     report = grail_hf.compress(repaired, calibration=batches(), **settings)
     assert all(group.damping == float("inf") for group in report.groups)
+    assert {group.refit for group in report.groups} == {"plain pruning"}
     grail_hf.compress(pruned, calibration=batches(), compensate=False, **settings)
     assert_state(repaired, state_of(pruned))
