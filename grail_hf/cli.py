@@ -26,12 +26,12 @@ from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table, find_architecture
 from grail_hf.calibration import SELF, read_calibration, token_windows
 from grail_hf.checkpoint import (
-    Checkpoint,
-    NoSafetensorsError,
     auto_class,
     check_revision,
     copy_processor,
     damage_named,
+    has_safetensors,
+    meta_model,
     processor_folder,
 )
 from grail_hf.compress import PartlyCompressedError, compress
@@ -193,17 +193,22 @@ def compress_command(
         check_revision(source, revision)
         processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)
-        if disk_to_disk is None:
-            large = processes.once(partial(_is_large, source, revision), "the source")
-            disk_to_disk = resume or (texts != SELF and large)
-        if resume and not disk_to_disk:
+        if resume and disk_to_disk is False:
             raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
+        # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
+        skeleton = meta_model(source, revision)
+        plan_compression(skeleton, config)
+        if disk_to_disk is None:
+            large = processes.once(partial(_is_large, skeleton, source, revision), "the source")
+            disk_to_disk = resume or (texts != SELF and large)
         if disk_to_disk:
             report = _compress_from_disk(
-                source, revision, output, texts, config, eval_text, resume, overwrite
+                skeleton, source, revision, output, texts, config, eval_text, resume, overwrite
             )
         else:
-            report = _compress_in_memory(source, revision, output, texts, config, eval_text)
+            report = _compress_in_memory(
+                skeleton, source, revision, output, texts, config, eval_text
+            )
     if not processes.is_first():
         return
     _console.print(report.table())
@@ -224,6 +229,7 @@ def compress_command(
 
 
 def _compress_in_memory(
+    skeleton: PreTrainedModel,
     source: str,
     revision: str | None,
     output: Path,
@@ -231,9 +237,6 @@ def _compress_in_memory(
     config: GrailConfig,
     eval_text: str | None,
 ) -> CompressionReport:
-    # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
-    skeleton = _meta_model(source, revision)
-    plan_compression(skeleton, config)
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
         tokenizer = _tokenizer(source, revision)
         # Of what the hub named when it gave the config, if it was the hub.
@@ -276,6 +279,7 @@ def _save(
 
 
 def _compress_from_disk(
+    skeleton: PreTrainedModel,
     source: str,
     revision: str | None,
     output: Path,
@@ -291,10 +295,7 @@ def _compress_from_disk(
     )
     if not eval_text or texts == SELF:  # which is refused
         return run(source, output, texts)
-    # As in memory: cheap refusals, then the texts. The source is measured while it is there: the
-    # output may take its place.
-    skeleton = _meta_model(source, revision)
-    plan_compression(skeleton, config)
+    # The source is measured while it is there: the output may take its place.
     if not resume:
         processes.once(partial(check_not_stopped, output), "the output folder")
     tokenizer = _tokenizer(source, revision)
@@ -314,15 +315,14 @@ def _compress_from_disk(
     return report
 
 
-def _is_large(source: str, revision: str | None) -> bool:
-    """Whether the weights fill more than half of the free memory."""
+def _is_large(skeleton: PreTrainedModel, source: str, revision: str | None) -> bool:
+    """Whether the weights fill more than half of the free memory and can go from disk to disk."""
     import psutil
 
-    try:
-        num_bytes = Checkpoint.open(source, revision).num_bytes
-    except NoSafetensorsError:
+    num_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
+    if num_bytes <= int(psutil.virtual_memory().available) // 2:
         return False
-    return num_bytes > int(psutil.virtual_memory().available) // 2
+    return has_safetensors(source, revision)
 
 
 @app.command("evaluate")
@@ -430,7 +430,7 @@ def inspect_command(
     with _errors_in_a_line():
         config = _config(context)
         check_revision(source, revision)
-        model = _meta_model(source, revision)
+        model = meta_model(source, revision)
         plan = plan_compression(model, config)
         where = torch.device(config.device) if config.device else None  # it may be elsewhere
         costs = estimate(model, plan, config, where)
@@ -480,17 +480,6 @@ def infer_command(source: Source, revision: Revision = None) -> None:
         check_revision(source, revision)
         entry = infer_architecture(_shallow_model(source, revision))
     sys.stdout.write(architecture_source(entry) + "\n")
-
-
-def _meta_model(source: str, revision: str | None) -> PreTrainedModel:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config.model_type).from_config(
-            config, dtype=config.dtype or torch.float32
-        )
-    return model
 
 
 def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:

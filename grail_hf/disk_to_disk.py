@@ -31,7 +31,10 @@ from grail_hf.checkpoint import (
     Journal,
     Parts,
     WritingHomes,
+    check_revision,
     copy_processor,
+    meta_model,
+    small_files,
 )
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
@@ -108,19 +111,20 @@ def compress_checkpoint(
     output = Path(output)
     processes.start(config.device)
     progress = progress and processes.is_first()
-    checkpoint = Checkpoint.open(source, revision)
-    model = checkpoint.skeleton()
-    plan = plan_compression(model, config, architecture)
-    parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
+    # Everything that can be refused is refused before weights are fetched from a hub.
+    check_revision(source, revision)
+    processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
+    model = meta_model(source, revision)
+    plan_compression(model, config, architecture)
     device = choose_device(model, config.device)
     if isinstance(calibration, str) and calibration == SELF:
         raise ValueError(
             f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
             "give texts or tokens, or use compress"
         )
-    if tokenizer is None and has_tokenizer(checkpoint.folder):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
+    folder, commit = small_files(source, revision)
+    if tokenizer is None and has_tokenizer(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     with processes.first_within(claimed(output), _OUTPUT) as work:
         identity = _identity(config, model, tokens)
@@ -129,6 +133,10 @@ def compress_checkpoint(
             raise stopped_there(work)
         if stopped:
             stopped.check_identity(identity)
+        checkpoint = Checkpoint.open(source, commit)
+        model = checkpoint.skeleton()
+        plan = plan_compression(model, config, architecture)
+        parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
         digests = processes.once(partial(checkpoint.verify, progress), str(source))
         identity |= {f"sha256 of {name}": digest for name, digest in digests.items()}
         if stopped:
