@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from grail_hf import processes
 from grail_hf.offload import HiddenStates, Homes, Place
+from grail_hf.quantization import dequantizing, without_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -221,11 +222,24 @@ def auto_class(model_type: str) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
-def meta_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """The model of a source's config on the meta device: no file but the config is fetched."""
+def meta_model(
+    source: str | Path, revision: str | None = None, dequantize: bool = False
+) -> PreTrainedModel:
+    """The model of a source's config on the meta device: no file but the config is fetched.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: of the hub's repository.
+        dequantize: the model as it will be when its weights are loaded as floats.
+
+    Raises:
+        ValueError: the weights are quantised and cannot be loaded as floats.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source, revision=revision)
+    if dequantize and dequantizing(config):
+        config = without_quantization(config)
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config.model_type).from_config(
             config, dtype=config.dtype or torch.float32

@@ -52,6 +52,7 @@ from grail_hf.planning import (
     usable_device,
     window_length,
 )
+from grail_hf.quantization import dequantizing
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.saving import check_not_stopped, replaced_when_whole
 from grail_hf.selectors import SELECTORS
@@ -110,6 +111,9 @@ SolveDtype = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
 HiddenStates = Annotated[
     str, typer.Option(help="Where hidden states are kept: auto, accelerator, host or disk.")
+]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Load quantised weights (FP8, MXFP4, …) as floats.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Revision = Annotated[
@@ -184,6 +188,7 @@ def compress_command(
     resume: Annotated[
         bool, typer.Option(help="Go on with a run from disk to disk that was stopped.")
     ] = False,
+    dequantize: Dequantize = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it as an ordinary checkpoint."""
@@ -195,19 +200,24 @@ def compress_command(
         texts = _texts(calibration)
         if resume and disk_to_disk is False:
             raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
+        if dequantize and (disk_to_disk or resume):
+            raise ValueError(
+                "--dequantize loads the whole model, which is never in memory from disk to disk: "
+                "drop --disk-to-disk and --resume, or save the dequantised model and compress that"
+            )
         # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
-        skeleton = meta_model(source, revision)
+        skeleton = meta_model(source, revision, dequantize)
         plan_compression(skeleton, config)
         if disk_to_disk is None:
             large = processes.once(partial(_is_large, skeleton, source, revision), "the source")
-            disk_to_disk = resume or (texts != SELF and large)
+            disk_to_disk = resume or (texts != SELF and large and not dequantize)
         if disk_to_disk:
             report = _compress_from_disk(
                 skeleton, source, revision, output, texts, config, eval_text, resume, overwrite
             )
         else:
             report = _compress_in_memory(
-                skeleton, source, revision, output, texts, config, eval_text
+                skeleton, source, revision, output, texts, config, eval_text, dequantize
             )
     if not processes.is_first():
         return
@@ -236,6 +246,7 @@ def _compress_in_memory(
     texts: str | list[Path],
     config: GrailConfig,
     eval_text: str | None,
+    dequantize: bool,
 ) -> CompressionReport:
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
         tokenizer = _tokenizer(source, revision)
@@ -246,7 +257,7 @@ def _compress_in_memory(
         if eval_text:
             length = window_length(skeleton, config)
             windows = token_windows(eval_text, tokenizer, seq_length=length)
-        model = _model(source, revision=revision)
+        model = _model(source, dequantize, revision=revision)
         if tokens is None:
             check_weights(model)
             with _at_work(model, config):
@@ -424,13 +435,14 @@ def inspect_command(
     device: Device = None,
     dtype: SolveDtype = _DEFAULTS.dtype,
     hidden_states: HiddenStates = _DEFAULTS.hidden_states,
+    dequantize: Dequantize = False,
     as_json: Json = False,
 ) -> None:
     """Say what compressing will do and take, from the config alone: no weights are read."""
     with _errors_in_a_line():
         config = _config(context)
         check_revision(source, revision)
-        model = meta_model(source, revision)
+        model = meta_model(source, revision, dequantize)
         plan = plan_compression(model, config)
         where = torch.device(config.device) if config.device else None  # it may be elsewhere
         costs = estimate(model, plan, config, where)
@@ -498,11 +510,13 @@ def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
     return model
 
 
-def _model(source: str, **settings: Any) -> PreTrainedModel:
+def _model(source: str, dequantize: bool = False, **settings: Any) -> PreTrainedModel:
     from transformers import AutoConfig
 
     with damage_named(f"a file of weights of {source}"):
         config = AutoConfig.from_pretrained(source, revision=settings.get("revision"))
+        if dequantize and (floats := dequantizing(config)):
+            settings["quantization_config"] = floats
         model: PreTrainedModel = auto_class(config.model_type).from_pretrained(
             source, dtype="auto", **settings
         )

@@ -46,6 +46,7 @@ from grail_hf.planning import (
     warn_of_few_tokens,
 )
 from grail_hf.profiling import profile
+from grail_hf.quantization import forget_quantization_
 from grail_hf.refit import refit_group_
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
@@ -107,6 +108,7 @@ def compress(
     """
     config = GrailConfig.resolve(config, **overrides)
     plan = plan_compression(model, config, architecture)
+    forget_quantization_(model)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
     processes.start(config.device)

@@ -38,6 +38,7 @@ from grail_hf.config import GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
 from grail_hf.offload import input_device, is_dispatched, weights_of
+from grail_hf.quantization import check_not_quantised, without_quantization
 from grail_hf.refit import refit_batches, refit_stride
 from grail_hf.saving import (
     compressed_config,
@@ -186,7 +187,7 @@ def plan_compression(
     after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     new_config = compressed_config(
-        model.config,
+        without_quantization(model.config),
         specs,
         widths,
         movable if config.rehome else None,
@@ -465,12 +466,7 @@ def check_model(model: object) -> None:
             "the model has PEFT adapters: merge them into it and save it (PeftModel's "
             "merge_and_unload()), or load it without them"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(
-        model.config, "quantization_config", None
-    ):
-        raise ValueError(
-            "the model is quantised: compress the full-precision model, then quantise the result"
-        )
+    check_not_quantised(model)
 
 
 def check_weights(model: PreTrainedModel) -> None:
