@@ -106,7 +106,11 @@ Rehome = Annotated[
     bool, typer.Option(help="Allow another stock model type where this one cannot say the shape.")
 ]
 SolveDtype = Annotated[
-    str, typer.Option("--solve-dtype", help="Of selection and solve: float64 or float32.")
+    str,
+    typer.Option(
+        "--solve-dtype",
+        help="Of selection and solve: float64, float32, or auto: float64 where the device has it.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
 HiddenStates = Annotated[
@@ -443,8 +447,10 @@ def inspect_command(
         config = _config(context)
         check_revision(source, revision)
         model = meta_model(source, revision, dequantize)
+        # It need not be a device of this machine.
+        where = torch.device(config.device) if config.device else choose_device(model, None)
+        config = config.resolved_on(where)
         plan = plan_compression(model, config)
-        where = torch.device(config.device) if config.device else None  # it may be elsewhere
         costs = estimate(model, plan, config, where)
         from_disk = estimate(model, plan, config, where, disk_to_disk=True)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")

@@ -38,6 +38,7 @@ from grail_hf.narrow_experts import narrow_experts_
 from grail_hf.offload import Homes, Place, choose_place, homes_of
 from grail_hf.planning import (
     Plan,
+    check_model,
     check_weights,
     choose_device,
     decoder_layers,
@@ -107,13 +108,15 @@ def compress(
         ProcessGroupError: another process has ended, before anything is changed.
     """
     config = GrailConfig.resolve(config, **overrides)
+    check_model(model)
+    processes.start(config.device)
+    device = choose_device(model, config.device)
+    config = config.resolved_on(device)
     plan = plan_compression(model, config, architecture)
     forget_quantization_(model)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
-    processes.start(config.device)
     progress = progress and processes.is_first()
-    device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     start = time.perf_counter()

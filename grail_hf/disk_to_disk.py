@@ -115,8 +115,9 @@ def compress_checkpoint(
     check_revision(source, revision)
     processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
     model = meta_model(source, revision)
-    plan_compression(model, config, architecture)
     device = choose_device(model, config.device)
+    config = config.resolved_on(device)
+    plan_compression(model, config, architecture)
     if isinstance(calibration, str) and calibration == SELF:
         raise ValueError(
             f"calibration={SELF!r} samples from the whole model, which is never in memory here: "

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from grail_hf import processes
 from grail_hf.compensation import Repair, ridge
-from grail_hf.config import GrailConfig
+from grail_hf.config import GrailConfig, widest_float
 from grail_hf.gram import (
     GramStats,
     Symmetric,
@@ -156,7 +156,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         rows = rows.to(factor)
 
         def preconditioned(residual: Tensor) -> Tensor:
-            return cholesky_solve_(residual.to(preconditioner), preconditioner, left=True)
+            copied = residual.to(preconditioner, copy=True)  # it is overwritten
+            return cholesky_solve_(copied, preconditioner, left=True)
 
         # What is added to weights in the end need not be more exact than they are.
         solution = torch.zeros_like(start, dtype=torch.float32)
@@ -187,8 +188,9 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
 
 def _input_moments(block: Block, group: Group, linear: nn.Linear, runs: Sequence[Run]) -> Symmetric:
-    """[D, D] fp64, X^T X over the inputs of `linear`."""
-    moments = Symmetric.zeros(linear.in_features, linear.weight.device, torch.float64)
+    """[D, D], X^T X over the inputs of `linear`, in fp64 where the device computes in it."""
+    device = linear.weight.device
+    moments = Symmetric.zeros(linear.in_features, device, widest_float(device))
     for run in runs:
         with captured_input(linear) as inputs:
             run.output()
