@@ -198,7 +198,8 @@ def compress_command(
     """Compress a model and save it as an ordinary checkpoint."""
     with _errors_in_a_line():
         config = _config(context)
-        processes.start(config.device)
+        processes.join(config.device)
+        processes.silence_copies()
         check_revision(source, revision)
         processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)

@@ -77,10 +77,11 @@ def compress(
 ) -> CompressionReport:
     """Make `model` narrower in place and repair it. No training, no labels.
 
-    Where `accelerate launch` or `torchrun` has started several processes, or the program has joined
-    some by accelerate or torch.distributed, they share the calibration's batches: all of them must
-    make this call, with the same model and settings, and all end with the same model and report.
-    The calibration of the first counts.
+    Where the program has joined several processes, by accelerate (`PartialState`, `Accelerator`) or
+    by torch.distributed (`init_process_group`), they share the calibration's batches: all of them
+    must make this call, with the same model and settings, and all end with the same model and
+    report. The calibration of the first counts. This call joins none: under a launcher such as
+    `torchrun`, processes that have not joined each do all the work.
 
     Args:
         model: a decoder-only `AutoModelForCausalLM` of a type in `grail_hf.ARCHITECTURES`, or of
@@ -109,7 +110,7 @@ def compress(
     """
     config = GrailConfig.resolve(config, **overrides)
     check_model(model)
-    processes.start(config.device)
+    processes.silence_copies()
     device = choose_device(model, config.device)
     config = config.resolved_on(device)
     plan = plan_compression(model, config, architecture)

@@ -109,7 +109,7 @@ def compress_checkpoint(
 
     config = GrailConfig.resolve(config, **overrides)
     output = Path(output)
-    processes.start(config.device)
+    processes.silence_copies()
     progress = progress and processes.is_first()
     # Everything that can be refused is refused before weights are fetched from a hub.
     check_revision(source, revision)
