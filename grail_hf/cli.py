@@ -54,7 +54,12 @@ from grail_hf.planning import (
 )
 from grail_hf.quantization import dequantizing
 from grail_hf.report import CompressionReport, check_output, size, width_range
-from grail_hf.saving import check_not_stopped, replaced_when_whole
+from grail_hf.saving import (
+    check_not_stopped,
+    check_room,
+    replaced_when_whole,
+    save_or_rescue,
+)
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -212,7 +217,7 @@ def compress_command(
             )
         # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
         skeleton = meta_model(source, revision, dequantize)
-        plan_compression(skeleton, config)
+        plan = plan_compression(skeleton, config)
         if disk_to_disk is None:
             large = processes.once(partial(_is_large, skeleton, source, revision), "the source")
             disk_to_disk = resume or (texts != SELF and large and not dequantize)
@@ -221,8 +226,9 @@ def compress_command(
                 skeleton, source, revision, output, texts, config, eval_text, resume, overwrite
             )
         else:
+            needed = estimate(skeleton, plan, config).disk_bytes
             report = _compress_in_memory(
-                skeleton, source, revision, output, texts, config, eval_text, dequantize
+                skeleton, needed, source, revision, output, texts, config, eval_text, dequantize
             )
     if not processes.is_first():
         return
@@ -245,6 +251,7 @@ def compress_command(
 
 def _compress_in_memory(
     skeleton: PreTrainedModel,
+    needed: int,
     source: str,
     revision: str | None,
     output: Path,
@@ -254,6 +261,7 @@ def _compress_in_memory(
     dequantize: bool,
 ) -> CompressionReport:
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
+        processes.once(partial(check_room, folder, needed), "the output folder")
         tokenizer = _tokenizer(source, revision)
         # Of what the hub named when it gave the config, if it was the hub.
         processor = processor_folder(source, getattr(skeleton.config, "_commit_hash", None))
@@ -275,8 +283,8 @@ def _compress_in_memory(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        save = partial(_save, model, tokenizer, processor, report, folder)
-        processes.once(save, "the output folder")
+        save = partial(_save, model, tokenizer, processor, report)
+        processes.once(partial(save_or_rescue, save, folder, output), "the output folder")
     return report
 
 

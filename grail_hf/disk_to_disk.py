@@ -6,8 +6,6 @@ weights; a layer is read from the checkpoint, narrowed, repaired, written and dr
 
 from __future__ import annotations
 
-import errno
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +41,14 @@ from grail_hf.meter import Meter
 from grail_hf.offload import Place, choose_place
 from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
-from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
+from grail_hf.saving import (
+    causal_lm_name,
+    check_room,
+    claimed,
+    empty,
+    put_in_place,
+    stopped_there,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -284,14 +289,7 @@ def _check_space(journal: Journal, costs: Estimate, place: Place) -> None:
     needed = costs.disk_bytes - journal.bytes_written
     if place.folder == journal.own:
         needed += costs.hidden_bytes
-    free = shutil.disk_usage(journal.folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
-            "room, or choose an output on another disk",
-            str(journal.folder),
-        )
+    check_room(journal.folder, needed)
 
 
 @contextmanager
