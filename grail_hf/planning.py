@@ -37,7 +37,7 @@ from grail_hf.calibration import context_length
 from grail_hf.config import GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
-from grail_hf.offload import input_device, is_dispatched, weights_of
+from grail_hf.offload import input_device, is_dispatched, weights_of, with_index
 from grail_hf.quantization import check_not_quantised, without_quantization
 from grail_hf.refit import refit_batches, refit_stride
 from grail_hf.saving import (
@@ -523,7 +523,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
     A model that accelerate has dispatched runs where it takes its inputs, a CPU too. Of several
-    processes, each has an accelerator of its own.
+    processes, each has an accelerator of its own. An accelerator has its index, as tensors have.
 
     Raises ValueError where this machine does not have the wanted device, or it is another
     process's.
@@ -534,7 +534,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
         device = own
     else:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return processes.own_device(device)
+    return with_index(processes.own_device(device))
 
 
 def usable_device(wanted: str) -> torch.device:
