@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from grail_hf import processes
 from grail_hf.offload import HiddenStates, Homes, Place
 from grail_hf.progress import Bar
+from grail_hf.quantization import dequantizing, without_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _REST = -1  # the part of a model that is in no decoder layer
 _CHUNK = 2**24
+_SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]
 _PROCESSOR = ["*processor_config.json", "chat_template*"]
 _DIGEST = 64  # hexadecimal digits of sha256
 
@@ -47,10 +49,6 @@ class Span(NamedTuple):
     start: int
     end: int
     shape: tuple[int, ...]
-
-
-class NoSafetensorsError(FileNotFoundError):
-    """There is a checkpoint, and its weights are in another format."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
-        """Find the files of a folder or of a hub name, which is downloaded, and what they hold.
+        """Find a checkpoint's weights and what its files hold; a hub's are downloaded.
+
+        Of a hub's repository only the weight files that its index lists are downloaded.
 
         Args:
             source: a folder, or a name on the hub.
@@ -83,19 +83,15 @@ class Checkpoint:
                 cut short or damaged; names the file.
         """
         check_revision(source, revision)
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _download(str(source), revision)
+        folder, commit = small_files(source, revision)
+        if commit is not None:
+            _fetch_weights(str(source), commit)
         if (folder / INDEX).is_file():
-            try:
-                index = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-                files = {name: folder / file for name, file in index.items()}
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise OSError(f"{folder / INDEX} is damaged ({error!r}): get it again") from error
+            files = {name: folder / file for name, file in _read_index(folder / INDEX).items()}
         elif (folder / WEIGHTS).is_file():
             files = {}
         else:
-            raise NoSafetensorsError(
+            raise FileNotFoundError(
                 f"{source} has neither {WEIGHTS} nor {INDEX}: load the model, save it by "
                 "save_pretrained, and take that folder"
             )
@@ -226,6 +222,83 @@ def auto_class(model_type: str) -> Any:
     return transformers.AutoModelForImageTextToText
 
 
+def meta_model(
+    source: str | Path, revision: str | None = None, dequantize: bool = False
+) -> PreTrainedModel:
+    """The model of a source's config on the meta device: no file but the config is fetched.
+
+    Args:
+        source: a folder, or a name on the hub.
+        revision: of the hub's repository.
+        dequantize: the model as it will be when its weights are loaded as floats.
+
+    Raises:
+        ValueError: the weights are quantised and cannot be loaded as floats.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if dequantize and dequantizing(config):
+        config = without_quantization(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config.model_type).from_config(
+            config, dtype=config.dtype or torch.float32
+        )
+    return model
+
+
+def has_safetensors(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a source's weights are in safetensors; a hub is asked, and nothing is fetched."""
+    from transformers.utils.hub import has_file
+
+    return any(has_file(source, name, revision=revision) for name in (INDEX, WEIGHTS))
+
+
+def small_files(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """A checkpoint's folder with everything but its weights; a hub's files are fetched.
+
+    Returns:
+        The folder, and the commit that its files are of; None for a folder of the user's own.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name on the hub.
+    """
+    if Path(source).is_dir():
+        return Path(source), None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(
+            str(source), revision=revision, allow_patterns=_SMALL, ignore_patterns=["*/*", INDEX]
+        )
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{source} is neither a folder nor a name on the hub") from error
+    return Path(folder), Path(folder).name  # the hub's cache names a snapshot after its commit
+
+
+def _fetch_weights(name: str, commit: str) -> None:
+    """Fetch the index of a repository's weights, if there is one, and the files that it lists."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        index = Path(hf_hub_download(name, INDEX, revision=commit))
+        files = sorted(set(_read_index(index).values()))
+    except EntryNotFoundError:
+        files = [WEIGHTS]
+    snapshot_download(name, revision=commit, allow_patterns=files)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor. Raises OSError where that is not what the file at `path` holds."""
+    try:
+        files: dict[str, str] = json.loads(path.read_text("utf-8"))["weight_map"]
+        return dict(files.items())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OSError(f"{path} is damaged ({error!r}): get it again") from error
+
+
 def processor_folder(source: str | Path, revision: str | None) -> Path:
     """Where the files lie that make a processor of a tokenizer; a hub's are fetched.
 
@@ -248,21 +321,6 @@ def copy_processor(source: Path, folder: Path) -> None:
         for path in source.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copy(path, folder)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    kinds = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=kinds, ignore_patterns=["*/*"]
-            )
-        )
-    except HFValidationError as error:
-        raise FileNotFoundError(f"{name} is neither a folder nor a name on the hub") from error
 
 
 def read_spans(path: Path) -> dict[str, Span]:

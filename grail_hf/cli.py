@@ -26,12 +26,12 @@ from grail_hf.allocation import ALLOCATIONS
 from grail_hf.architectures import architectures_table, find_architecture
 from grail_hf.calibration import BOS_FIRST, SELF, bos_token, read_calibration, token_windows
 from grail_hf.checkpoint import (
-    Checkpoint,
-    NoSafetensorsError,
     auto_class,
     check_revision,
     copy_processor,
     damage_named,
+    has_safetensors,
+    meta_model,
     processor_folder,
 )
 from grail_hf.compress import PartlyCompressedError, compress
@@ -53,8 +53,14 @@ from grail_hf.planning import (
     usable_device,
     window_length,
 )
+from grail_hf.quantization import dequantizing
 from grail_hf.report import CompressionReport, check_output, size, width_range
-from grail_hf.saving import check_not_stopped, replaced_when_whole
+from grail_hf.saving import (
+    check_not_stopped,
+    check_room,
+    replaced_when_whole,
+    save_or_rescue,
+)
 from grail_hf.selectors import SELECTORS
 
 if TYPE_CHECKING:
@@ -119,11 +125,18 @@ Rehome = Annotated[
     bool, typer.Option(help="Allow another stock model type where this one cannot say the shape.")
 ]
 SolveDtype = Annotated[
-    str, typer.Option("--solve-dtype", help="Of selection and solve: float64 or float32.")
+    str,
+    typer.Option(
+        "--solve-dtype",
+        help="Of selection and solve: float64, float32, or auto: float64 where the device has it.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where layers run; by default an accelerator.")]
 HiddenStates = Annotated[
     str, typer.Option(help="Where hidden states are kept: auto, accelerator, host or disk.")
+]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="Load quantised weights (FP8, MXFP4, …) as floats.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Revision = Annotated[
@@ -202,26 +215,39 @@ def compress_command(
     resume: Annotated[
         bool, typer.Option(help="Go on with a run from disk to disk that was stopped.")
     ] = False,
+    dequantize: Dequantize = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model and save it as an ordinary checkpoint."""
     with _errors_in_a_line():
         config = _config(context)
-        processes.start(config.device)
+        processes.join(config.device)
+        processes.silence_copies()
         check_revision(source, revision)
         processes.once(partial(check_output, output, overwrite or resume), "the output folder")
         texts = _texts(calibration)
-        if disk_to_disk is None:
-            large = processes.once(partial(_is_large, source, revision), "the source")
-            disk_to_disk = resume or (texts != SELF and large)
-        if resume and not disk_to_disk:
+        if resume and disk_to_disk is False:
             raise ValueError("--resume goes on with a run from disk to disk: drop --in-memory")
+        if dequantize and (disk_to_disk or resume):
+            raise ValueError(
+                "--dequantize loads the whole model, which is never in memory from disk to disk: "
+                "drop --disk-to-disk and --resume, or save the dequantised model and compress that"
+            )
+        # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
+        skeleton = meta_model(source, revision, dequantize)
+        plan = plan_compression(skeleton, config)
+        if disk_to_disk is None:
+            large = processes.once(partial(_is_large, skeleton, source, revision), "the source")
+            disk_to_disk = resume or (texts != SELF and large and not dequantize)
         if disk_to_disk:
             report = _compress_from_disk(
-                source, revision, output, texts, config, eval_text, resume, overwrite
+                skeleton, source, revision, output, texts, config, eval_text, resume, overwrite
             )
         else:
-            report = _compress_in_memory(source, revision, output, texts, config, eval_text)
+            needed = estimate(skeleton, plan, config).disk_bytes
+            report = _compress_in_memory(
+                skeleton, needed, source, revision, output, texts, config, eval_text, dequantize
+            )
     if not processes.is_first():
         return
     _console.print(report.table())
@@ -242,17 +268,18 @@ def compress_command(
 
 
 def _compress_in_memory(
+    skeleton: PreTrainedModel,
+    needed: int,
     source: str,
     revision: str | None,
     output: Path,
     texts: str | list[Path],
     config: GrailConfig,
     eval_text: str | None,
+    dequantize: bool,
 ) -> CompressionReport:
-    # The shapes on the meta device, then the texts, then the weights: cheap refusals first.
-    skeleton = _meta_model(source, revision)
-    plan_compression(skeleton, config)
     with processes.first_within(replaced_when_whole(output), "the output folder") as folder:
+        processes.once(partial(check_room, folder, needed), "the output folder")
         tokenizer = _tokenizer(source, revision)
         # Of what the hub named when it gave the config, if it was the hub.
         processor = processor_folder(source, getattr(skeleton.config, "_commit_hash", None))
@@ -261,7 +288,7 @@ def _compress_in_memory(
         if eval_text:
             length = window_length(skeleton, config)
             windows = token_windows(eval_text, tokenizer, seq_length=length, bos=config.bos)
-        model = _model(source, revision=revision)
+        model = _model(source, dequantize, revision=revision)
         if tokens is None:
             check_weights(model)
             with _at_work(model, config):
@@ -274,8 +301,8 @@ def _compress_in_memory(
         if windows is not None:
             measured["perplexity after"] = _perplexity(model, windows, config)
         report.evaluation = measured
-        save = partial(_save, model, tokenizer, processor, report, folder)
-        processes.once(save, "the output folder")
+        save = partial(_save, model, tokenizer, processor, report)
+        processes.once(partial(save_or_rescue, save, folder, output), "the output folder")
     return report
 
 
@@ -294,6 +321,7 @@ def _save(
 
 
 def _compress_from_disk(
+    skeleton: PreTrainedModel,
     source: str,
     revision: str | None,
     output: Path,
@@ -309,10 +337,7 @@ def _compress_from_disk(
     )
     if not eval_text or texts == SELF:  # which is refused
         return run(source, output, texts)
-    # As in memory: cheap refusals, then the texts. The source is measured while it is there: the
-    # output may take its place.
-    skeleton = _meta_model(source, revision)
-    plan_compression(skeleton, config)
+    # The source is measured while it is there: the output may take its place.
     if not resume:
         processes.once(partial(check_not_stopped, output), "the output folder")
     tokenizer = _tokenizer(source, revision)
@@ -333,15 +358,14 @@ def _compress_from_disk(
     return report
 
 
-def _is_large(source: str, revision: str | None) -> bool:
-    """Whether the weights fill more than half of the free memory."""
+def _is_large(skeleton: PreTrainedModel, source: str, revision: str | None) -> bool:
+    """Whether the weights fill more than half of the free memory and can go from disk to disk."""
     import psutil
 
-    try:
-        num_bytes = Checkpoint.open(source, revision).num_bytes
-    except NoSafetensorsError:
+    num_bytes = sum(parameter.nbytes for parameter in skeleton.parameters())
+    if num_bytes <= int(psutil.virtual_memory().available) // 2:
         return False
-    return num_bytes > int(psutil.virtual_memory().available) // 2
+    return has_safetensors(source, revision)
 
 
 @app.command("evaluate")
@@ -446,15 +470,18 @@ def inspect_command(
     device: Device = None,
     dtype: SolveDtype = _DEFAULTS.dtype,
     hidden_states: HiddenStates = _DEFAULTS.hidden_states,
+    dequantize: Dequantize = False,
     as_json: Json = False,
 ) -> None:
     """Say what compressing will do and take, from the config alone: no weights are read."""
     with _errors_in_a_line():
         config = _config(context)
         check_revision(source, revision)
-        model = _meta_model(source, revision)
+        model = meta_model(source, revision, dequantize)
+        # It need not be a device of this machine.
+        where = torch.device(config.device) if config.device else choose_device(model, None)
+        config = config.resolved_on(where)
         plan = plan_compression(model, config)
-        where = torch.device(config.device) if config.device else None  # it may be elsewhere
         costs = estimate(model, plan, config, where)
         from_disk = estimate(model, plan, config, where, disk_to_disk=True)
     table = Table("", "before", "after", title=f"{source}: {100 * plan.sparsity:.2f}% removed")
@@ -515,17 +542,6 @@ def infer_command(source: Source, revision: Revision = None) -> None:
     sys.stdout.write(architecture_source(entry) + "\n")
 
 
-def _meta_model(source: str, revision: str | None) -> PreTrainedModel:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config.model_type).from_config(
-            config, dtype=config.dtype or torch.float32
-        )
-    return model
-
-
 def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
     """A random model with as few of the layers as have every kind among them."""
     from transformers import AutoConfig
@@ -542,11 +558,13 @@ def _shallow_model(source: str, revision: str | None) -> PreTrainedModel:
     return model
 
 
-def _model(source: str, **settings: Any) -> PreTrainedModel:
+def _model(source: str, dequantize: bool = False, **settings: Any) -> PreTrainedModel:
     from transformers import AutoConfig
 
     with damage_named(f"a file of weights of {source}"):
         config = AutoConfig.from_pretrained(source, revision=settings.get("revision"))
+        if dequantize and (floats := dequantizing(config)):
+            settings["quantization_config"] = floats
         model: PreTrainedModel = auto_class(config.model_type).from_pretrained(
             source, dtype="auto", **settings
         )

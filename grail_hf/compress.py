@@ -39,6 +39,7 @@ from grail_hf.narrow_experts import narrow_experts_
 from grail_hf.offload import Homes, Place, choose_place, homes_of
 from grail_hf.planning import (
     Plan,
+    check_model,
     check_weights,
     choose_device,
     decoder_layers,
@@ -47,6 +48,7 @@ from grail_hf.planning import (
     warn_of_few_tokens,
 )
 from grail_hf.profiling import profile
+from grail_hf.quantization import forget_quantization_
 from grail_hf.refit import refit_group_
 from grail_hf.report import TAGS, CompressionReport
 from grail_hf.saving import apply_config_
@@ -77,10 +79,11 @@ def compress(
 ) -> CompressionReport:
     """Make `model` narrower in place and repair it. No training, no labels.
 
-    Where `accelerate launch` or `torchrun` has started several processes, or the program has joined
-    some by accelerate or torch.distributed, they share the calibration's batches: all of them must
-    make this call, with the same model and settings, and all end with the same model and report.
-    The calibration of the first counts.
+    Where the program has joined several processes, by accelerate (`PartialState`, `Accelerator`) or
+    by torch.distributed (`init_process_group`), they share the calibration's batches: all of them
+    must make this call, with the same model and settings, and all end with the same model and
+    report. The calibration of the first counts. This call joins none: under a launcher such as
+    `torchrun`, processes that have not joined each do all the work.
 
     While it works, fp32 matrix products of the process are in fp32, whatever it allows otherwise
     (TF32, bf16).
@@ -113,12 +116,15 @@ def compress(
         ProcessGroupError: another process has ended, before anything is changed.
     """
     config = GrailConfig.resolve(config, **overrides)
+    check_model(model)
+    processes.silence_copies()
+    device = choose_device(model, config.device)
+    config = config.resolved_on(device)
     plan = plan_compression(model, config, architecture)
+    forget_quantization_(model)
     if not plan.reduced:
         return CompressionReport.begin(model, config, plan)
-    processes.start(config.device)
     progress = progress and processes.is_first()
-    device = choose_device(model, config.device)
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     start = time.perf_counter()

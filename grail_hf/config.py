@@ -14,9 +14,9 @@ import torch
 
 TARGETS = ("self", "dense", "residual")
 FOLDS = ("measured", "linear")
-SOLVE_DTYPES = ("float32", "float64")
 ATTENTION_UNITS = ("kv_group", "query_head")
 AUTO = "auto"
+SOLVE_DTYPES = (AUTO, "float32", "float64")
 HIDDEN_STATES = (AUTO, "accelerator", "host", "disk")
 
 
@@ -104,7 +104,8 @@ class GrailConfig:
             is an accelerator, else the machine's accelerator if there is one, else the CPU. With
             a `device_map`, by default where that has them run; layers that it puts on an
             accelerator run there in any case.
-        dtype: of selection and solve, "float64" or "float32".
+        dtype: of selection and solve, "float64" or "float32". "auto": float64 where the device that
+            layers run on computes in it, else float32 (Apple's GPUs); the report has which.
         hidden_states: where the calibration tokens' hidden states are kept between layers; the
             result is the same. "accelerator": where layers run. "host": in host memory. "disk": in
             files without a name, mapped into memory; they are gone with the process. They are in
@@ -139,7 +140,7 @@ class GrailConfig:
     ignore: tuple[int | str, ...] = ()
     rehome: bool = True
     device: str | None = None
-    dtype: str = "float64"
+    dtype: str = AUTO
     hidden_states: str = AUTO
 
     def __post_init__(self) -> None:
@@ -242,8 +243,14 @@ class GrailConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of selection and solve."""
-        return {"float32": torch.float32, "float64": torch.float64}[self.dtype]
+        """The dtype of selection and solve; float64 for "auto" until `resolved_on` a device."""
+        return torch.float32 if self.dtype == "float32" else torch.float64
+
+    def resolved_on(self, device: torch.device) -> GrailConfig:
+        """The config with the dtype that "auto" means where layers run on `device`."""
+        if self.dtype != AUTO:
+            return self
+        return dataclasses.replace(self, dtype=str(widest_float(device)).removeprefix("torch."))
 
     @property
     def selector_name(self) -> str:
@@ -285,6 +292,23 @@ class GrailConfig:
         """One config from a config (or its dict, or nothing) and keyword overrides."""
         settings = config._settings() if isinstance(config, GrailConfig) else dict(config or {})
         return cls.from_dict(settings | overrides)
+
+
+@functools.cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device computes in it, else float32.
+
+    The device is asked; one that this machine does not have is taken to compute in float64.
+    """
+    lacks = _computes_in(torch.float32, device) and not _computes_in(torch.float64, device)
+    return torch.float32 if lacks else torch.float64
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    try:
+        return bool((torch.ones(1, dtype=dtype, device=device) + 1).item() == 2)
+    except (RuntimeError, TypeError, AssertionError):  # TypeError: MPS and float64
+        return False
 
 
 def unwrapped(function: Any) -> Any:

@@ -144,6 +144,7 @@ def estimate(
         length = max(shape[1] for shape in shapes)
         tokens, batch = (f(a * b for a, b in shapes) for f in (sum, max))
     device = device or choose_device(model, config.device)
+    config = config.resolved_on(device)
     one_memory = device.type == "cpu"
     work = _Work(
         plan,

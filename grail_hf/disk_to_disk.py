@@ -6,8 +6,6 @@ weights; a layer is read from the checkpoint, narrowed, repaired, written and dr
 
 from __future__ import annotations
 
-import errno
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +29,10 @@ from grail_hf.checkpoint import (
     Journal,
     Parts,
     WritingHomes,
+    check_revision,
     copy_processor,
+    meta_model,
+    small_files,
 )
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
@@ -41,7 +42,14 @@ from grail_hf.meter import Meter
 from grail_hf.offload import Place, choose_place
 from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
-from grail_hf.saving import causal_lm_name, claimed, empty, put_in_place, stopped_there
+from grail_hf.saving import (
+    causal_lm_name,
+    check_room,
+    claimed,
+    empty,
+    put_in_place,
+    stopped_there,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,21 +116,23 @@ def compress_checkpoint(
 
     config = GrailConfig.resolve(config, **overrides)
     output = Path(output)
-    processes.start(config.device)
+    processes.silence_copies()
     progress = progress and processes.is_first()
-    checkpoint = Checkpoint.open(source, revision)
-    model = checkpoint.skeleton()
-    plan = plan_compression(model, config, architecture)
-    parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
+    # Everything that can be refused is refused before weights are fetched from a hub.
+    check_revision(source, revision)
+    processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
+    model = meta_model(source, revision)
     device = choose_device(model, config.device)
+    config = config.resolved_on(device)
+    plan_compression(model, config, architecture)
     if isinstance(calibration, str) and calibration == SELF:
         raise ValueError(
             f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
             "give texts or tokens, or use compress"
         )
-    if tokenizer is None and has_tokenizer(checkpoint.folder):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
+    folder, commit = small_files(source, revision)
+    if tokenizer is None and has_tokenizer(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     with processes.first_within(claimed(output), _OUTPUT) as work:
         identity = _identity(config, model, tokens)
@@ -131,6 +141,10 @@ def compress_checkpoint(
             raise stopped_there(work)
         if stopped:
             stopped.check_identity(identity)
+        checkpoint = Checkpoint.open(source, commit)
+        model = checkpoint.skeleton()
+        plan = plan_compression(model, config, architecture)
+        parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
         digests = processes.once(partial(checkpoint.verify, progress), str(source))
         identity |= {f"sha256 of {name}": digest for name, digest in digests.items()}
         if stopped:
@@ -275,14 +289,7 @@ def _check_space(journal: Journal, costs: Estimate, place: Place) -> None:
     needed = costs.disk_bytes - journal.bytes_written
     if place.folder == journal.own:
         needed += costs.hidden_bytes
-    free = shutil.disk_usage(journal.folder).free
-    if needed > free:
-        raise OSError(
-            errno.ENOSPC,
-            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
-            "room, or choose an output on another disk",
-            str(journal.folder),
-        )
+    check_room(journal.folder, needed)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from grail_hf.calibration import (
     evaluation_mode,
     token_windows,
 )
-from grail_hf.config import AUTO
+from grail_hf.config import AUTO, widest_float
 from grail_hf.progress import Bar
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def language_model_loss(
             for row in range(len(ids)):
                 scores = logits[row, :-1].float()  # [T - 1, vocabulary]
                 targets = ids[row, 1:].to(scores.device)
-                loss = functional.cross_entropy(scores, targets, reduction="none").double().sum()
+                losses = functional.cross_entropy(scores, targets, reduction="none")
+                loss = losses.to(widest_float(losses.device)).sum()
                 total += _finite(loss.item(), first + row)
             bar.update(len(ids))
     tokens = count * (seq_length - 1)

@@ -127,6 +127,14 @@ def _free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)  # MPS has the host's
 
 
+def with_index(device: torch.device) -> torch.device:
+    """The device with its index, where it names the current accelerator by its type alone."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device.index is not None or accelerator is None or accelerator.type != device.type:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 class Courier:
     """Brings tensors to a CUDA device while it computes: in a thread, and a stream of its own.
 
@@ -142,6 +150,7 @@ class Courier:
         self, label: int, reads: Sequence[Callable[[], Tensor]], size: int, device: torch.device
     ) -> None:
         """Begin to read tensors, of `size` bytes together, and to bring them to the device."""
+        device = with_index(device)  # another thread has another current device
         if device.type == "cuda" and reads and size <= AHEAD_SHARE * _free_bytes(device):
             self._thread = self._thread or ThreadPoolExecutor(1, "read-ahead")
             self._under_way[label] = self._thread.submit(_bring, reads, device)
@@ -190,6 +199,7 @@ class Homes:
         self.device = device
         self.courier = Courier()
         self.meter = Meter(device)
+        self._read_ahead: list[Tensor] = []
 
     @contextmanager
     def surroundings(self) -> Iterator[None]:
@@ -210,9 +220,10 @@ class Homes:
         self._receive_(index)
         layer.to(self.device)
         if index + 1 < len(self.layers):
-            following = self._at_home(index + 1)
-            size = sum(tensor.nbytes for tensor in following)
-            reads = [tensor.detach for tensor in following]
+            # Kept, not looked up again when they arrive: what layers share is on the device now.
+            self._read_ahead = self._at_home(index + 1)
+            size = sum(tensor.nbytes for tensor in self._read_ahead)
+            reads = [tensor.detach for tensor in self._read_ahead]
             self.courier.send(index + 1, reads, size, self.device)
         try:
             yield self.device
@@ -221,8 +232,10 @@ class Homes:
 
     def _receive_(self, index: int) -> None:
         """Give the layer's tensors the values that were read ahead, if any were."""
-        for tensor, brought in zip(self._at_home(index), self.courier.receive(index), strict=False):
-            tensor.data = brought
+        tensors, self._read_ahead = self._read_ahead, []
+        if brought := self.courier.receive(index):
+            for tensor, values in zip(tensors, brought, strict=True):
+                tensor.data = values
 
     def _at_home(self, index: int) -> list[Tensor]:
         """The layer's tensors that lie in host memory."""

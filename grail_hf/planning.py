@@ -42,7 +42,8 @@ from grail_hf.calibration import context_length
 from grail_hf.config import ATTENTION_UNITS, AUTO, GrailConfig, unwrapped
 from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.groups import Group
-from grail_hf.offload import input_device, is_dispatched, weights_of
+from grail_hf.offload import input_device, is_dispatched, weights_of, with_index
+from grail_hf.quantization import check_not_quantised, without_quantization
 from grail_hf.refit import refit_batches, refit_stride
 from grail_hf.saving import (
     compressed_config,
@@ -213,7 +214,7 @@ def plan_compression(
     after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
     total = sum(parameter.numel() for parameter in model.parameters())
     new_config = compressed_config(
-        model.config,
+        without_quantization(model.config),
         specs,
         widths,
         movable if config.rehome else None,
@@ -570,12 +571,7 @@ def check_model(model: object) -> None:
             "the model has PEFT adapters: merge them into it and save it (PeftModel's "
             "merge_and_unload()), or load it without them"
         )
-    if getattr(model, "hf_quantizer", None) is not None or getattr(
-        model.config, "quantization_config", None
-    ):
-        raise ValueError(
-            "the model is quantised: compress the full-precision model, then quantise the result"
-        )
+    check_not_quantised(model)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):  # a DTensor
             raise ValueError(
@@ -651,7 +647,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
     """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
 
     A model that accelerate has dispatched runs where it takes its inputs, a CPU too. Of several
-    processes, each has an accelerator of its own.
+    processes, each has an accelerator of its own. An accelerator has its index, as tensors have.
 
     Raises ValueError where this machine does not have the wanted device, or it is another
     process's.
@@ -662,7 +658,7 @@ def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
         device = own
     else:
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return processes.own_device(device)
+    return with_index(processes.own_device(device))
 
 
 def usable_device(wanted: str) -> torch.device:

@@ -5,8 +5,9 @@ shares; what is summed over them is summed over the processes too, and what is d
 from the sums is so by the first process, and sent to the others. Everything here does nothing where
 there is one process alone. All processes must come to the same calls in the same order.
 
-accelerate joins the processes that `accelerate launch` or `torchrun` has started; a group that the
-program has made already, by accelerate or by torch.distributed, serves as well. The exchange is
+Processes take part where the program has joined them, by accelerate or by torch.distributed. The
+command line alone joins those that `accelerate launch` or `torchrun` has started (`join`): a script
+that a launcher runs may well call the library in one process only. The exchange is
 torch.distributed's own, because accelerate copies what it reduces, which is too much for a Gram.
 """
 
@@ -36,11 +37,11 @@ class ProcessGroupError(RuntimeError):
     """Another process has ended, or does not answer: this one cannot go on alone."""
 
 
-def start(device: str | None = None) -> None:
+def join(device: str | None = None) -> None:
     """Join the other processes that a launcher has started, if it has and they are not joined yet.
 
-    On accelerators each process's current device is from then on its own (`cuda:LOCAL_RANK`). The
-    warnings and bars of all but the first process are silenced, since they would be copies.
+    For the command line. On accelerators each process's current device is from then on its own
+    (`cuda:LOCAL_RANK`).
 
     Args:
         device: where layers will run, as in `GrailConfig.device`.
@@ -54,6 +55,10 @@ def start(device: str | None = None) -> None:
         elif torch.cuda.is_available():
             settings["backend"] = "cpu:gloo,cuda:nccl"  # what is no tensor stays on the host
         PartialState(**settings)
+
+
+def silence_copies() -> None:
+    """Silence the warnings and bars of all but the first process: they would be copies."""
     if not is_first():
         from transformers.utils.logging import disable_progress_bar
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grail_hf.config import widest_float
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -53,7 +55,8 @@ class Reduction:
         kept, order = first.scatter_reduce(0, labels, units, "amin").sort()
         labels = order.argsort()[labels]
         if weights is None:
-            weights = torch.ones(labels.shape, dtype=torch.float64, device=labels.device)
+            dtype = widest_float(labels.device)
+            weights = torch.ones(labels.shape, dtype=dtype, device=labels.device)
         shares = weights / sum_clusters(weights, labels)[labels]
         return cls(kept, labels.numel(), labels, shares)
 

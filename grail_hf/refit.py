@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from grail_hf import processes
 from grail_hf.compensation import Repair, reconstruction_error, ridge
-from grail_hf.config import GrailConfig
+from grail_hf.config import GrailConfig, widest_float
 from grail_hf.gram import (
     Symmetric,
     add_,
@@ -197,7 +197,8 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         rows = rows.to(factor)
 
         def preconditioned(residual: Tensor) -> Tensor:
-            return cholesky_solve_(residual.to(preconditioner), preconditioner, left=True)
+            copied = residual.to(preconditioner, copy=True)  # it is overwritten
+            return cholesky_solve_(copied, preconditioner, left=True)
 
         # What is added to weights in the end need not be more exact than they are.
         solution = torch.zeros_like(start, dtype=torch.float32)
@@ -225,9 +226,9 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
 
 def _input_moments(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Symmetric:
-    """[D, D] fp64, X^T X over the inputs of the linear producer."""
+    """[D, D], X^T X over the inputs of the linear producer, in fp64 where the device has it."""
     weight = linear.projection.weight
-    moments = Symmetric.zeros(weight.shape[1], weight.device, torch.float64)
+    moments = Symmetric.zeros(weight.shape[1], weight.device, widest_float(weight.device))
     for run in runs:
         with captured_input(linear.projection.module) as inputs:
             run.output()

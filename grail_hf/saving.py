@@ -8,9 +8,11 @@ and, where it moves to another model type, that type's own modules around the sa
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import update_wrapper
 from pathlib import Path
@@ -416,17 +418,82 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: a run from disk to disk, which can go on, was stopped there.
+        OSError: the folder is whole and cannot take that place; names the folder, which is kept.
     """
     with claimed(output) as work:
         _refuse_stopped(work)
         empty(work)
+        whole = False
         try:
             yield work
+            whole = True
             put_in_place(work, output)
-        except BaseException:
+        except BaseException as error:
+            if whole and isinstance(error, OSError) and work.exists():
+                raise OSError(
+                    f"{output} cannot be replaced ({error}): what was to be there is in {work}"
+                ) from error
             if work.exists():  # else it is in the output's place
                 empty(work)
             raise
+
+
+def save_or_rescue(save: Callable[[Path], None], folder: Path, output: Path) -> None:
+    """Fill a folder by `save`; where that cannot be written, another one, and say so.
+
+    What took long to compute is not lost to a disk that has filled up in the meantime.
+
+    Args:
+        save: writes everything into the folder that it is given.
+        folder: a claimed folder, emptied where it cannot be filled.
+        output: what the folder stands for, for messages.
+
+    Raises:
+        OSError: the folder cannot be filled. Names the folder that was filled instead, in the one
+            for temporary files or in the user's home, or says that there was no room there either.
+    """
+    from safetensors import SafetensorError
+
+    unwritten = (OSError, SafetensorError)
+    try:
+        save(folder)
+        return
+    except unwritten as error:
+        failure = error
+    empty(folder)
+    tried = []
+    for parent in (Path(tempfile.gettempdir()), Path.home()):
+        try:
+            rescue = Path(tempfile.mkdtemp(prefix=f"{output.name}-", dir=parent))
+        except OSError as error:
+            tried.append(f"{parent} ({error})")
+            continue
+        try:
+            save(rescue)
+        except unwritten as error:
+            tried.append(f"{parent} ({error})")
+            shutil.rmtree(rescue, ignore_errors=True)
+            continue
+        raise OSError(
+            f"{output} cannot be written ({failure}): the compressed model is in {rescue} instead, "
+            "whole; move it where you want it"
+        ) from failure
+    raise OSError(
+        f"{output} cannot be written ({failure}), and neither can {' nor '.join(tried)}: the "
+        "compressed model is lost; make room and start again"
+    ) from failure
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise OSError where the disk of a folder has no room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
+            "room, or choose an output on another disk",
+            str(folder),
+        )
 
 
 def check_not_stopped(output: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from grail_hf.config import unknown_name
+from grail_hf.config import unknown_name, widest_float
 from grail_hf.gram import GramStats, add_, cholesky_inverse_, cholesky_solve_, damped_cholesky
 from grail_hf.reduction import Reduction, expand_units, sum_clusters
 
@@ -209,8 +209,9 @@ def fold(group: Units, stats: GramStats, width: int) -> Reduction:
     """
     parts = []
     for rows in group.producers:
-        centred = rows.double() - rows.double().mean(dim=0)
-        parts.append(centred / centred.norm().clamp_min(torch.finfo(torch.float64).tiny))
+        rows = rows.to(widest_float(rows.device))
+        centred = rows - rows.mean(dim=0)
+        parts.append(centred / centred.norm().clamp_min(torch.finfo(centred.dtype).tiny))
     points = torch.cat(parts, dim=1)
     inner = points @ points.mT
     norms = group.weight.to(stats.dtype).square().sum(dim=0)
@@ -243,8 +244,8 @@ def k_means(
     takes the point that costs most where it is, so that there are always as many as asked.
 
     Args:
-        inner: [n, n], fp64.
-        weights: [n], fp64, positive.
+        inner: [n, n], fp64 where the device computes in it.
+        weights: [n], likewise, positive.
         clusters: from 1 to n.
         generator: on the CPU, for the start.
         max_steps: stop here where the clusters still change.

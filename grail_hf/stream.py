@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grail_hf import processes
 from grail_hf.architectures import GroupSpec
+from grail_hf.config import widest_float
 from grail_hf.experts import Expert, ExpertsGroup, group_in
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
@@ -371,7 +372,8 @@ class Block:
                 part = next(remaining).float() if group.spec.post_norm else output * (scale or 1.0)
                 behind = behind + part.reshape(behind.shape)
                 for energies, x in ((streams, behind), (given, output), (added, part)):
-                    energies[number] += batch.rows(x).double().square().sum().item()
+                    rows = batch.rows(x).to(widest_float(x.device))
+                    energies[number] += rows.square().sum().item()
         sums = processes.total([*streams, *given, *added], self.name)
         each = len(self.groups)
         return [

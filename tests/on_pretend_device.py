@@ -19,6 +19,7 @@ from tiny_models import (
 
 import grail_hf
 from grail_hf import offload
+from grail_hf.config import widest_float
 from grail_hf.gram import Symmetric
 from grail_hf.reduction import Reduction
 from grail_hf.selectors import Folding
@@ -89,6 +90,30 @@ def compressed_alike(case, device, settings):
         assert not any(isinstance(parameter, PretendTensor) for parameter in model.parameters())
         models.append(model)
     here, there = (logits(model, batches()) for model in models)
+    assert relative_error(there, here) < 1e-2
+
+
+@pytest.fixture
+def without_float64():
+    widest_float.cache_clear()
+    with pretend_device(lacking=torch.float64) as name:
+        yield name
+    widest_float.cache_clear()
+
+
+# Between them they come to every place that sums or solves in fp64 where it can.
+@pytest.mark.parametrize("settings", [{"selector": "fold"}, {"allocation": "error"}], ids=str)
+def test_a_device_without_float64_computes_in_float32(settings, without_float64):
+    """`dtype="auto"`; no tensor of float64 comes to the device, which would refuse it."""
+    with pytest.raises(TypeError, match="does not have"):
+        torch.zeros(1, dtype=torch.float64, device=without_float64)
+    computed = []
+    for place, dtype in (("cpu", "float64"), (without_float64, "float32")):
+        model = tiny_architecture("qwen3")
+        report = narrower(model, device=place, hidden_states="accelerator", **settings)
+        assert report.config.dtype == dtype
+        computed.append(logits(model, batches()))
+    here, there = computed
     assert relative_error(there, here) < 1e-2
 
 

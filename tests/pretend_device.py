@@ -33,13 +33,17 @@ class PretendTensor(Tensor):
 
     Attributes:
         inner: the same on the CPU.
+        lacking: a dtype that the device does not have.
     """
 
     inner: Tensor
+    lacking: torch.dtype | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "PretendTensor":
+        if inner.dtype == cls.lacking:
+            raise TypeError(f"this device does not have {inner.dtype}")  # as MPS does
         tensor = Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
@@ -127,10 +131,14 @@ _library = torch.library.Library("_", "IMPL")
 
 
 @contextmanager
-def pretend_device() -> Iterator[str]:
-    """There is such a device inside the context; its name."""
+def pretend_device(lacking: torch.dtype | None = None) -> Iterator[str]:
+    """There is such a device inside the context, without a dtype; its name."""
     if torch.utils.backend_registration._privateuse1_backend_name != NAME:
         _setup_privateuseone_for_python_backend(NAME, backend_module=_NotByItself())
         _library.fallback(dispatched, "PrivateUse1")
-    with _Mode():
-        yield NAME
+    PretendTensor.lacking = lacking
+    try:
+        with _Mode():
+            yield NAME
+    finally:
+        PretendTensor.lacking = None

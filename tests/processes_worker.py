@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from tiny_models import CASES, SIZES, tiny_architecture, tiny_model
 
 import grail_hf
@@ -158,6 +159,7 @@ def save(folder, name, result):
 
 
 def work_of_two(folder):
+    PartialState(cpu=True)
     for name in RUNS:
         save(folder, name, compressed(name))
     save(folder, "exchanged", exchanged())

@@ -1,17 +1,21 @@
 """The command line, run as a user runs it."""
 
+import errno
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import huggingface_hub
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURE_CASES, SIZES, config_of
@@ -401,6 +405,79 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
         raise OSError("no space left on device")
     assert [path.name for path in output.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_disk_that_is_too_small_is_seen_before_any_work(
+    compress_arguments, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cli, "_model", lambda *_, **__: 1 / 0)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, err = run(*compress_arguments)
+    assert code == 1 and "GiB are to be written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def full(tmp_path, monkeypatch):
+    """Folders on disks that fill up while tensors are written to them."""
+    folders, write = [tmp_path], safetensors.torch.save_file
+
+    def save_file(tensors, path, *args, **kwargs):
+        Path(path).write_bytes(b"cut short")
+        if any(Path(path).is_relative_to(folder) for folder in folders):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
+    return folders
+
+
+QUICKLY = ("--no-compensate", "--selector", "magnitude", "--num-samples", 2, "--seq-length", 16)
+
+
+@pytest.mark.parametrize("place", ["temporary", "home"])
+def test_what_cannot_be_saved_is_saved_elsewhere(
+    place, full, compress_arguments, tmp_path, tmp_path_factory, monkeypatch
+):
+    """The message names the folder; nothing is left where it was to be."""
+    places = {name: tmp_path_factory.mktemp(name) for name in ("temporary", "home")}
+    monkeypatch.setattr(tempfile, "tempdir", str(places["temporary"]))
+    monkeypatch.setenv("HOME", str(places["home"]))
+    if place == "home":
+        full.append(places["temporary"])
+    code, out, err = run(*compress_arguments, *QUICKLY, "--json")
+    assert (code, out) == (1, "")
+    assert f"{tmp_path / 'out'} cannot be written ([Errno 28] No space left on device" in err
+    (rescued,) = places[place].iterdir()
+    assert f"the compressed model is in {rescued} instead" in err
+    assert list(tmp_path.iterdir()) == []
+    model = AutoModelForCausalLM.from_pretrained(rescued)
+    report = CompressionReport.load(rescued)
+    assert model.config.intermediate_size == report.widths["mlp"][0] == 512
+    assert AutoTokenizer.from_pretrained(rescued).vocab_size == 4096
+    assert not list(places["temporary" if place == "home" else "home"].iterdir())
+
+
+def test_where_nothing_can_be_saved_that_is_said(full, compress_arguments, tmp_path, monkeypatch):
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    code, _, err = run(*compress_arguments, *QUICKLY)
+    assert code == 1 and "the compressed model is lost" in err
+    assert str(temporary) in err and str(tmp_path / "none") in err
+    assert list(tmp_path.iterdir()) == [temporary] and not list(temporary.iterdir())
+
+
+def test_a_whole_folder_that_cannot_take_its_place_is_kept(tmp_path, monkeypatch):
+    def refused(work, output):
+        raise PermissionError("not allowed")
+
+    monkeypatch.setattr("grail_hf.saving.put_in_place", refused)
+    with pytest.raises(OSError, match=r"out cannot be replaced .*\.out\.partial"):
+        with replaced_when_whole(tmp_path / "out") as folder:
+            (folder / "new").touch()
+    assert (tmp_path / ".out.partial" / "new").exists()
 
 
 def test_module_runs_as_the_command():

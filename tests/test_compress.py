@@ -371,8 +371,11 @@ def test_layers_run_on_the_accelerator_and_come_home(unit, home):
 # Arithmetic
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_selection_and_solve_are_in_the_dtype_of_the_config(monkeypatch, dtype):
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float64"])
+@pytest.mark.parametrize("widest", ["float32", "float64"])
+def test_selection_and_solve_are_in_the_dtype_of_the_config(monkeypatch, dtype, widest):
+    """Of "auto", in the widest of the device; the report has that one."""
+    monkeypatch.setattr("grail_hf.config.widest_float", lambda device: getattr(torch, widest))
     solved = []
 
     def seen(group, stats):
@@ -381,7 +384,9 @@ def test_selection_and_solve_are_in_the_dtype_of_the_config(monkeypatch, dtype):
 
     monkeypatch.setitem(SELECTORS, "seen", seen)
     report = compress(tiny_model("qwen2"), selector="seen", dtype=dtype)
-    assert solved == [getattr(torch, dtype)] * len(report.groups)
+    expected = widest if dtype == "auto" else dtype
+    assert solved == [getattr(torch, expected)] * len(report.groups)
+    assert report.config.dtype == expected
 
 
 @every_case_and_unit

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf.config import ATTENTION_UNITS, FOLDS, HIDDEN_STATES, SOLVE_DTYPES, GrailConfig
+from grail_hf.config import (
+    ATTENTION_UNITS,
+    FOLDS,
+    HIDDEN_STATES,
+    SOLVE_DTYPES,
+    GrailConfig,
+    widest_float,
+)
 
 FRACTIONS = ("sparsity", "mlp_sparsity", "attention_sparsity")
 NAN = float("nan")
@@ -140,6 +147,34 @@ def test_the_dtype_is_torch_s():
         torch.float64,
     }
     assert GrailConfig(sparsity=0.3, dtype="float32").torch_dtype == torch.float32
+
+
+@pytest.mark.parametrize(("lacking", "expected"), [(True, "float32"), (False, "float64")])
+def test_an_automatic_dtype_is_the_device_s(lacking, expected, monkeypatch):
+    """What is asked for stays; the device that lacks float64 refuses it as MPS does."""
+    device = torch.device("mps")
+
+    def ones(*shape, dtype, device):
+        assert device.type == "mps"
+        if lacking and dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return torch.full(shape, 1.0, dtype=dtype)
+
+    widest_float.cache_clear()
+    monkeypatch.setattr(torch, "ones", ones)
+    try:
+        assert GrailConfig(sparsity=0.3).resolved_on(device).dtype == expected
+        for asked in ("float32", "float64"):
+            config = GrailConfig(sparsity=0.3, dtype=asked)
+            assert config.resolved_on(device) is config
+    finally:
+        widest_float.cache_clear()
+
+
+def test_a_device_that_is_not_here_is_taken_to_have_float64():
+    absent = torch.device("cuda:99")
+    assert GrailConfig(sparsity=0.3).resolved_on(absent).dtype == "float64"
+    assert GrailConfig(sparsity=0.3).resolved_on(torch.device("cpu")).dtype == "float64"
 
 
 fraction = st.floats(0, 1, exclude_max=True)

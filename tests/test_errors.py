@@ -135,9 +135,33 @@ def test_an_encoder_decoder_is_refused():
         compress(model, Untouchable())
 
 
+def packed_buffer(model):
+    """As in GPTQ's layers: 4-bit numbers in a buffer of whole ones."""
+    linear = model.model.layers[1].mlp.up_proj
+    del linear.weight
+    linear.register_buffer("qweight", torch.zeros(6, 83, dtype=torch.int32))
+
+
+def eight_bits(model):
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+def own_kind(model):
+    """As bitsandbytes' and torchao's tensors, of a class of its own."""
+
+    class Packed(torch.nn.Parameter):
+        pass
+
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = Packed(linear.weight.detach())
+
+
 @pytest.mark.parametrize("place", ["config", "quantizer"])
-def test_a_quantised_model_is_refused(place):
+@pytest.mark.parametrize("quantise", [packed_buffer, eight_bits, own_kind])
+def test_a_quantised_model_is_refused(quantise, place):
     model = tiny_model("llama")
+    quantise(model)
     if place == "config":
         model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     else:

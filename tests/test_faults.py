@@ -406,7 +406,7 @@ def test_where_a_run_has_room_it_has_room_to_go_on(place, source, tmp_path, monk
         for spare, fits in ((-1, False), (0, True)):
             used = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
             left = usage._replace(free=rooms[0] - used + spare)
-            monkeypatch.setattr(disk_to_disk.shutil, "disk_usage", lambda _, left=left: left)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, left=left: left)
             if fits:
                 checked(journal, costs, where)
             else:
@@ -439,7 +439,7 @@ def test_a_journal_that_is_none_is_named(text, source, tmp_path):
 
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_done(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(disk_to_disk.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="GiB are to be written") as error:
         compress(source, tmp_path / "out")
     assert error.value.errno == errno.ENOSPC

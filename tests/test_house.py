@@ -18,9 +18,9 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 ORDER = [
     *("config", "architectures", "reduction", "gram", "selectors", "allocation", "compensation"),
     *("modeling_grail", "groups", "experts", "processes", "meter", "offload", "progress", "stream"),
-    *("refit", "calibration", "checkpoint", "saving", "planning", "profiling", "costs"),
-    *("evaluation", "infer", "report", "gguf_file", "export", "narrow_experts", "compress"),
-    *("disk_to_disk", "__init__", "cli", "__main__"),
+    *("refit", "calibration", "quantization", "checkpoint", "saving", "planning", "profiling"),
+    *("costs", "evaluation", "infer", "report", "gguf_file", "export", "narrow_experts"),
+    *("compress", "disk_to_disk", "__init__", "cli", "__main__"),
 ]
 FOUNDATION = ["config", "architectures", "reduction", "gram"]
 PURE = [*FOUNDATION, "selectors", "allocation", "compensation"]

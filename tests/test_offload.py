@@ -365,6 +365,63 @@ def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path
     ]
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("mps", "mps"), ("meta", "meta")],
+)
+def test_an_accelerator_has_its_index(device, expected, monkeypatch):
+    """Also in the thread that reads ahead, whose own current device is another."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(offload, "_free_bytes", lambda device: 80)
+    monkeypatch.setattr(offload, "_bring", lambda reads, device: [torch.tensor(device.index)])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    device = torch.device(device)
+    assert str(offload.with_index(device)) == expected
+    courier = Courier()
+    courier.send(0, [torch.empty], 10, device)
+    assert [int(t) for t in courier.receive(0)] == [3 if expected == "cuda:3" else 1] * (
+        device.type == "cuda"
+    )
+
+
+class Sharing(torch.nn.Module):
+    """A layer with a module that the other layers have too; that alone moves (to "meta")."""
+
+    def __init__(self, number, shared):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((2,), float(number)))
+        self.shared = shared
+        self.own = torch.nn.Module()
+        self.own.register_buffer("numbers", torch.full((3,), number))
+
+    def to(self, device):
+        self.shared.table = self.shared.home.to(device)
+        return self
+
+
+def test_what_was_read_ahead_goes_to_its_own_tensor(monkeypatch):
+    """A buffer that layers share is away with one layer while the next one is read."""
+    monkeypatch.setattr(Messenger, "send", copied_on_the_host)
+    shared = torch.nn.Module()
+    shared.register_buffer("table", torch.arange(4))
+    shared.home = shared.table
+    layers = torch.nn.ModuleList(Sharing(number, shared) for number in range(3))
+    homes = Homes(layers, torch.device("meta"))
+    homes.courier = Messenger()
+    for index in range(3):
+        with homes.at_work(index):
+            assert layers[index].weight.tolist() == [index] * 2
+            assert layers[index].own.numbers.tolist() == [index] * 3
+        assert shared.table.tolist() == [0, 1, 2, 3]
+
+
+def copied_on_the_host(self, label, reads, size, device):
+    self.brought = {label: [read().clone() for read in reads]}
+
+
 def test_nothing_is_brought_to_a_cpu():
     def read():
         raise AssertionError("nothing was to be read")

@@ -10,8 +10,12 @@ import processes_worker
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import batches, tiny_model
+from typer.testing import CliRunner
 
+import grail_hf
 from grail_hf import processes
+from grail_hf.cli import app
 
 TESTS = Path(__file__).parent
 LIMIT = 1e-5
@@ -135,12 +139,48 @@ def test_what_was_done_when_one_is_killed_is_gone_on_with(folder):
 
 def test_one_process_joins_nothing():
     marker = object()
-    processes.start()
+    processes.join()
     assert not torch.distributed.is_initialized()
     assert (processes.count(), processes.index(), processes.is_first()) == (1, 0, True)
     assert processes.once(lambda: marker, "here") is marker
     assert processes.gather([marker], "here") == [marker]
     assert processes.share(3) == range(3)
+
+
+class Joined(ValueError):
+    pass
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As a launcher has it for the first of two processes; who joins the other is found out."""
+
+    def join(**settings):
+        raise Joined("joined")
+
+    monkeypatch.setattr("accelerate.PartialState", join)
+    own = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_call_in_a_launched_script_joins_nothing(launched, tmp_path):
+    """One process may well be alone in making it, and would wait for ever."""
+    settings = {"mlp_sparsity": 0.5, "attention_sparsity": 0.0, "device": "cpu", "refit": 0}
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    report = grail_hf.compress(model, None, batches(), multiple_of=1, **settings)
+    assert report.processes == 1
+    grail_hf.compress_checkpoint(
+        tmp_path / "dense", tmp_path / "out", batches(), multiple_of=1, **settings
+    )
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_command_joins_what_a_launcher_started(launched, tiny_llama_dir, tmp_path):
+    command = ["compress", str(tiny_llama_dir), str(tmp_path / "out"), "--sparsity", "0.5"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1 and result.stderr.strip() == "error: joined"
 
 
 @pytest.mark.parametrize(("number", "count"), [(5, 2), (7, 3), (16, 4), (4, 4)])
