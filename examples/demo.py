@@ -31,7 +31,10 @@ TRAIN, TEST = EXAMPLES / "text" / "jargon-train.txt", EXAMPLES / "text" / "jargo
 SEQ_LENGTH = 256
 SHOWN = 0.5
 METHODS = {
-    "Wanda, pruned only": ({"selector": "wanda", "compensate": False}, (0.3, 0.5, 0.7)),
+    "Wanda, pruned only": (
+        {"selector": "wanda", "compensate": False, "allocation": "uniform", "random_tokens": 0},
+        (0.3, 0.5, 0.7),
+    ),
     "Wanda + GRAIL": ({"selector": "wanda"}, (SHOWN,)),
     "gram + GRAIL": ({"selector": "gram"}, (0.3, 0.5, 0.7)),
 }

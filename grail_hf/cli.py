@@ -108,6 +108,9 @@ Bos = Annotated[
         help="Start each window of text with BOS; by default if the tokenizer adds one by itself.",
     ),
 ]
+RandomTokens = Annotated[
+    float, typer.Option(help="Fraction of a calibration text's tokens to replace by random ones.")
+]
 BatchSize = Annotated[int, typer.Option(help="Windows in one forward pass.")]
 MultipleOf = Annotated[
     str, typer.Option(help='MLP widths are multiples of this; "auto": as large as costs nothing.')
@@ -190,6 +193,7 @@ def compress_command(
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     bos: Bos = None,
+    random_tokens: RandomTokens = _DEFAULTS.random_tokens,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),
@@ -461,6 +465,7 @@ def inspect_command(
     num_samples: NumSamples = _DEFAULTS.num_samples,
     seq_length: SeqLength = _DEFAULTS.seq_length,
     bos: Bos = None,
+    random_tokens: RandomTokens = _DEFAULTS.random_tokens,
     batch_size: BatchSize = _DEFAULTS.batch_size,
     seed: Seed = _DEFAULTS.seed,
     multiple_of: MultipleOf = str(_DEFAULTS.multiple_of),

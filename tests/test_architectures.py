@@ -258,7 +258,6 @@ def test_the_linear_rows_are_and_no_others(case, unit):
     """A block that an entry calls linear in nothing is not linear in the last rows of any input."""
     model = tiny_architecture(case)
     settings = {"target": "dense", "progress": False}
-    settings["returns_tuple"] = entry_of(model).returns_tuple
     block = next(stream(model, homes_of(model), all_specs_of(model, unit), batches(), **settings))
     for group in block.groups:
         if group.spec.experts or not group.num_units:

@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf import ARCHITECTURES, GrailConfig
+from grail_hf import GrailConfig
 from grail_hf.planning import plan_compression, refits
 from grail_hf.refit import in_wider_range, refit_
 from grail_hf.stream import stream
@@ -32,7 +32,6 @@ padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-p
 def first_group_and_block(model, kind, inputs, unit="kv_group"):
     """The first layer's group, with a residual target that its block misses by far."""
     options = {"target": "residual", "progress": False}
-    options["returns_tuple"] = ARCHITECTURES[model.config.model_type].returns_tuple
     block = next(stream(model, homes_of(model), all_specs_of(model, unit), inputs, **options))
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back

@@ -6,11 +6,13 @@
 For each selector and sparsity the model is pruned (or folded) only ("none"); pruned and repaired by
 the recipe of the GRAIL paper's code ("reference": both Grams of a layer in one pass before it is
 changed, so that the MLP does not see the repaired attention; damping 1e-3; the block's own output
-as target), which is written here with this library's parts; by grail_hf's defaults ("ours"); and as
-well as it can ("best": widths by `allocation="search"`, six steps of refit). "flap-global" is FLAP
-with its own widths, of standardised scores sorted over the whole model, in every column. Prints one
-table of excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the
-best reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
+as target), which is written here with this library's parts; by grail_hf's defaults ("ours"); with
+widths that differ by layer ("error": `allocation="error"`); and with these by measured divergence
+and six steps of refit ("best": `allocation="search"`, `refit=6`). The first two keep the same
+fraction of both kinds and calibrate on the text as it is. "flap-global" is FLAP with its own
+widths, of standardised scores sorted over the whole model, in every column. Prints one table of
+excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the best
+reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
 quality.json that it finds, if that is of the same model, texts and numbers of tokens.
 """
 
@@ -27,7 +29,12 @@ import matplotlib.pyplot as plt
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 import grail_hf
@@ -43,15 +50,17 @@ from grail_hf.stream import stream
 
 EXAMPLES = Path(__file__).parent.parent
 TEXTS = EXAMPLES / "text"
-REPAIRS = ("none", "reference", "ours", "best")
+REPAIRS = ("none", "reference", "ours", "error", "best")
+PLAIN = {"allocation": "uniform", "random_tokens": 0, "multiple_of": 8}
 SETTINGS = {
-    "none": {"compensate": False},
-    "reference": {"ridge": 1e-3, "target": "self", "fold": "linear"},
+    "none": PLAIN | {"compensate": False},
+    "reference": PLAIN | {"ridge": 1e-3, "target": "self", "fold": "linear"},
     "ours": {},
+    "error": {"allocation": "error"},
     "best": {"allocation": "search", "refit": 6},
 }
 # What every row of one quality.json has in common.
-COMMON = ("model", "calibration", "text", "num_samples", "seq_length", "max_windows")
+COMMON = ("model", "dtype", "calibration", "text", "num_samples", "seq_length", "max_windows")
 # The selectors of the paper, whose references are the ones to beat.
 PAPER = ("magnitude", "wanda", "wanda++", "flap", "flap-global", "slimgpt", "fold")
 
@@ -59,6 +68,8 @@ PAPER = ("magnitude", "wanda", "wanda++", "flap", "flap-global", "slimgpt", "fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(EXAMPLES / "tiny-llama"))
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--calibration", nargs="+", default=[str(TEXTS / "jargon-train.txt")])
     parser.add_argument("--text", nargs="+", default=[str(TEXTS / "jargon-test.txt")])
     parser.add_argument("--selectors", nargs="+", default=[*grail_hf.SELECTORS, "flap-global"])
@@ -93,9 +104,13 @@ def main() -> None:
         )
         for label, text in labels(arguments.text).items()
     }
-    dense = load(arguments.model)
-    tokens = calibration_tokens(arguments, tokenizer, dense.config.vocab_size)
-    baseline = losses(dense, windows)
+    dense = load(arguments)
+    # With and without random tokens, as the settings ask.
+    tokens = {
+        fraction: calibration_tokens(arguments, tokenizer, dense.config.vocab_size, fraction)
+        for fraction in {config_of("wanda", repair, 0.5).random_tokens for repair in REPAIRS}
+    }
+    baseline = losses(dense, windows, arguments.batch_size)
     for sparsity in arguments.sparsities:
         for selector in arguments.selectors:
             for repair in arguments.repairs:
@@ -103,13 +118,13 @@ def main() -> None:
                     (row["sparsity"], row["selector"], row["repair"]) for row in rows
                 }:
                     continue
-                model = load(arguments.model)
+                model = load(arguments)
+                config = config_of(selector, repair, sparsity)
                 start = time.perf_counter()
-                compress(model, tokens, selector, repair, sparsity)
+                compress(model, tokens[config.random_tokens], config, repair)
                 seconds = time.perf_counter() - start
-                excess = {
-                    name: loss - baseline[name] for name, loss in losses(model, windows).items()
-                }
+                measured = losses(model, windows, arguments.batch_size)
+                excess = {name: loss - baseline[name] for name, loss in measured.items()}
                 rows.append(
                     {
                         "sparsity": sparsity,
@@ -122,7 +137,7 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 result = {
                     "settings": common,
-                    "calibration": tokens.summary(),
+                    "calibration": [batches.summary() for batches in tokens.values()],
                     "dense_loss": baseline,
                     "rows": rows,
                 }
@@ -139,11 +154,16 @@ def labels(texts: list[str]) -> dict[str, str]:
     }
 
 
-def load(name: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+def load(arguments: argparse.Namespace) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
 
 
-def calibration_tokens(arguments, tokenizer, vocab_size: int) -> torch.Tensor | TokenBatches:
+def calibration_tokens(
+    arguments: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    random_tokens: float,
+) -> TokenBatches:
     """As many windows from each calibration text, `num_samples` together."""
     share = arguments.num_samples // len(arguments.calibration)
     parts = [
@@ -153,31 +173,39 @@ def calibration_tokens(arguments, tokenizer, vocab_size: int) -> torch.Tensor | 
             vocab_size=vocab_size,
             num_samples=share,
             seq_length=arguments.seq_length,
-            batch_size=16,
+            batch_size=arguments.batch_size,
             seed=0,
+            random_tokens=random_tokens,
         )
         for text in arguments.calibration
     ]
-    ids = torch.cat([batch["input_ids"] for part in parts for batch in part.batches])
-    return token_batches(
-        ids, None, vocab_size=vocab_size, num_samples=1, seq_length=2, batch_size=16, seed=0
+    batches = tuple(batch for part in parts for batch in part.batches)
+    return TokenBatches(
+        batches,
+        source="; ".join(part.source for part in parts),
+        fingerprint=" ".join(part.fingerprint for part in parts),
     )
 
 
-def losses(model: PreTrainedModel, windows: dict[str, torch.Tensor]) -> dict[str, float]:
+def losses(
+    model: PreTrainedModel, windows: dict[str, torch.Tensor], batch_size: int
+) -> dict[str, float]:
     return {
-        name: math.log(grail_hf.perplexity(model, None, ids, batch_size=16))
+        name: math.log(grail_hf.perplexity(model, None, ids, batch_size=batch_size))
         for name, ids in windows.items()
     }
 
 
-def compress(
-    model: PreTrainedModel, tokens: TokenBatches, selector: str, repair: str, sparsity: float
-) -> None:
-    settings = {"sparsity": sparsity, "selector": selector}
+def config_of(selector: str, repair: str, sparsity: float) -> GrailConfig:
+    settings = SETTINGS[repair] | {"sparsity": sparsity, "selector": selector}
     if selector == "flap-global":
         settings |= {"selector": "flap", "allocation": "flap"}
-    config = GrailConfig(**settings | SETTINGS[repair])
+    return GrailConfig(**settings)
+
+
+def compress(
+    model: PreTrainedModel, tokens: TokenBatches, config: GrailConfig, repair: str
+) -> None:
     if repair == "reference":
         reference_compress(model, tokens, config)
     else:
@@ -188,9 +216,10 @@ def compress(
 def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: GrailConfig) -> None:
     """The recipe of the paper's code: both Grams first, then both groups."""
     check_weights(model)
+    device = choose_device(model, config.device)
+    config = config.resolved_on(device)
     plan = plan_compression(model, config)
     model.eval()
-    device = choose_device(model, config.device)
     homes = Homes(decoder_layers(model, plan.architecture), device)
     if plan.measures:
         (profiles,) = profile(model, [plan], tokens.batches, config, homes, progress=False)
