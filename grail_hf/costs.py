@@ -126,6 +126,9 @@ def estimate(
     selection. Greedy elimination has a square and O H numbers of s bytes beside them; the choice of
     the ridge works at K channels, with the moments in fp32, those of the fit and a square, and
     twice O K numbers; a refit has K^2 numbers in fp32 and three and a half times K D in fp64.
+    A fold's k-means has the producers' rows twice and two squares of units in fp64, and five times
+    the distances of units from centres; its linear form, moments at K channels, is held while those
+    behind the fold are summed, for which target "self" keeps the block's outputs.
 
     Args:
         model: the dense one.
@@ -169,6 +172,7 @@ def estimate(
         "profile": generation + work.variants,
         "refit": hidden + work.refit_inputs,
         "select": hidden + work.aside,
+        "gram": hidden + work.fold_outputs,
     }
     states = config.hidden_states
     on_accelerator = states == "accelerator" and not one_memory
@@ -211,6 +215,7 @@ class _Work:
         peaks: phase -> peak in bytes where layers run, without hidden states.
         refit_inputs: bytes kept for a refit, of a block's calls and their targets.
         aside: bytes of moments that lie with the hidden states while units are chosen.
+        fold_outputs: bytes of a consumer's outputs that are kept as the targets behind a fold.
     """
 
     plan: Plan
@@ -227,6 +232,7 @@ class _Work:
     peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_PHASES, 0))
     refit_inputs: int = 0
     aside: int = 0
+    fold_outputs: int = 0
 
     def __post_init__(self) -> None:
         self.solve_item = self.config.torch_dtype.itemsize
@@ -344,10 +350,35 @@ class _Work:
             widened = max(widened, sums + solve) + repaired
             self.at_peak("solve", held + left + repaired)
         self.at_peak("solve", held + max(widened, solve))
+        if folds:
+            assert isinstance(group, Group)
+            self._add_fold(group, kept, held, sums, solve)
         if refits:
             assert isinstance(group, Group)
             self._add_refit(group, kept, held + left * self._maps, solve)
         return runs * (collects + folds)
+
+    def _add_fold(self, group: Group, kept: int, held: int, sums: int, solve: int) -> None:
+        """A fold to `kept` inputs, with moments of `sums` bytes; its solve takes `solve` bytes."""
+        number, copies = self.solve_item, 1 + self.config.holds_out
+        outputs, inputs = group.weight.shape
+        # k-means: the points twice, their inner products, and distances to all centres.
+        units, clusters = group.num_units, kept // group.columns
+        rows = group.num_parameters - outputs * inputs
+        each = (units // group.partitions) * (clusters // group.partitions)
+        points = 2 * rows + units**2 * (1 + group.partitions) // group.partitions
+        self.at_peak("select", held + sums + _FP64 * (points + 5 * each))
+        # The linear form, as if the fold were one of the inputs, held until the other is solved.
+        linear = number * (half_square(kept) + outputs * kept)
+        means = number * (2 * inputs**2 + inputs * kept + 3 * outputs * inputs)
+        self.at_peak("solve", held + sums + means + linear)
+        self.at_peak("solve", held + copies * linear + solve)
+        # Behind the folded producers moments are summed anew, with targets of any kind.
+        behind = copies * number * (half_square(kept) + outputs * kept) + number * outputs * kept
+        passed = self._pass_bytes(inputs, outputs)
+        self.at_peak("gram", held + copies * linear + behind + passed)
+        if not self.config.targeted:
+            self.fold_outputs = max(self.fold_outputs, self.tokens * outputs * self.item)
 
     def _add_refit(self, group: Group, kept: int, held: int, solve: int) -> None:
         """A refit of a group with `kept` inputs left, whose last solve takes `solve` bytes."""

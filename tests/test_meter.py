@@ -164,3 +164,30 @@ def test_a_fold_takes_more_passes():
     fold, model = replace(config, selector="fold"), skeleton()
     costs = [estimate(model, plan_compression(model, c), c).operations for c in (config, fold)]
     assert costs[1]["forward"] > costs[0]["forward"] and costs[1]["gram"] > costs[0]["gram"]
+
+
+@pytest.mark.parametrize("target", ["self", "residual"])
+def test_the_memory_of_a_fold_is_in_the_estimate(target):
+    """At the MLP of 1024 channels, 720 of which stay, with a stream of 256 and 512 tokens."""
+    config = GrailConfig(
+        **{"mlp_sparsity": 0.3, "attention_sparsity": 0.0, "device": "cpu", "target": target},
+        **{"num_samples": 8, "seq_length": 64, "hidden_states": "host", "refit": 0},
+    )
+    fold, model = replace(config, selector="fold"), skeleton()
+    plans = [plan_compression(model, c) for c in (replace(config, selector="wanda"), fold)]
+    plain, folding = (estimate(model, plan, fold) for plan in plans)
+    width = plans[1].widths["mlp"][0]
+    assert width == 720
+    outputs = 512 * 256 * 4 * (target == "self")  # the block's own, kept as targets behind the fold
+    assert folding.hidden_bytes - plain.hidden_bytes == outputs
+    more = {
+        name: cost.host_bytes - plain.phases[name].host_bytes
+        for name, cost in folding.phases.items()
+    }
+    # k-means in fp64: rows of gate and up, inner products, distances to centres.
+    clustering = 8 * (1024 * 512 + 1024**2 + 1024 * width)
+    assert clustering < more["select"] < 5 * clustering
+    # The linear form in fp64: the Gram and its mean over clusters, at the fit and the held out.
+    linear_form = 8 * (1024**2 + 1024 * width + 2 * (width**2 // 2 + 256 * width))
+    assert 0.5 * linear_form < more["solve"] < 2 * linear_form
+    assert more["gram"] >= outputs
