@@ -169,7 +169,7 @@ def estimate(
     hidden = tokens * work.stream * work.item * (1 + config.targeted * (2 + len(plan.specs[0])))
     kept = dict.fromkeys(_PHASES, hidden) | {
         "embed": generation // (1 + config.targeted),
-        "profile": generation + work.variants,
+        "profile": 2 * generation // (1 + config.targeted) + work.variants,
         "refit": hidden + work.refit_inputs,
         "select": hidden + work.aside,
         "gram": hidden + work.fold_outputs,
@@ -264,7 +264,7 @@ class _Work:
             left -= (group.num_units - self.plan.widths[group.kind][index]) * group.unit_cost
             held = changed * self._maps if self.one_memory else whole * (1 + self.reads_ahead)
             if self.measures:
-                self._add_profile(group, held)
+                self._add_profile(group, held, [g for g in groups if g is not group])
             if (index, group.kind) in self.repaired:
                 passes += self._add_repair(index, group, upstream, held, left * self.item)
                 changed += left * self.item
@@ -278,15 +278,24 @@ class _Work:
         self.at_peak("forward", held + self.batch * self.item * 6 * widest)
         self.at_peak("write", 2 * (changed if self.one_memory else whole))
 
-    def _add_profile(self, group: Group | ExpertsGroup, held: int) -> None:
-        """A group's part in measuring an allocation, with `held` bytes of its layer in memory."""
+    def _add_profile(
+        self, group: Group | ExpertsGroup, held: int, others: Sequence[Group | ExpertsGroup]
+    ) -> None:
+        """A group's part in measuring an allocation, with `held` bytes of its layer in memory.
+
+        The moments of all the layer's groups are summed in one pass.
+        """
         *_, outputs, inputs = group.weight.shape
         square, entries = self.solve_item * inputs**2, self.solve_item * outputs * inputs
-        self.operations["profile"] += 6 * self.tokens * group.num_parameters
+        self.operations["profile"] += 2 * self.tokens * group.num_parameters
+        if group.kind == ATTENTION:
+            self.operations["profile"] += 2 * self.tokens * self.length * inputs
         self.operations["profile"] += self.tokens * inputs**2 + 2 * inputs**3
-        moments = _FP32 * half_square(inputs)
-        working = moments + 5 * square // 2 + 3 * entries + self._pass_bytes(inputs, outputs)
-        self.at_peak("profile", held + working)
+        moments = half_square(inputs) + sum(half_square(g.weight.shape[-1]) for g in others)
+        working = 5 * square // 2 + 3 * entries
+        self.at_peak("profile", held + _FP32 * moments + working)
+        passing = self._pass_bytes(inputs, outputs)
+        self.at_peak("profile", held + self.solve_item * moments + passing)
 
     def _add_repair(
         self, index: int, group: Group | ExpertsGroup, upstream: int, held: int, left: int

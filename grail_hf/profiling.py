@@ -126,11 +126,11 @@ def _profile(
         )
         for variant in variants:
             variant.hidden = watched.behind(variant.hidden)
-        energies = fitted.energies()
-        for position, (group, energy) in enumerate(zip(block.groups, energies, strict=True)):
+        moments = fitted.collect_all()
+        for position, group in enumerate(block.groups):
+            stats, energy = moments.pop(0)
             if index in first.budgets[group.kind].ignored:
                 continue
-            stats = fitted.collect(group)
             for plan in plans:
                 own = group.in_units_of(plan.specs[index][position])
                 slot = (own.kind, own.num_units, index)
@@ -143,7 +143,7 @@ def _profile(
                         _Variant(slot, width, _reduced(watched, own, stats, profiles[slot], width))
                         for width in widths_to_measure(plan.budgets[own.kind], plan.sparsity)
                     ]
-            del stats  # before the next ones are summed
+            del stats
         if wanted and index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own_batches = [parts[batch.number] for batch in watched.batches]

@@ -46,12 +46,14 @@ class _MicroBatch(HiddenStates):
         calls: every layer's other arguments.
         outputs: of each of the layer's consumers in the dense model, [b, T, O], where the target
             needs them.
+        following: the hidden states after the layer, where a pass over it as it is has made them.
     """
 
     tokens: Tensor | None
     held_out: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    following: Tensor | None = None
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor, device: torch.device) -> Tensor:
         """What `layer` makes of `hidden`, [b, T, D] on `device`."""
@@ -347,41 +349,55 @@ class Block:
         ]
 
     @torch.no_grad()
-    def energies(self) -> list[float]:
-        """For each group, what its consumer's squared error is relative to.
+    def collect_all(self) -> list[tuple[GramStats, float]]:
+        """Of each group the moments that `collect` gives, and its energy, in one whole pass.
 
-        That is the sum of squares of the residual stream behind the block, over the gain with
-        which the consumer's output reaches the stream: the square of the block's factor or, where
-        a norm lies in between, the energy that the norm puts out over the energy that it gets,
-        since a norm changes the scale of an error as it does the output's. Where the stream itself
-        is normed behind the block, it is taken as it is before.
+        The layer has to stay as it is: what the pass makes of the hidden states is kept for
+        `advance`. There is no target but the layer's own outputs.
+
+        The energy is what a consumer's squared error is relative to: the sum of squares of the
+        residual stream after the block, over the gain with which the consumer's output reaches the
+        stream. That is the square of the block's factor or, where a norm lies in between, the
+        energy that the norm puts out over the energy that it gets, since a norm changes the scale
+        of an error as it does the output's. Where the stream itself is normed after the block, it
+        is taken as it is before.
         """
+        self.progress.set_postfix_str(f"{self.name} Grams")
+        every = [
+            GramStats.zeros(group.weight.shape[1], self.device, dtype=self.dtype)
+            for group in self.groups
+        ]
         streams, given, added = ([0.0] * len(self.groups) for _ in range(3))
-        modules = []
-        for group in self.groups:
-            norm = group.spec.post_norm
-            modules += [group.consumer, self.layer.get_submodule(norm) if norm else group.consumer]
+        norms = (group.spec.post_norm for group in self.groups)
+        pairs = [
+            (group.consumer, self.layer.get_submodule(norm) if norm else None)
+            for group, norm in zip(self.groups, norms, strict=True)
+        ]
         for batch in self.batches:
-            with captured_outputs(list(dict.fromkeys(modules))) as outputs:
-                batch.through(self.layer, self.index, batch.hidden, self.device)
-            remaining = iter(outputs)
-            behind = self._widened(batch.hidden)
-            for number, group in enumerate(self.groups):
-                output = next(remaining).float()
+            with captured_calls([module for pair in pairs for module in pair if module]) as calls:
+                following = batch.through(self.layer, self.index, batch.hidden, self.device)
+            remaining = iter(calls)
+            after = self._widened(batch.hidden)
+            for number, (group, stats) in enumerate(zip(self.groups, every, strict=True)):
+                inputs, output = next(remaining)
+                stats.update_(batch.rows(inputs))
+                output = output.float()
                 scale = group.spec.residual_scale
-                part = next(remaining).float() if group.spec.post_norm else output * (scale or 1.0)
-                behind = behind + part.reshape(behind.shape)
-                for energies, x in ((streams, behind), (given, output), (added, part)):
+                part = next(remaining)[1].float() if pairs[number][1] else output * (scale or 1.0)
+                after = after + part.reshape(after.shape)
+                for energies, x in ((streams, after), (given, output), (added, part)):
                     rows = batch.rows(x).to(widest_float(x.device))
                     energies[number] += rows.square().sum().item()
+            batch.following = self.place.keep(following)
+            self.progress.update()
+        _sum_statistics_(every, self.name)
         sums = processes.total([*streams, *given, *added], self.name)
-        each = len(self.groups)
-        return [
-            stream * energy / gained if gained else stream
-            for stream, energy, gained in zip(
-                sums[:each], sums[each : 2 * each], sums[2 * each :], strict=True
-            )
-        ]
+        found = []
+        for number, (group, stats) in enumerate(zip(self.groups, every, strict=True)):
+            stats.check_finite(group.name)
+            stream, energy, gained = sums[number :: len(self.groups)]
+            found.append((stats.round_(), stream * energy / gained if gained else stream))
+        return found
 
     def _target(self, batch: _MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
@@ -413,8 +429,10 @@ class Block:
         """Replace the hidden states in front of the layer by those behind it."""
         self.progress.set_postfix_str(f"{self.name} forward")
         for batch in self.batches:
-            hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
-            batch.hidden = self.place.keep(hidden)
+            if batch.following is None:
+                hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
+                batch.following = self.place.keep(hidden)
+            batch.hidden, batch.following = batch.following, None
             self.progress.update()
 
 
@@ -687,10 +705,19 @@ def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dic
 @contextmanager
 def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs of `modules`, in the order in which the pass inside the context calls them."""
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
+    with captured_calls(modules) as calls:
+        yield outputs
+    outputs += [output for _, output in calls]
+
+
+@contextmanager
+def captured_calls(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of `modules`, in the order in which the pass in the context calls them."""
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output.clone())  # some layers go on to add to it in place
+        seen.append((inputs[0], output.clone()))  # some layers go on to add to it in place
 
     handles = [module.register_forward_hook(take) for module in modules]
     try:

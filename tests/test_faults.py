@@ -193,7 +193,7 @@ def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
     compress(source, tmp_path / "whole", **settings)
 
     def killed():
-        signalled_at(stream.Block, "energies", 2, signal.SIGKILL, False)
+        signalled_at(stream.Block, "collect_all", 2, signal.SIGKILL, False)
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED

@@ -133,7 +133,7 @@ def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
     """A small change of the last consumer's output by a factor, and what the layer makes of it."""
     model, inputs = tiny_architecture(case), batches()
     for block in stream(model, homes_of(model), all_specs_of(model), inputs, progress=False):
-        energy = block.energies()[-1]
+        _, energy = block.collect_all()[-1]
         consumer = block.groups[-1].consumer
         norm = block.groups[-1].spec.post_norm
         sums = dict.fromkeys(("behind", "given", "added"), 0.0)
@@ -353,3 +353,20 @@ def test_widths_are_as_round_as_costs_nothing(
     assert plan.budgets[MLP].step == multiple
     assert all(width % multiple == 0 for width in plan.widths[MLP])
     assert plan.sparsity == pytest.approx(sparsity, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma2", "gpt_neox", "phi3", "lfm2"])
+def test_one_pass_gives_every_group_its_moments_and_the_next_layer_its_inputs(case):
+    model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
+    following = None
+    for block in stream(model, homes_of(model), all_specs_of(model), inputs, progress=False):
+        if following is not None:
+            for batch, hidden in zip(block.batches, following, strict=True):
+                torch.testing.assert_close(batch.hidden, hidden, rtol=0, atol=0)
+        expected = [block.collect(group) for group in block.groups]
+        found = block.collect_all()
+        following = block.behind([batch.hidden for batch in block.batches])
+        for one, (other, _) in zip(expected, found, strict=True):
+            assert one.count == other.count
+            for mine, theirs in zip(one.sums, other.sums, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
