@@ -18,7 +18,7 @@ from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import BLOCK, half_square
 from grail_hf.groups import Group
 from grail_hf.planning import Plan, choose_device, decoder_layers, window_length
-from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS
+from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS, profile_stride
 from grail_hf.refit import refit_stride
 from grail_hf.selectors import PANEL, Folding
 
@@ -238,6 +238,8 @@ class _Work:
         self.solve_item = self.config.torch_dtype.itemsize
         self.rule = find_allocation(self.plan.allocation)
         self.measures = self.plan.measures
+        every = 1 if self.rule.divergences else profile_stride(self.tokens, self.plan)
+        self.profiled = self.tokens // min(every, max(1, self.tokens // self.batch))
         self.repaired = {(index, spec.kind) for index, spec in self.plan.repaired}
 
     def at_peak(self, phase: str, size: int) -> None:
@@ -287,10 +289,10 @@ class _Work:
         """
         *_, outputs, inputs = group.weight.shape
         square, entries = self.solve_item * inputs**2, self.solve_item * outputs * inputs
-        self.operations["profile"] += 2 * self.tokens * group.num_parameters
+        self.operations["profile"] += 2 * self.profiled * group.num_parameters
         if group.kind == ATTENTION:
-            self.operations["profile"] += 2 * self.tokens * self.length * inputs
-        self.operations["profile"] += self.tokens * inputs**2 + 2 * inputs**3
+            self.operations["profile"] += 2 * self.profiled * self.length * inputs
+        self.operations["profile"] += self.profiled * inputs**2 + 2 * inputs**3
         moments = half_square(inputs) + sum(half_square(g.weight.shape[-1]) for g in others)
         working = 5 * square // 2 + 3 * entries
         self.at_peak("profile", held + _FP32 * moments + working)
