@@ -17,7 +17,7 @@ from itertools import pairwise, product
 from torch import Tensor
 
 from grail_hf.architectures import ATTENTION, EXPERTS, MLP
-from grail_hf.config import AUTO, GrailConfig, unknown_name
+from grail_hf.config import GrailConfig, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,11 @@ TOLERANCE = 0.005
 # of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
 EXPERTS_STEP = 8
 
-# What multiple_of="auto" tries, the largest first: MLP channels that tensor cores and kernels like,
-# and numbers of heads that common degrees of tensor parallelism divide.
+# What multiple_of="auto" tries, the largest first: what tensor cores and kernels like.
 MLP_MULTIPLES = (128, 64, 32, 16, 8)
-HEAD_MULTIPLES = (8, 4, 2)
+
+# Ways to split the budget that are measured, for each kind of attention unit.
+MOST_SPLITS = 6
 
 Widths = dict[str, tuple[int, ...]]
 """Kind -> units kept, one number a layer."""
@@ -185,20 +186,24 @@ class Allocation:
     """A rule.
 
     Attributes:
-        loss: what each width of a group loses, from its profile; None where nothing is measured.
+        loss: what each width of a group loses, from its profile; None where the rule needs none.
         per_layer: each layer gets a width of its own.
         divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
         compares_scores: whether the loss reads `Profile.scores`, so that those of one group must
             mean something beside another's.
-        counterpart: the rule with the same loss and, unlike this one, widths that differ by layer,
-            or that do not; None where there is none.
+        splits: whether the widths are the best of `splits`, by the divergence of the whole model.
     """
 
     loss: Callable[[Profile, Budget], Curve] | None = None
     per_layer: bool = True
     divergences: bool = False
     compares_scores: bool = False
-    counterpart: str | None = None
+    splits: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the widths depend on what is measured of the dense model."""
+        return self.loss is not None or self.splits
 
 
 def find_allocation(name: str) -> Allocation:
@@ -220,41 +225,34 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
             the one asked.
     """
     rule = find_allocation(config.allocation)
-    if profiles is not None and rule.compares_scores:
-        _check_finite(profiles, config)
-    curves = _curves(budgets, rule, profiles)
     if rule.per_layer:
-        curves = curves or _alike(budgets)
+        curves = _alike(budgets)
+        if profiles is not None and rule.loss is not None:
+            if rule.compares_scores:
+                _check_finite(profiles, config)
+            curves = {
+                (kind, layer): rule.loss(profile, budgets[kind])
+                for (kind, layer), profile in profiles.items()
+            }
         widths, said = _by_layer(budgets, config, curves), budgets[ATTENTION].said
         if said is not None and max(widths[ATTENTION]) not in said:
             curves = _with_said_widest(curves, widths[ATTENTION], said)
             widths = _by_layer(budgets, config, curves)
     else:
-        widths = _in_all_layers(budgets, config, curves)
+        widths = _in_all_layers(budgets, config)
     if profiles is None:  # once for a plan; what is measured moves units, and not their number
         _check_own_sparsities(budgets, widths, config)
     return widths
 
 
-def _curves(
-    budgets: Budgets, rule: Allocation, profiles: Profiles | None
-) -> dict[tuple[str, int], Curve] | None:
-    """What each width of each group loses by a rule; None where nothing is measured."""
-    if profiles is None or rule.loss is None:
-        return None
-    return {
-        (kind, layer): rule.loss(profile, budgets[kind])
+def expected_loss(budgets: Budgets, widths: Widths, rule: str, profiles: Profiles) -> float:
+    """The sum over all groups of what they lose at `widths` by a rule that reads profiles."""
+    loss = find_allocation(rule).loss
+    assert loss is not None
+    return sum(
+        loss(profile, budgets[kind])[widths[kind][layer]]
         for (kind, layer), profile in profiles.items()
-    }
-
-
-def expected_loss(
-    budgets: Budgets, widths: Widths, config: GrailConfig, profiles: Profiles
-) -> float:
-    """The total loss of `widths`, by the rule that the config names; it measures."""
-    curves = _curves(budgets, find_allocation(config.allocation), profiles)
-    assert curves is not None
-    return sum(curve[widths[kind][layer]] for (kind, layer), curve in curves.items())
+    )
 
 
 def _check_finite(profiles: Profiles, config: GrailConfig) -> None:
@@ -314,16 +312,44 @@ def _leader(budgets: Budgets) -> str:
     return max(budgets, key=lambda kind: budgets[kind].free_cost)
 
 
-def _in_all_layers(
-    budgets: Budgets, config: GrailConfig, curves: Mapping[tuple[str, int], Curve] | None
-) -> Widths:
-    """One width per kind for all layers not ignored.
+def _in_all_layers(budgets: Budgets, config: GrailConfig) -> Widths:
+    """One width per kind for all layers not ignored, so that both kinds keep about as much.
 
-    Of the pairs of widths that come within `TOLERANCE`, the one of least loss (with
-    `multiple_of="auto"`, one of little more loss whose number of heads divides better); without
-    curves the one whose kinds keep the most equal fractions: attention units are coarse, so their
-    number is rounded to the nearest, and the MLP width takes up the difference. In a mixture, the
-    width is that of the blocks that hold most, and the others keep the same fraction.
+    Attention units are coarse, so their number is rounded to the nearest, and the MLP width takes
+    up the difference.
+    """
+    every = _reaching(budgets, config)
+    if config.sparsity is None:
+        return next(iter(every.values()))
+    units, kept = budgets[ATTENTION].num_units, 1 - config.sparsity
+    # The least difference between the kinds' kept fractions; of equals, the wider attention.
+    return every[min(every, key=lambda heads: (abs(heads / units - kept), -heads))]
+
+
+def splits(budgets: Budgets, config: GrailConfig) -> list[Widths]:
+    """At most `MOST_SPLITS` ways to split the budget between attention and MLP, to choose from.
+
+    One width a kind, from whole attention to half of what the sparsity leaves of it. Where there
+    are many, every second, fourth, ... number of attention units: powers of two, as tensor
+    parallelism likes.
+    """
+    assert config.sparsity is not None
+    units = budgets[ATTENTION].num_units
+    every = _reaching(budgets, config)
+    chosen = [heads for heads in every if heads >= units * (1 - config.sparsity) / 2]
+    multiple = 1
+    while len(chosen) > MOST_SPLITS:
+        multiple *= 2
+        chosen = [heads for heads in chosen if heads % multiple == 0 or heads == units]
+    return [every[heads] for heads in chosen] or [_in_all_layers(budgets, config)]
+
+
+def _reaching(budgets: Budgets, config: GrailConfig) -> dict[int, Widths]:
+    """Attention width -> widths with the MLP width that comes nearest to the sparsity.
+
+    Those that come within `TOLERANCE`; without a sparsity of the whole, the one that the kinds' own
+    give. In a mixture, the MLP width is that of the blocks that hold most, and the others keep the
+    same fraction.
     """
     attention = budgets[ATTENTION]
     mlps = {kind: budget for kind, budget in budgets.items() if kind != ATTENTION}
@@ -338,65 +364,36 @@ def _in_all_layers(
             for kind, budget in mlps.items()
         }
 
+    def widths(heads: int, width: int) -> Widths:
+        chosen = {ATTENTION: heads} | of_mlps(width)
+        return {kind: budgets[kind].in_all_layers(width) for kind, width in chosen.items()}
+
+    if config.sparsity is None:
+        return {attention_widths[0]: widths(attention_widths[0], mlp_widths[0])}
+
+    wanted = config.sparsity
     attention_costs = {width: attention.cost(width) for width in attention_widths}
     mlp_costs = {
         width: sum(mlps[kind].cost(own) for kind, own in of_mlps(width).items())
         for width in mlp_widths
     }
 
-    def reached(pair: tuple[int, int]) -> float:
-        return 1 - (attention_costs[pair[0]] + mlp_costs[pair[1]]) / total
+    def reached(heads: int, width: int) -> float:
+        return 1 - (attention_costs[heads] + mlp_costs[width]) / total
 
-    def widths(pair: tuple[int, int]) -> Widths:
-        chosen = {ATTENTION: pair[0]} | of_mlps(pair[1])
-        return {kind: budgets[kind].in_all_layers(width) for kind, width in chosen.items()}
-
-    if config.sparsity is None:
-        return widths((attention_widths[0], mlp_widths[0]))
-
-    wanted = config.sparsity
-
-    def best_pair(heads: int, sparsity: float) -> tuple[int, int]:
-        return heads, min(mlp_widths, key=lambda width: abs(reached((heads, width)) - sparsity))
-
-    pairs = [best_pair(heads, wanted) for heads in attention_widths]
-    near = [pair for pair in pairs if abs(reached(pair) - wanted) <= TOLERANCE]
+    nearest = {
+        heads: min(mlp_widths, key=lambda width: abs(reached(heads, width) - wanted))
+        for heads in attention_widths
+    }
+    near = {
+        heads: widths(heads, width)
+        for heads, width in nearest.items()
+        if abs(reached(heads, width) - wanted) <= TOLERANCE
+    }
     if not near:
-        every = {reached(pair) for pair in product(attention_widths, mlp_widths)}
+        every = {reached(*pair) for pair in product(attention_widths, mlp_widths)}
         raise ValueError(_unreachable(wanted, every, budgets, config))
-    if curves is not None:
-
-        def loss(pair: tuple[int, int]) -> float:
-            chosen = (pair[0] if kind == ATTENTION else pair[1] for kind, _ in curves)
-            return sum(curve[w] for curve, w in zip(curves.values(), chosen, strict=True))
-
-        best = min(near, key=loss)
-        if config.multiple_of == AUTO:
-            # What `TOLERANCE` more of sparsity would cost, a number of heads that tensor
-            # parallelism divides may cost.
-            limit = loss(best_pair(best[0], wanted + TOLERANCE))
-            cheap = [pair for pair in near if loss(pair) <= max(limit, loss(best))]
-            best = min(_most_divisible(cheap, attention.num_units), key=loss)
-        return widths(best)
-    # The least difference between the kinds' kept fractions; of equals, the wider attention.
-    return widths(
-        min(
-            near,
-            key=lambda pair: (abs(pair[0] / attention.num_units - (1 - wanted)), -pair[0]),
-        )
-    )
-
-
-def _most_divisible(pairs: Sequence[tuple[int, int]], units: int) -> list[tuple[int, int]]:
-    """The pairs whose attention width 8 divides, else 4, else 2, else all.
-
-    A divisor counts only as far as it divides the `units` that the dense model has.
-    """
-    for multiple in HEAD_MULTIPLES:
-        divisible = [pair for pair in pairs if pair[0] % math.gcd(multiple, units) == 0]
-        if divisible:
-            return divisible
-    return list(pairs)
+    return near
 
 
 def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
@@ -603,9 +600,8 @@ def _unreachable(
 
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(per_layer=False),
-    "uniform-error": Allocation(error, per_layer=False, counterpart="error"),
-    "uniform-split": Allocation(search, per_layer=False, divergences=True, counterpart="search"),
+    "uniform-split": Allocation(per_layer=False, splits=True),
     "flap": Allocation(flap, compares_scores=True),
-    "error": Allocation(error, counterpart="uniform-error"),
-    "search": Allocation(search, divergences=True, counterpart="uniform-split"),
+    "error": Allocation(error),
+    "search": Allocation(search, divergences=True),
 }

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from grail_hf import processes
-from grail_hf.allocation import Profiles, Widths
 from grail_hf.architectures import Architecture
 from grail_hf.calibration import (
     Calibration,
@@ -47,7 +46,7 @@ from grail_hf.planning import (
     plan_compression,
     warn_of_few_tokens,
 )
-from grail_hf.profiling import profile
+from grail_hf.profiling import measured_plan
 from grail_hf.quantization import forget_quantization_
 from grail_hf.refit import refit_group_
 from grail_hf.report import TAGS, CompressionReport
@@ -160,22 +159,20 @@ def settle(
 
     An `earlier` report of the same run has the widths already.
     """
-
-    def planned(unit: str, profiles: Profiles | None = None, widths: Widths | None = None) -> Plan:
-        settings = replace(config, attention_unit=unit)
-        return plan_compression(model, settings, plan.architecture, profiles, widths)
-
+    splits: list[dict[str, Any]] = []
     if earlier is not None:
-        plan = planned(earlier.attention_unit, widths=earlier.widths)
+        unit = replace(config, attention_unit=earlier.attention_unit)
+        plan = plan_compression(model, unit, plan.architecture, widths=earlier.widths)
     elif plan.measures:
-        plans = [planned(unit) for unit in plan.attention_units]
         with evaluation_mode(model):
-            measured = profile(model, plans, tokens.batches, config, homes, place, progress)
-        plans = [planned(p.attention_unit, own) for p, own in zip(plans, measured, strict=True)]
-        plan = min(plans, key=lambda plan: plan.losses[plan.allocation])
+            plan, splits = measured_plan(
+                model, plan, tokens.batches, config, homes, place, progress
+            )
     report = CompressionReport.begin(model, config, plan)
+    report.splits = splits
     if earlier is not None:
-        report.losses, report.groups = earlier.losses, earlier.groups
+        report.errors, report.splits = earlier.errors, earlier.splits
+        report.groups = earlier.groups
     report.calibration = tokens.summary()
     report.processes = processes.count()
     return plan, report

@@ -37,15 +37,14 @@ class GrailConfig:
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
             units of highest score stay. JSON gives a function's name.
         allocation: a name in `grail_hf.ALLOCATIONS`: how the kept parameters are shared out.
-            "uniform-error": one width per kind for all layers, at the split between attention and
-            MLP whose repaired error is least; it takes one pass over the dense model.
-            "uniform-split": the same by the measured divergence from the dense model, which takes
-            longer. "uniform": both kinds keep the same fraction; nothing is measured. "error",
-            "search", "flap": each layer has widths of its own, by the repaired error, by the
-            measured divergence, or by standardised scores (of a selector that measures, as `flap`
-            does); such a checkpoint loads with `import grail_hf` or `trust_remote_code=True`.
-            "auto": "uniform-error" where there is a split to choose and it can be measured, which
-            it cannot for a mixture of experts; "uniform" elsewhere.
+            "uniform-split": one width per kind for all layers, at the split between attention and
+            MLP with the least divergence from the dense model, each kind of attention unit tried;
+            it takes one pass over the dense model. "uniform": both kinds keep the same fraction;
+            nothing is measured. "error", "search", "flap": each layer has widths of its own, by
+            the repaired error, by the measured divergence, or by standardised scores (of a selector
+            that measures, as `flap` does); such a checkpoint loads with `import grail_hf` or
+            `trust_remote_code=True`. "auto": "uniform-split" where there is a split to choose and
+            it can be measured, which it cannot for a mixture of experts; "uniform" elsewhere.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             behind the first that lost some, unless `ignore` names them.
@@ -89,12 +88,11 @@ class GrailConfig:
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
             parallelism; 8 is the least that keeps bf16 matrix products aligned, and the least for
             a mixture's experts). "auto" takes the largest of 128, 64, 32, 16 and 8 that still
-            reaches any sparsity to within 0.5 points, and keeps a number of heads that 8, 4 or 2
-            divides under the same condition.
+            reaches any sparsity to within 0.5 points.
         attention_unit: "kv_group" removes KV heads with all their query heads; "query_head"
             removes the same number of query heads from every KV group and keeps all KV heads.
-            "auto" takes the one with less repaired error where the allocation measures it, and
-            "kv_group" elsewhere.
+            "auto" takes the one that costs less where the allocation measures it, and "kv_group"
+            elsewhere.
         ignore: decoder layers by index, or groups by a name or pattern of whole name parts
             ("self_attn", "layers.0.mlp", "model.layers.*.mlp"); they stay as they are.
         rehome: allow the result to be saved under another stock model type that computes the

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from grail_hf.allocation import find_allocation
+from grail_hf.allocation import MOST_SPLITS, find_allocation
 from grail_hf.architectures import ATTENTION
 from grail_hf.compensation import DAMPINGS
 from grail_hf.compensation import PART as ROWS_TRIED
@@ -18,7 +18,7 @@ from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import BLOCK, half_square
 from grail_hf.groups import Group
 from grail_hf.planning import Plan, choose_device, decoder_layers, window_length
-from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS, profile_stride
+from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS, SPLIT_TOKENS, profile_stride
 from grail_hf.refit import refit_stride
 from grail_hf.selectors import PANEL, Folding
 
@@ -249,10 +249,19 @@ class _Work:
     @property
     def variants(self) -> int:
         """Bytes of the hidden states of an allocation's variants, where it measures divergences."""
-        if not self.rule.divergences:
-            return 0
-        most = min(self.tokens, max(2 * HELD_OUT_TOKENS, self.tokens // LEAST_WINDOWS))
-        return 3 * len(self.plan.reduced) * most * self.stream * self.item
+        number = self.candidates + 3 * len(self.plan.reduced) * self.rule.divergences
+        return number * self.watched * self.stream * self.item
+
+    @property
+    def candidates(self) -> int:
+        """The most splits between attention and MLP that are tried."""
+        return MOST_SPLITS * len(self.plan.attention_units) * self.rule.splits
+
+    @property
+    def watched(self) -> int:
+        """The most tokens that divergences are measured on."""
+        wanted = SPLIT_TOKENS if self.rule.splits else HELD_OUT_TOKENS
+        return min(self.tokens, max(2 * wanted, self.tokens // LEAST_WINDOWS))
 
     def add_layer(self, index: int, layer: nn.Module) -> None:
         """A decoder layer and its groups."""
@@ -293,6 +302,8 @@ class _Work:
         if group.kind == ATTENTION:
             self.operations["profile"] += 2 * self.profiled * self.length * inputs
         self.operations["profile"] += self.profiled * inputs**2 + 2 * inputs**3
+        tried = 2 * self.watched * group.num_parameters + inputs**3 // 3 + 2 * outputs * inputs**2
+        self.operations["profile"] += self.candidates * tried
         moments = half_square(inputs) + sum(half_square(g.weight.shape[-1]) for g in others)
         working = 5 * square // 2 + 3 * entries
         self.at_peak("profile", held + _FP32 * moments + working)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -86,8 +85,9 @@ class Plan:
         allocation: the rule that gives the widths.
         attention_unit: what the attention's units are.
         attention_units: what they may be, where the allocation is to choose; else this one alone.
-        losses: rule -> total loss of its widths, for the allocation and its counterpart, which
-            gives each layer its own width or all the same; empty until profiles are measured.
+        errors: total repaired error, as `error` takes it, of these widths and of those that the
+            other way would give: widths that differ by layer, or one width a kind; None until
+            profiles are measured.
     """
 
     architecture: Architecture
@@ -105,12 +105,12 @@ class Plan:
     allocation: str
     attention_unit: str
     attention_units: tuple[str, ...]
-    losses: dict[str, float]
+    errors: tuple[float, float] | None
 
     @property
     def measures(self) -> bool:
         """Whether the widths depend on what is measured of the dense model."""
-        return bool(self.reduced) and find_allocation(self.allocation).loss is not None
+        return bool(self.reduced) and find_allocation(self.allocation).measures
 
     @property
     def units(self) -> dict[str, int]:
@@ -203,10 +203,8 @@ def plan_compression(
         check_one_width(config, architecture.model_type, architecture.per_layer.reason)
     check_experts(specs, select, config)
     check_comparable(select, config)
-    losses = {}
-    if profiles is not None:
-        losses = _losses(budgets, config, profiles, architecture)
     widths = widths or allocate(budgets, config, profiles)
+    errors = profiles and _errors(budgets, widths, config, profiles, architecture)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
@@ -263,7 +261,7 @@ def plan_compression(
         config.allocation,
         config.attention_unit,
         attention_units,
-        losses,
+        errors or None,
     )
 
 
@@ -288,33 +286,28 @@ def _attention_units(
 def _measurable(budgets: Mapping[str, Budget], config: GrailConfig) -> str:
     """The rule that "auto" stands for: one that measures where there is a split to choose."""
     free = [budget for budget in budgets.values() if len(budget.uniform_widths) > 1]
-    fixed = (config.mlp_sparsity, config.attention_sparsity)
-    if (
-        EXPERTS in budgets
-        or len(free) < 2
-        or not config.sparsity
-        or any(s is not None for s in fixed)
-    ):
-        return "uniform"
-    return "uniform-error"
+    fixed = config.mlp_sparsity is not None or config.attention_sparsity is not None
+    a_choice = config.sparsity and not fixed and len(free) > 1
+    return "uniform-split" if a_choice and EXPERTS not in budgets else "uniform"
 
 
-def _losses(
+def _errors(
     budgets: Mapping[str, Budget],
+    widths: Widths,
     config: GrailConfig,
     profiles: Profiles,
     architecture: Architecture,
-) -> dict[str, float]:
-    """What the widths of the config's rule lose, and what those of its counterpart would."""
-    losses = {}
-    for name in (config.allocation, find_allocation(config.allocation).counterpart):
-        if name is None or (find_allocation(name).per_layer and architecture.per_layer is not None):
-            continue
-        named = replace(config, allocation=name)
-        with suppress(ValueError):  # the counterpart may not reach the sparsity
-            widths = allocate(budgets, named, profiles)
-            losses[name] = expected_loss(budgets, widths, named, profiles)
-    return losses
+) -> tuple[float, float] | None:
+    """The repaired errors of `widths`, and of those that the other way of sharing would give."""
+    other = "uniform" if find_allocation(config.allocation).per_layer else "error"
+    if other == "error" and architecture.per_layer is not None:
+        return None
+    try:
+        others = allocate(budgets, replace(config, allocation=other), profiles)
+    except ValueError:  # it may not reach the sparsity
+        return None
+    own, another = (expected_loss(budgets, each, "error", profiles) for each in (widths, others))
+    return own, another
 
 
 def _mended(
@@ -370,7 +363,7 @@ def check_experts(
     """Raise ValueError for settings that are not offered for a mixture of experts."""
     if not any(spec.experts for layer in specs for spec in layer):
         return
-    if find_allocation(config.allocation).loss is not None:
+    if find_allocation(config.allocation).measures:
         raise ValueError(
             f"allocation={config.allocation!r} measures what each width of a block loses, which is "
             "not known for experts, since each has tokens of its own: use allocation='uniform'"

@@ -1,45 +1,57 @@
 """What an allocation goes by: how much of each group of the dense model can be spared.
 
 One pass over the dense model, layer by layer as in a compression: each group is scored and its
-error at every width computed. For rules that ask for it, a few pruned and repaired variants of
-each group are then put in its place, one at a time, on calibration windows that the repair has not
-seen; their hidden states ride along through the remaining dense layers, so that every layer is
-loaded once, and the divergence of their logits from the dense model's is measured at the end.
+error at every width computed. For rules that ask for it, pruned and repaired variants of the model
+are measured on calibration windows that the repair has not seen. A variant has one group reduced,
+or, to choose a split between attention and MLP, all of them. The variants' hidden states go along
+through the layers, so that every layer is loaded once, and the divergence of their logits from the
+dense model's is measured at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from grail_hf import processes
-from grail_hf.allocation import Budget, Profile, Profiles, find_allocation
+from grail_hf.allocation import (
+    Budget,
+    Profile,
+    Profiles,
+    Widths,
+    expected_loss,
+    find_allocation,
+    splits,
+)
+from grail_hf.architectures import ATTENTION
 from grail_hf.compensation import error_curve, ridge
 from grail_hf.gram import GramStats
 from grail_hf.groups import Group
 from grail_hf.offload import Homes, Place, input_device
+from grail_hf.planning import Plan, plan_compression
 from grail_hf.progress import Bar
 from grail_hf.reduction import Reduction, best_first, expand_units
 from grail_hf.refit import replaceable_weight
 from grail_hf.selectors import Folding, Scoring, check_scores, gram
-from grail_hf.stream import Block, as_returned, forwards_replaced, stream, takes_tuples
+from grail_hf.stream import as_returned, forwards_replaced, stream, takes_tuples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from grail_hf.config import GrailConfig
-    from grail_hf.planning import Plan
 
 _DAMPING = 1e-4
 
 # Divergences of variants are measured on few tokens, since they are the same ones for all.
 HELD_OUT_TOKENS = 4096
+SPLIT_TOKENS = 2048
 LEAST_WINDOWS = 4  # to hold one out
 
 # A channel's; with 32, the bundled model gets the same widths to within 3%.
@@ -47,14 +59,77 @@ PROFILED_TOKENS = 8
 
 Batches = Sequence[dict[str, Tensor]]
 
+Slot = tuple[str, int, int]
+"""Kind, units and layer of a group."""
+
 
 @dataclass
 class _Variant:
-    """The dense model with one group reduced and repaired: its hidden states, [b, T, D] each."""
+    """The dense model with some groups reduced and repaired: its hidden states, [b, T, D] each.
 
-    slot: tuple[str, int, int]
+    Attributes:
+        slot: the one group that is reduced; None where those of `plan` are.
+        width: of that group.
+        hidden: the states after the layers so far.
+        plan: gives the widths of all groups.
+    """
+
+    slot: Slot | None
     width: int
     hidden: list[Tensor]
+    plan: Plan | None = None
+
+
+def measured_plan(
+    model: PreTrainedModel,
+    forecast: Plan,
+    batches: Batches,
+    config: GrailConfig,
+    homes: Homes,
+    place: Place | None = None,
+    progress: bool = True,
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan with the widths, and the attention unit, that its rule finds best.
+
+    Takes the arguments of `profile`. The second value is what was measured of each split between
+    attention and MLP, as `CompressionReport.splits` has it.
+    """
+
+    def planned(unit: str, profiles: Profiles | None = None, widths: Widths | None = None) -> Plan:
+        settings = replace(config, attention_unit=unit)
+        return plan_compression(model, settings, forecast.architecture, profiles, widths)
+
+    plans = {unit: planned(unit) for unit in forecast.attention_units}
+    candidates: list[Plan] = []
+    if find_allocation(forecast.allocation).splits:
+        for unit, plan in plans.items():
+            for widths in splits(plan.budgets, config):
+                whole = max(widths[ATTENTION]) == plan.budgets[ATTENTION].num_units
+                if unit == forecast.attention_unit or not whole:  # the same in any unit
+                    candidates.append(planned(unit, widths=widths))
+    found, divergences = profile(
+        model, list(plans.values()), batches, config, homes, place, progress, candidates
+    )
+    profiles = dict(zip(plans, found, strict=True))
+    if not candidates:
+        settled = [planned(unit, own) for unit, own in profiles.items()]
+
+        def loss(plan: Plan) -> float:
+            own = profiles[plan.attention_unit]
+            return expected_loss(plan.budgets, plan.widths, plan.allocation, own)
+
+        return min(settled, key=loss), []
+    ways = [
+        {
+            "attention_unit": candidate.attention_unit,
+            "widths": {kind: max(widths) for kind, widths in candidate.widths.items()},
+            "divergence": divergence,
+        }
+        for candidate, divergence in zip(candidates, divergences, strict=True)
+    ]
+    best = candidates[min(range(len(candidates)), key=divergences.__getitem__)]
+    unit = best.attention_unit
+    return planned(unit, profiles[unit], best.widths), ways
 
 
 def profile(
@@ -65,7 +140,8 @@ def profile(
     homes: Homes,
     place: Place | None = None,
     progress: bool = True,
-) -> list[Profiles]:
+    candidates: Sequence[Plan] = (),
+) -> tuple[list[Profiles], list[float]]:
     """Measure every group that may lose units. The model is as it was afterwards.
 
     Args:
@@ -73,16 +149,19 @@ def profile(
         plans: forecasts, which give the groups and their budgets. They differ in nothing but what
             an attention unit is; all are measured on the same moments.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
-        config: the settings; the divergences are measured near the widths of its sparsity.
+        config: the settings; the divergences of single groups are measured near the widths of its
+            sparsity.
         homes: where the decoder layers lie, and where they work.
         place: where hidden states are kept; by default where the model takes its inputs.
         progress: show a bar on standard error.
+        candidates: plans with widths, for the model's divergence with all of them in place.
 
     Returns:
-        The profiles of each plan.
+        The profiles of each plan, and the divergence of each candidate: KL(dense || candidate) of
+        the next token, nats a token.
     """
     with homes.meter.phase("profile", whole=True):
-        return _profile(model, plans, batches, config, homes, place, progress)
+        return _profile(model, plans, batches, config, homes, place, progress, candidates)
 
 
 @torch.no_grad()
@@ -94,13 +173,18 @@ def _profile(
     homes: Homes,
     place: Place | None,
     progress: bool,
-) -> list[Profiles]:
+    candidates: Sequence[Plan],
+) -> tuple[list[Profiles], list[float]]:
     first = plans[0]
-    wanted = find_allocation(first.allocation).divergences
-    parts, is_held = _in_turns(*(held_out(batches) if wanted else (enough(batches, plans), [])))
+    single = find_allocation(first.allocation).divergences
+    held: list[dict[str, Tensor]] = []
+    fit = list(batches)
+    if single or candidates:
+        fit, held = held_out(batches, HELD_OUT_TOKENS if single else SPLIT_TOKENS)
+    parts, is_held = _in_turns(fit if single else enough(fit, plans), held)
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.
     score = gram if isinstance(first.select, Folding) else first.select
-    profiles: dict[tuple[str, int, int], Profile] = {}  # by kind, units and layer
+    profiles: dict[Slot, Profile] = {}
     variants: list[_Variant] = []
     finals: list[Tensor] = []
     layers = homes.layers
@@ -127,9 +211,14 @@ def _profile(
             replace(block, batches=[b for b in block.batches if is_held[b.number] == held])
             for held in (False, True)
         )
+        if not index:
+            whole = [batch.hidden for batch in watched.batches]
+            variants = [_Variant(None, 0, whole, candidate) for candidate in candidates]
         for variant in variants:
-            variant.hidden = watched.behind(variant.hidden)
+            if variant.slot:
+                variant.hidden = watched.behind(variant.hidden)
         moments = fitted.collect_all()
+        repaired: dict[tuple[Slot, int], Tensor] = {}
         for position, group in enumerate(block.groups):
             stats, energy = moments.pop(0)
             if index in first.budgets[group.kind].ignored:
@@ -140,23 +229,35 @@ def _profile(
                 if slot in profiles:
                     continue
                 measure = partial(_measured, own, stats, energy, score, config.selector_name)
-                profiles[slot] = fitted.once(own, measure)
-                if wanted:
-                    variants += [
-                        _Variant(slot, width, _reduced(watched, own, stats, profiles[slot], width))
-                        for width in widths_to_measure(plan.budgets[own.kind], plan.sparsity)
-                    ]
+                found = profiles[slot] = fitted.once(own, measure)
+                for width in _widths_of(slot, candidates):
+                    repaired[slot, width] = _repaired(own, stats, found, width)
+                if single:
+                    for width in widths_to_measure(plan.budgets[own.kind], plan.sparsity):
+                        with _in_place([(own, _repaired(own, stats, found, width))]):
+                            hidden = watched.behind([batch.hidden for batch in watched.batches])
+                        variants.append(_Variant(slot, width, hidden))
             del stats
-        if wanted and index + 1 == len(layers):
+        for variant in variants:
+            if variant.plan:
+                chosen = zip(block.groups, variant.plan.specs[index], strict=True)
+                keys = [
+                    (group, ((s.kind, s.num_units, index), variant.plan.widths[s.kind][index]))
+                    for group, s in chosen
+                ]
+                with _in_place([(g, repaired[key]) for g, key in keys if key in repaired]):
+                    variant.hidden = watched.behind(variant.hidden)
+        if variants and index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own_batches = [parts[batch.number] for batch in watched.batches]
     with homes.surroundings():
         divergences = _divergences(model, layers, own_batches, finals, variants)
     for variant, divergence in zip(variants, divergences, strict=True):
-        known = profiles[variant.slot]
-        measured = {**known.divergences, variant.width: divergence}
-        profiles[variant.slot] = replace(known, divergences=measured)
-    return [
+        if variant.slot:
+            known = profiles[variant.slot]
+            measured = {**known.divergences, variant.width: divergence}
+            profiles[variant.slot] = replace(known, divergences=measured)
+    of_plans: list[Profiles] = [
         {
             (spec.kind, index): profiles[spec.kind, spec.num_units, index]
             for index, layer in enumerate(plan.specs)
@@ -165,6 +266,20 @@ def _profile(
         }
         for plan in plans
     ]
+    return of_plans, divergences[: len(candidates)]
+
+
+def _widths_of(slot: Slot, candidates: Sequence[Plan]) -> list[int]:
+    """The widths, but the full one, that candidates give a group in these units."""
+    kind, units, index = slot
+    return sorted(
+        {
+            plan.widths[kind][index]
+            for plan in candidates
+            if any(s.kind == kind and s.num_units == units for s in plan.specs[index])
+        }
+        - {units}
+    )
 
 
 def widths_to_measure(budget: Budget, sparsity: float) -> list[int]:
@@ -192,17 +307,19 @@ def profile_stride(tokens: int, plan: Plan) -> int:
     return max(1, tokens // (PROFILED_TOKENS * max(channels, 1)))
 
 
-def held_out(batches: Batches) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+def held_out(
+    batches: Batches, wanted: int = HELD_OUT_TOKENS
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Batches to fit to, and batches to measure on: whole windows, from all over the calibration.
 
-    Enough windows for `HELD_OUT_TOKENS` are held out, but at most one in `LEAST_WINDOWS`; where
+    Enough windows for `wanted` tokens are held out, but at most one in `LEAST_WINDOWS`; where
     there are fewer than that, all serve for both.
     """
     sizes = [len(batch["input_ids"]) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     if sum(sizes) < LEAST_WINDOWS:
         return list(batches), list(batches)
-    every = min(max(LEAST_WINDOWS, tokens // HELD_OUT_TOKENS), sum(sizes))
+    every = min(max(LEAST_WINDOWS, tokens // wanted), sum(sizes))
     chosen = torch.split(torch.arange(sum(sizes)) % every == every - 1, sizes)
     fit, held = (
         [
@@ -240,10 +357,8 @@ def _in_turns(
     return [batch for _, _, batch in places], [bool(is_held) for _, is_held, _ in places]
 
 
-def _reduced(
-    block: Block, group: Group, stats: GramStats, found: Profile, width: int
-) -> list[Tensor]:
-    """Behind the layer, [b, T, D] each, with the group cut to `width` units and repaired."""
+def _repaired(group: Group, stats: GramStats, found: Profile, width: int) -> Tensor:
+    """[O, H], the consumer without the channels of all but `width` units, and repaired."""
     reduction = Reduction.keep_top(found.scores, width, group.partitions)
     kept = reduction.kept_channels(group.columns)
     weight = group.weight.to(stats.dtype)
@@ -251,9 +366,17 @@ def _reduced(
     repaired[:, kept] = processes.once(
         lambda: ridge(weight, stats, kept, _DAMPING, group.name).weight, group.name
     )
-    with replaceable_weight(group.projection(group.spec.consumer)) as put:
-        put(repaired)
-        return block.behind([batch.hidden for batch in block.batches])
+    return repaired.to(group.weight.dtype)
+
+
+@contextmanager
+def _in_place(weights: Sequence[tuple[Group, Tensor]]) -> Iterator[None]:
+    """The groups' consumers have these weights [O, H] inside the context."""
+    with ExitStack() as stack:
+        for group, weight in weights:
+            projection = group.projection(group.spec.consumer)
+            stack.enter_context(replaceable_weight(projection))(weight)
+        yield
 
 
 def _divergences(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
+from grail_hf.allocation import find_allocation
 from grail_hf.architectures import ARCHITECTURES, ATTENTION, HEAD_DIM, OUTPUT_BIAS
 from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
@@ -96,9 +97,11 @@ class CompressionReport:
         sparsity: fraction of the decoder blocks' projection parameters removed.
         allocation: the rule that gave the widths.
         attention_unit: what the attention's units are: "kv_group" or "query_head".
-        losses: rule -> total loss of its widths by what was measured, for the allocation and for
-            its counterpart (widths that differ by layer, or one width a kind); empty where nothing
-            is measured.
+        errors: total repaired error of the dense model's groups at these widths, and at those that
+            the other way would give (widths that differ by layer, or one width a kind); None where
+            nothing was measured.
+        splits: of each split between attention and MLP that was measured: its attention unit, its
+            widths, and the divergence from the dense model in nats a token.
         units: kind -> units in a layer, before.
         widths: kind -> units after, one number a layer.
         projection_parameters, total_parameters: before and after.
@@ -128,7 +131,8 @@ class CompressionReport:
     total_parameters: tuple[int, int]
     allocation: str = "uniform"
     attention_unit: str = "kv_group"
-    losses: dict[str, float] = field(default_factory=dict)
+    errors: tuple[float, float] | None = None
+    splits: list[dict[str, Any]] = field(default_factory=list)
     groups: list[GroupReport] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -156,7 +160,7 @@ class CompressionReport:
             total_parameters=plan.total_parameters,
             allocation=plan.allocation,
             attention_unit=plan.attention_unit,
-            losses=dict(plan.losses),
+            errors=plan.errors,
             versions=versions(),
             license=_license(model.name_or_path),
         )
@@ -241,6 +245,7 @@ class CompressionReport:
             "groups": groups,
             "config": self.config.to_dict(),
             "projection_parameters": list(self.projection_parameters),
+            "errors": self.errors and list(self.errors),
             "total_parameters": list(self.total_parameters),
             "widths": {kind: list(widths) for kind, widths in self.widths.items()},
         }
@@ -253,6 +258,7 @@ class CompressionReport:
                 **data,
                 "config": GrailConfig.from_dict(data["config"]),
                 "projection_parameters": tuple(data["projection_parameters"]),
+                "errors": data["errors"] and tuple(data["errors"]),
                 "total_parameters": tuple(data["total_parameters"]),
                 "widths": {kind: tuple(widths) for kind, widths in data["widths"].items()},
                 "groups": [
@@ -442,15 +448,15 @@ class CompressionReport:
     @property
     def alternative(self) -> str:
         """What the other way of sharing out the widths would have lost; empty if not measured."""
-        others = [name for name in self.losses if name != self.allocation]
-        if not others or not self.losses.get(self.allocation):
+        if not self.errors or not self.errors[0]:
             return ""
-        (name,) = others
-        what = "widths that differ by layer" if self.uniform else "one width a kind"
-        ratio = self.losses[name] / self.losses[self.allocation]
+        name, what = "uniform", "one width a kind"
+        if not find_allocation(self.allocation).per_layer:
+            name, what = "error", "widths that differ by layer"
+        own, other = self.errors
         return (
-            f"By what was measured of the dense model, {what} (allocation={name!r}) would lose "
-            f"{ratio:.2f} times as much."
+            f"By the repaired errors of the dense model's blocks, {what} (allocation={name!r}) "
+            f"would lose {other / own:.2f} times as much."
         )
 
     def _memory(self) -> list[tuple[str, int, int]]:

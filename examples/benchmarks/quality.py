@@ -43,7 +43,7 @@ from grail_hf.compensation import fold_linearly, ridge
 from grail_hf.config import GrailConfig
 from grail_hf.offload import Homes
 from grail_hf.planning import check_weights, choose_device, decoder_layers, plan_compression
-from grail_hf.profiling import profile
+from grail_hf.profiling import measured_plan
 from grail_hf.saving import apply_config_
 from grail_hf.selectors import choose
 from grail_hf.stream import stream
@@ -222,8 +222,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     model.eval()
     homes = Homes(decoder_layers(model, plan.architecture), device)
     if plan.measures:
-        (profiles,) = profile(model, [plan], tokens.batches, config, homes, progress=False)
-        plan = plan_compression(model, config, profiles=profiles)
+        plan, _ = measured_plan(model, plan, tokens.batches, config, homes, progress=False)
     for block in stream(
         model,
         homes,
