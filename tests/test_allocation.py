@@ -22,6 +22,7 @@ from grail_hf.allocation import (
     error,
     flap,
     search,
+    splits,
 )
 from grail_hf.architectures import ATTENTION, MLP
 from grail_hf.config import GrailConfig
@@ -544,32 +545,6 @@ def test_search_agrees_with_what_was_measured_and_follows_the_error_between():
     assert proportional == pytest.approx(error(Profile(torch.ones(8), errors), budget))
 
 
-@given(profiled(), st.floats(0.1, 0.7))
-@few
-def test_the_split_is_the_best_pair_of_widths_by_the_summed_loss(case, wanted):
-    budgets, profiles = case
-    config = settled(sparsity=wanted, allocation="uniform-split", multiple_of=8)
-    try:
-        widths = allocate(budgets, config, profiles)
-    except ValueError:
-        assume(False)
-
-    def total(widths: Widths) -> float:
-        return sum(
-            search(profile, budgets[kind])[widths[kind][layer]]
-            for (kind, layer), profile in profiles.items()
-        )
-
-    for heads in budgets[ATTENTION].widths:
-        pairs = [
-            {ATTENTION: budgets[ATTENTION].in_all_layers(heads), MLP: budgets[MLP].in_all_layers(w)}
-            for w in budgets[MLP].widths
-        ]
-        nearest = min(pairs, key=lambda pair: abs(sparsity_by_layer(budgets, pair) - wanted))
-        if abs(sparsity_by_layer(budgets, nearest) - wanted) <= TOLERANCE:
-            assert total(widths) <= total(nearest) * (1 + 1e-9)
-
-
 @pytest.mark.parametrize("rule", PER_LAYER)
 def test_kinds_with_sparsities_of_their_own_are_shared_out_among_their_layers(rule):
     budgets = {ATTENTION: Budget(4, 100, layers=6), MLP: Budget(128, 10, layers=6)}
@@ -669,23 +644,19 @@ def test_a_curve_is_not_gone_through_once_a_segment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("extra", "heads"),
+    ("units", "sparsity", "heads"),
     [
-        ({6: 0.0, 4: 5e-3}, 6),  # dearer than 0.5 points of sparsity
-        ({6: 0.0, 4: 3e-4}, 4),
-        ({5: 0.0, 6: 3e-4, 4: 5e-3}, 6),
-        ({5: 0.0, 6: 5e-3, 4: 5e-3}, 5),
+        (3, 0.3, [2, 3]),
+        (8, 0.3, [3, 4, 5, 6, 7, 8]),
+        (32, 0.3, [12, 16, 20, 24, 28, 32]),
+        (40, 0.3, [16, 24, 32, 40]),
+        (9, 0.5, [4, 6, 8, 9]),
     ],
 )
-def test_a_number_of_heads_that_more_divides_is_taken_where_it_costs_little(extra, heads):
-    """0.5 points of sparsity are 5 channels, which cost 5e-4."""
-    budgets = {ATTENTION: Budget(8, 1), MLP: Budget(1000, 1)}
-    attention = torch.tensor([0.1 + extra.get(width, 1.0) for width in range(9)])
-    profiles = {
-        (ATTENTION, 0): Profile(torch.ones(8), attention.double()),
-        (MLP, 0): Profile(torch.ones(1000), torch.linspace(0.1, 0, 1001, dtype=torch.float64)),
-    }
-    config = settled(sparsity=0.3, allocation="uniform-error", multiple_of="auto")
-    assert allocate(budgets, config, profiles)[ATTENTION] == (heads,)
-    config = dataclasses.replace(config, multiple_of=1)
-    assert allocate(budgets, config, profiles)[ATTENTION] == (min(extra, key=extra.get),)
+def test_few_splits_are_tried_from_whole_attention_down(units, sparsity, heads):
+    budgets = {ATTENTION: Budget(units, 1000 // units), MLP: Budget(3000, 1)}
+    config = settled(sparsity=sparsity, allocation="uniform-split")
+    found = splits(budgets, config)
+    assert [widths[ATTENTION][0] for widths in found] == heads
+    for widths in found:
+        assert abs(sparsity_by_layer(budgets, widths) - sparsity) <= TOLERANCE

@@ -36,13 +36,13 @@ from grail_hf.reduction import Reduction
 from grail_hf.selectors import gram
 from grail_hf.stream import captured_input, captured_outputs, stream
 
-MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.loss]
+MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.measures]
 
 
 def profiles_of(model, inputs, **settings):
     config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
     plan = plan_compression(model, config)
-    (profiles,) = profile(model, [plan], inputs, config, homes_of(model), progress=False)
+    (profiles,), _ = profile(model, [plan], inputs, config, homes_of(model), progress=False)
     return plan, profiles
 
 
@@ -272,29 +272,60 @@ def test_attention_loses_the_units_that_cost_least(unit, rule):
     )
     assert report.attention_unit == unit
     assert set(report.widths[ATTENTION]) == {2 if unit == "kv_group" else 9}
-    assert report.allocation == ("uniform-error" if rule == "auto" else rule)
-    assert report.losses[report.allocation] == min(report.losses.values()) or rule == "auto"
+    assert report.allocation == ("uniform-split" if rule == "auto" else rule)
+    if rule == "auto":
+        best = min(report.splits, key=lambda split: split["divergence"])
+        assert best["attention_unit"] == unit
+        assert best["widths"] == {kind: widths[0] for kind, widths in report.widths.items()}
 
 
-def test_the_report_says_what_the_other_way_of_allocating_would_lose():
-    inputs, reports = batches(), {}
-    for rule in ("uniform-error", "error"):
-        reports[rule] = report = grail_hf.compress(
-            tiny_model("mistral"),
-            calibration=inputs,
-            sparsity=0.4,
-            allocation=rule,
-            multiple_of=1,
-            attention_unit="kv_group",
-            refit=0,
-            progress=False,
-        )
-        ratio = report.losses["error"] / report.losses["uniform-error"]
-        assert f"{ratio if rule == 'uniform-error' else 1 / ratio:.2f} times" in report.card()
-        assert report.table().caption == report.alternative
-    one, other = (report.losses for report in reports.values())
-    assert one == pytest.approx(other)
-    assert one["error"] < one["uniform-error"]
+@pytest.mark.parametrize("case", ["llama", "gpt_neox"])
+@torch.no_grad()
+def test_a_candidate_s_divergence_is_that_of_the_model_with_all_groups_reduced(case):
+    model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
+    config = GrailConfig(sparsity=0.3, multiple_of=1, allocation="uniform-split")
+    plan = plan_compression(model, config)
+    (profiles,), (found,) = profile(
+        model, [plan], inputs, config, homes_of(model), progress=False, candidates=[plan]
+    )
+    fit, held = held_out(inputs, profiling.SPLIT_TOKENS)
+    dense, variant = logits(model, held).log_softmax(-1), copy.deepcopy(model)
+    for layer, specs in enumerate(plan.specs):
+        for spec in specs:
+            if not spec.offered:
+                continue
+            module = layers_of(model)[layer].get_submodule(spec.consumer)
+            x = consumer_inputs(model, module, fit)
+            stats = GramStats(Symmetric.of(x.T @ x), x.sum(0), len(x))
+            kept = Reduction.keep_top(
+                profiles[spec.kind, layer].scores, plan.widths[spec.kind][layer], spec.partitions
+            ).kept_channels(spec.columns)
+            weight = layers_of(variant)[layer].get_submodule(spec.consumer).weight
+            new = torch.zeros_like(weight)
+            new[:, kept] = ridge(weight.double(), stats, kept, 1e-4).weight.float()
+            weight.copy_(new)
+    q = logits(variant, held).log_softmax(-1)
+    divergence = F.kl_div(q, dense, reduction="none", log_target=True).sum(-1).mean()
+    assert found == pytest.approx(divergence.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("rule", ["uniform-split", "error"])
+def test_the_report_says_what_the_other_way_of_allocating_would_lose(rule):
+    report = grail_hf.compress(
+        tiny_model("mistral"),
+        calibration=batches(),
+        sparsity=0.4,
+        allocation=rule,
+        multiple_of=1,
+        attention_unit="kv_group",
+        refit=0,
+        progress=False,
+    )
+    own, other = report.errors
+    assert (own < other) == (rule == "error")
+    assert f"{other / own:.2f} times" in report.card()
+    assert report.table().caption == report.alternative
+    assert type(report).from_dict(report.to_dict()).errors == report.errors
 
 
 def test_nothing_is_measured_where_there_is_nothing_to_choose():
@@ -311,7 +342,7 @@ def test_nothing_is_measured_where_there_is_nothing_to_choose():
         plan = plan_compression(tiny_architecture(case), config)
         assert (plan.allocation, plan.measures) == ("uniform", False)
     plan = plan_compression(tiny_model("llama"), GrailConfig(sparsity=0.3))
-    assert (plan.allocation, plan.measures) == ("uniform-error", True)
+    assert (plan.allocation, plan.measures) == ("uniform-split", True)
     assert plan.attention_units == ATTENTION_UNITS
 
 
