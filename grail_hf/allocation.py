@@ -119,11 +119,14 @@ class Profile:
         divergences: width -> KL divergence from the dense model, nats a token, of the model in
             which this group alone is reduced and repaired; measured for a few widths, where the
             rule asks for it.
+        sensitivity: divergence in nats a token for an error of 1, from one such measurement; 1
+            where the rule does not ask for it.
     """
 
     scores: Tensor
     errors: Tensor
     divergences: Mapping[int, float] = field(default_factory=dict)
+    sensitivity: float = 1.0
 
 
 Profiles = Mapping[tuple[str, int], Profile]
@@ -144,13 +147,15 @@ def flap(profile: Profile, budget: Budget) -> Curve:
 
 
 def error(profile: Profile, budget: Budget) -> Curve:
-    """What repair leaves, relative to the energy of the residual stream behind the block.
+    """What repair leaves, relative to the energy of the residual stream, times the sensitivity.
 
-    The layers behind normalise that stream, so this is how much of what they read is wrong. An
-    error relative to the block's own output would spend width on blocks that hardly matter.
+    An error relative to the block's own output would spend width on blocks that hardly matter.
+    Relative to the stream it tells the widths of one group from each other; what an error is worth
+    in one layer beside another it does not tell, since a few tokens of massive activation may have
+    most of the stream's energy. So the model's divergence is measured at one width of each group.
     """
     errors = profile.errors.tolist()
-    return {width: errors[width] for width in budget.widths}
+    return {width: profile.sensitivity * errors[width] for width in budget.widths}
 
 
 def search(profile: Profile, budget: Budget) -> Curve:
@@ -189,6 +194,7 @@ class Allocation:
         loss: what each width of a group loses, from its profile; None where the rule needs none.
         per_layer: each layer gets a width of its own.
         divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
+        sensitivities: whether the loss reads `Profile.sensitivity`.
         compares_scores: whether the loss reads `Profile.scores`, so that those of one group must
             mean something beside another's.
         splits: whether the widths are the best of `splits`, by the divergence of the whole model.
@@ -197,6 +203,7 @@ class Allocation:
     loss: Callable[[Profile, Budget], Curve] | None = None
     per_layer: bool = True
     divergences: bool = False
+    sensitivities: bool = False
     compares_scores: bool = False
     splits: bool = False
 
@@ -602,6 +609,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "uniform": Allocation(per_layer=False),
     "uniform-split": Allocation(per_layer=False, splits=True),
     "flap": Allocation(flap, compares_scores=True),
-    "error": Allocation(error),
+    "error": Allocation(error, sensitivities=True),
     "search": Allocation(search, divergences=True),
 }

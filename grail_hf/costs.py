@@ -18,7 +18,7 @@ from grail_hf.experts import ExpertsGroup, group_in
 from grail_hf.gram import BLOCK, half_square
 from grail_hf.groups import Group
 from grail_hf.planning import Plan, choose_device, decoder_layers, window_length
-from grail_hf.profiling import HELD_OUT_TOKENS, LEAST_WINDOWS, SPLIT_TOKENS, profile_stride
+from grail_hf.profiling import FEW_HELD_OUT_TOKENS, HELD_OUT_TOKENS, LEAST_WINDOWS, profile_stride
 from grail_hf.refit import refit_stride
 from grail_hf.selectors import PANEL, Folding
 
@@ -249,7 +249,8 @@ class _Work:
     @property
     def variants(self) -> int:
         """Bytes of the hidden states of an allocation's variants, where it measures divergences."""
-        number = self.candidates + 3 * len(self.plan.reduced) * self.rule.divergences
+        each = 3 * self.rule.divergences + self.rule.sensitivities
+        number = self.candidates + each * len(self.plan.reduced)
         return number * self.watched * self.stream * self.item
 
     @property
@@ -260,7 +261,7 @@ class _Work:
     @property
     def watched(self) -> int:
         """The most tokens that divergences are measured on."""
-        wanted = SPLIT_TOKENS if self.rule.splits else HELD_OUT_TOKENS
+        wanted = HELD_OUT_TOKENS if self.rule.divergences else FEW_HELD_OUT_TOKENS
         return min(self.tokens, max(2 * wanted, self.tokens // LEAST_WINDOWS))
 
     def add_layer(self, index: int, layer: nn.Module) -> None:

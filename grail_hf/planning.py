@@ -85,9 +85,8 @@ class Plan:
         allocation: the rule that gives the widths.
         attention_unit: what the attention's units are.
         attention_units: what they may be, where the allocation is to choose; else this one alone.
-        errors: total repaired error, as `error` takes it, of these widths and of those that the
-            other way would give: widths that differ by layer, or one width a kind; None until
-            profiles are measured.
+        errors: what these widths lose by the `error` rule, and what one width a kind would; None
+            where the rule is another, or has not measured.
     """
 
     architecture: Architecture
@@ -204,7 +203,7 @@ def plan_compression(
     check_experts(specs, select, config)
     check_comparable(select, config)
     widths = widths or allocate(budgets, config, profiles)
-    errors = profiles and _errors(budgets, widths, config, profiles, architecture)
+    errors = profiles and _errors(budgets, widths, config, profiles)
     _check_tied(groups, widths)
     if architecture.per_layer is not None:
         _check_equal(widths, architecture.model_type, architecture.per_layer.reason)
@@ -296,14 +295,12 @@ def _errors(
     widths: Widths,
     config: GrailConfig,
     profiles: Profiles,
-    architecture: Architecture,
 ) -> tuple[float, float] | None:
-    """The repaired errors of `widths`, and of those that the other way of sharing would give."""
-    other = "uniform" if find_allocation(config.allocation).per_layer else "error"
-    if other == "error" and architecture.per_layer is not None:
-        return None
+    """What `widths` lose by the `error` rule, and what one width a kind would."""
+    if not find_allocation(config.allocation).sensitivities:
+        return None  # errors of different layers do not compare
     try:
-        others = allocate(budgets, replace(config, allocation=other), profiles)
+        others = allocate(budgets, replace(config, allocation="uniform"), profiles)
     except ValueError:  # it may not reach the sparsity
         return None
     own, another = (expected_loss(budgets, each, "error", profiles) for each in (widths, others))

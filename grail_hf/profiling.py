@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ _DAMPING = 1e-4
 
 # Divergences of variants are measured on few tokens, since they are the same ones for all.
 HELD_OUT_TOKENS = 4096
-SPLIT_TOKENS = 2048
+FEW_HELD_OUT_TOKENS = 2048  # where one figure a group, or one a split, is all that is asked
 LEAST_WINDOWS = 4  # to hold one out
 
 # A channel's; with 32, the bundled model gets the same widths to within 3%.
@@ -176,12 +177,12 @@ def _profile(
     candidates: Sequence[Plan],
 ) -> tuple[list[Profiles], list[float]]:
     first = plans[0]
-    single = find_allocation(first.allocation).divergences
+    rule = find_allocation(first.allocation)
     held: list[dict[str, Tensor]] = []
     fit = list(batches)
-    if single or candidates:
-        fit, held = held_out(batches, HELD_OUT_TOKENS if single else SPLIT_TOKENS)
-    parts, is_held = _in_turns(fit if single else enough(fit, plans), held)
+    if rule.divergences or rule.sensitivities or candidates:
+        fit, held = held_out(batches, HELD_OUT_TOKENS if rule.divergences else FEW_HELD_OUT_TOKENS)
+    parts, is_held = _in_turns(fit if rule.divergences else enough(fit, plans), held)
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.
     score = gram if isinstance(first.select, Folding) else first.select
     profiles: dict[Slot, Profile] = {}
@@ -232,11 +233,15 @@ def _profile(
                 found = profiles[slot] = fitted.once(own, measure)
                 for width in _widths_of(slot, candidates):
                     repaired[slot, width] = _repaired(own, stats, found, width)
-                if single:
-                    for width in widths_to_measure(plan.budgets[own.kind], plan.sparsity):
-                        with _in_place([(own, _repaired(own, stats, found, width))]):
-                            hidden = watched.behind([batch.hidden for batch in watched.batches])
-                        variants.append(_Variant(slot, width, hidden))
+                widths: list[int] = []
+                if rule.divergences or (rule.sensitivities and plan is first):
+                    widths = widths_to_measure(
+                        plan.budgets[own.kind], plan.sparsity, 3 if rule.divergences else 1
+                    )
+                for width in widths:
+                    with _in_place([(own, _repaired(own, stats, found, width))]):
+                        hidden = watched.behind([batch.hidden for batch in watched.batches])
+                    variants.append(_Variant(slot, width, hidden))
             del stats
         for variant in variants:
             if variant.plan:
@@ -257,6 +262,8 @@ def _profile(
             known = profiles[variant.slot]
             measured = {**known.divergences, variant.width: divergence}
             profiles[variant.slot] = replace(known, divergences=measured)
+    if rule.sensitivities:
+        _set_sensitivities(profiles)
     of_plans: list[Profiles] = [
         {
             (spec.kind, index): profiles[spec.kind, spec.num_units, index]
@@ -282,12 +289,32 @@ def _widths_of(slot: Slot, candidates: Sequence[Plan]) -> list[int]:
     )
 
 
-def widths_to_measure(budget: Budget, sparsity: float) -> list[int]:
-    """Three widths about the one of equal shares; the error curve tells what lies between."""
+def _set_sensitivities(profiles: dict[Slot, Profile]) -> None:
+    """What was measured of a group in one kind of unit counts in the other: errors are errors."""
+    measured = {
+        (kind, index): divergence / float(profile.errors[width])
+        for (kind, _, index), profile in profiles.items()
+        for width, divergence in profile.divergences.items()
+        if divergence > 0 and profile.errors[width] > 1e-6
+    }
+    usual = median(measured.values()) if measured else 1.0  # of a group that loses nothing there
+    for (kind, units, index), profile in profiles.items():
+        sensitivity = measured.get((kind, index), usual)
+        profiles[kind, units, index] = replace(profile, sensitivity=sensitivity)
+
+
+def widths_to_measure(budget: Budget, sparsity: float, number: int = 3) -> list[int]:
+    """Widths about the one of equal shares; the error curve tells what lies between."""
     kept = 1 - sparsity
-    wishes = (fraction * budget.num_units for fraction in (kept / 2, kept, (1 + kept) / 2))
-    nearest = {min(budget.widths, key=lambda width: abs(width - wish)) for wish in wishes}
-    return sorted(nearest - {budget.num_units})
+    fractions = (kept / 2, kept, (1 + kept) / 2) if number > 1 else (kept,)
+    narrower = [width for width in budget.widths if width < budget.num_units]
+    return sorted(
+        {
+            min(narrower, key=lambda width: abs(width - fraction * budget.num_units))
+            for fraction in fractions
+            if narrower
+        }
+    )
 
 
 def enough(batches: Batches, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:

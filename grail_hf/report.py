@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from grail_hf import processes
-from grail_hf.allocation import find_allocation
 from grail_hf.architectures import ARCHITECTURES, ATTENTION, HEAD_DIM, OUTPUT_BIAS
 from grail_hf.checkpoint import auto_class
 from grail_hf.compensation import Repair, reconstruction_error
@@ -97,9 +96,8 @@ class CompressionReport:
         sparsity: fraction of the decoder blocks' projection parameters removed.
         allocation: the rule that gave the widths.
         attention_unit: what the attention's units are: "kv_group" or "query_head".
-        errors: total repaired error of the dense model's groups at these widths, and at those that
-            the other way would give (widths that differ by layer, or one width a kind); None where
-            nothing was measured.
+        errors: of `allocation="error"`, what these widths lose by what was measured of the dense
+            model, and what one width a kind would.
         splits: of each split between attention and MLP that was measured: its attention unit, its
             widths, and the divergence from the dense model in nats a token.
         units: kind -> units in a layer, before.
@@ -447,15 +445,12 @@ class CompressionReport:
 
     @property
     def alternative(self) -> str:
-        """What the other way of sharing out the widths would have lost; empty if not measured."""
+        """What one width a kind would have lost, where widths differ by it; else empty."""
         if not self.errors or not self.errors[0]:
             return ""
-        name, what = "uniform", "one width a kind"
-        if not find_allocation(self.allocation).per_layer:
-            name, what = "error", "widths that differ by layer"
         own, other = self.errors
         return (
-            f"By the repaired errors of the dense model's blocks, {what} (allocation={name!r}) "
+            "By what was measured of the dense model, one width a kind (allocation='uniform') "
             f"would lose {other / own:.2f} times as much."
         )
 
