@@ -42,7 +42,9 @@ ONE_SOLVE = {"ridge": 1e-4, "refit": 0}
 
 def compress(model, unit="kv_group", **settings):
     settings = (
-        {"sparsity": SPARSITY, "multiple_of": 1, "attention_unit": unit} | ONE_SOLVE | settings
+        {"sparsity": SPARSITY, "multiple_of": 1, "allocation": "uniform", "attention_unit": unit}
+        | ONE_SOLVE
+        | settings
     )
     return grail_hf.compress(model, calibration=batches(), progress=False, **settings)
 
@@ -414,7 +416,12 @@ def test_a_selector_may_be_a_function_of_the_user_s(tmp_path):
     mine = Mine()
     report = compress(one, selector=mine)
     config = grail_hf.GrailConfig(sparsity=0.5, selector=mine)
-    settings = {"sparsity": SPARSITY, "multiple_of": 1, "progress": False} | ONE_SOLVE
+    settings = {
+        "sparsity": SPARSITY,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "progress": False,
+    } | ONE_SOLVE
     grail_hf.compress(again, None, batches(), config, **settings)
     compress(named, selector="wanda")
     assert seen == 2 * [group.name for group in report.groups]
@@ -436,7 +443,13 @@ def test_calibration_may_be_sampled_from_the_model_itself():
     def compressed(seed=0, train=False):
         model = tiny_model("qwen3").train(train)
         state = torch.get_rng_state()
-        settings = {"sparsity": SPARSITY, "multiple_of": 1, "num_samples": 30, "seq_length": 16}
+        settings = {
+            "sparsity": SPARSITY,
+            "multiple_of": 1,
+            "allocation": "uniform",
+            "num_samples": 30,
+            "seq_length": 16,
+        }
         report = grail_hf.compress(
             model, None, "self", progress=False, seed=seed, batch_size=15, **settings
         )
@@ -475,7 +488,13 @@ def test_every_selector_is_deterministic(selector):
 def test_too_few_tokens_are_warned_of(caplog, ridge, rows, warned):
     model = tiny_model("llama")
     ids = torch.arange(24).repeat(rows, 1)
-    settings = {"multiple_of": 1, "sparsity": SPARSITY, "ridge": ridge, "progress": False}
+    settings = {
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "sparsity": SPARSITY,
+        "ridge": ridge,
+        "progress": False,
+    }
     grail_hf.compress(model, calibration=ids, **settings)
     assert ("calibration tokens for" in caplog.text) == warned
 
@@ -496,7 +515,13 @@ def test_auto_ridge_of_random_tokens_does_no_harm(caplog, tmp_path, settings, ro
     dense = tiny_model("qwen2")
     pruned, auto = copy.deepcopy(dense), copy.deepcopy(dense)
     ids = torch.randint(97, (rows, 8), generator=torch.Generator().manual_seed(3))
-    common = {"sparsity": SPARSITY, "multiple_of": 1, "selector": "magnitude", "progress": False}
+    common = {
+        "sparsity": SPARSITY,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "selector": "magnitude",
+        "progress": False,
+    }
     grail_hf.compress(pruned, calibration=ids, compensate=False, **common)
     report = grail_hf.compress(auto, calibration=ids, ridge="auto", **common | settings)
     assert not caplog.records
@@ -525,6 +550,7 @@ def test_auto_ridge_does_not_depend_on_the_batches():
             refit=0,
             sparsity=SPARSITY,
             multiple_of=1,
+            allocation="uniform",
             progress=False,
         )
         found.append([group.damping for group in report.groups])
@@ -635,7 +661,13 @@ def test_products_are_in_fp32_whatever_the_program_allows(
 
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "dense")
-    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": selector, "progress": False}
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "selector": selector,
+        "progress": False,
+    }
     settings |= {"refit": 0, "ridge": 1e-3}
     allow_()
     before = precisions()

@@ -342,7 +342,14 @@ def test_what_lies_beside_comes_along(tmp_path, tokenizer):
     source, out = tmp_path / "in", tmp_path / "out"
     model = tiny_model("llama", vocab_size=4096)
     report = grail_hf.compress(
-        model, None, batches(), sparsity=0.3, multiple_of=1, ignore=0, progress=False
+        model,
+        None,
+        batches(),
+        sparsity=0.3,
+        multiple_of=1,
+        allocation="uniform",
+        ignore=0,
+        progress=False,
     )
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(source)
@@ -413,7 +420,13 @@ def with_tokenizer(tmp_path):
         model.config.sliding_window = None
         if sparsity:
             grail_hf.compress(
-                model, None, batches(), sparsity=sparsity, multiple_of=1, progress=False
+                model,
+                None,
+                batches(),
+                sparsity=sparsity,
+                multiple_of=1,
+                allocation="uniform",
+                progress=False,
             )
         model.save_pretrained(tmp_path / "in")
         byte_level(None, False).save(str(tmp_path / "in" / "tokenizer.json"))

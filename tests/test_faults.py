@@ -20,7 +20,7 @@ from grail_hf import checkpoint, disk_to_disk, offload, saving, stream
 from grail_hf.checkpoint import WEIGHTS, Journal
 from grail_hf.saving import claimed
 
-SETTINGS = {"sparsity": 0.3, "multiple_of": 1}
+SETTINGS = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform"}
 LAYERS = 3
 KILLED = -signal.SIGKILL
 

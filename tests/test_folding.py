@@ -38,7 +38,14 @@ every_unit = pytest.mark.parametrize("unit", ATTENTION_UNITS)
 
 
 def compress(model, unit="kv_group", **changes):
-    changes = {"sparsity": 0.3, "multiple_of": 1, "attention_unit": unit, "refit": 0, **changes}
+    changes = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "attention_unit": unit,
+        "refit": 0,
+        **changes,
+    }
     return grail_hf.compress(model, calibration=batches(), progress=False, **changes)
 
 

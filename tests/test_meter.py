@@ -105,7 +105,13 @@ SHAPES = {
     **{"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 64},
     **{"num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2},
 }
-SETTINGS = {"sparsity": 0.3, "batch_size": 1, "device": "cpu", "progress": False}
+SETTINGS = {
+    "sparsity": 0.3,
+    "allocation": "uniform",
+    "batch_size": 1,
+    "device": "cpu",
+    "progress": False,
+}
 
 
 def skeleton(**changes):
@@ -130,7 +136,9 @@ def test_a_report_sets_what_was_measured_beside_the_estimate():
 
 
 def test_from_disk_to_disk_no_peak_grows_with_the_number_of_layers():
-    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    config = GrailConfig(
+        sparsity=0.3, allocation="uniform", device="cpu", num_samples=8, seq_length=64
+    )
     peaks, disks = [], []
     for layers in (2, 6):
         model = skeleton(num_hidden_layers=layers)
@@ -150,7 +158,9 @@ def test_from_disk_to_disk_no_peak_grows_with_the_number_of_layers():
     [({"allocation": "error"}, "profile"), ({"allocation": "search"}, "profile")],
 )
 def test_what_is_done_besides_is_in_the_estimate(changes, phase):
-    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    config = GrailConfig(
+        sparsity=0.3, allocation="uniform", device="cpu", num_samples=8, seq_length=64
+    )
     model = skeleton()
     plain = estimate(model, plan_compression(model, config), config)
     other = replace(config, **changes)
@@ -160,7 +170,9 @@ def test_what_is_done_besides_is_in_the_estimate(changes, phase):
 
 
 def test_a_fold_takes_more_passes():
-    config = GrailConfig(sparsity=0.3, device="cpu", num_samples=8, seq_length=64)
+    config = GrailConfig(
+        sparsity=0.3, allocation="uniform", device="cpu", num_samples=8, seq_length=64
+    )
     fold, model = replace(config, selector="fold"), skeleton()
     costs = [estimate(model, plan_compression(model, c), c).operations for c in (config, fold)]
     assert costs[1]["forward"] > costs[0]["forward"] and costs[1]["gram"] > costs[0]["gram"]

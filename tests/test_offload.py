@@ -46,7 +46,12 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 
 def compress(model, calibration=None, **settings):
     calibration = batches() if calibration is None else calibration
-    settings = {"sparsity": 0.3, "multiple_of": 1, "device": "cpu"} | settings
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "device": "cpu",
+    } | settings
     return grail_hf.compress(model, calibration=calibration, progress=False, **settings)
 
 
@@ -584,7 +589,13 @@ def test_hidden_states_on_disk_are_mapped_files_without_a_name(place, folder):
 
 
 def test_from_disk_to_disk_the_place_changes_no_bit_either(saved, folder, tmp_path_factory):
-    settings = {"calibration": batches(), "sparsity": 0.3, "multiple_of": 1, "progress": False}
+    settings = {
+        "calibration": batches(),
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "progress": False,
+    }
     weights = []
     for place in ("host", "disk"):
         output = tmp_path_factory.mktemp("compressed") / place

@@ -126,7 +126,13 @@ def test_of_a_fused_projection_the_linear_rows_alone_are_refitted(case, kind, un
 def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
     monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
-    settings = {"sparsity": 0.4, "multiple_of": 1, "ridge": 1e-3, "progress": False}
+    settings = {
+        "sparsity": 0.4,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "ridge": 1e-3,
+        "progress": False,
+    }
     errors = [
         [
             group.error
@@ -154,6 +160,7 @@ def test_compress_with_refit_is_nearer_to_the_dense_model(monkeypatch):
             calibration=inputs,
             sparsity=0.5,
             multiple_of=1,
+            allocation="uniform",
             ridge=1e-4,
             refit=refit,
             progress=False,
@@ -206,7 +213,14 @@ def scales_(factor):
 )
 def test_a_refit_that_fails_leaves_the_repaired_group(failing, reason, monkeypatch, caplog):
     """And warns of each; the model is what it is without a refit."""
-    settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-3, "progress": False, "bias": "auto"}
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "ridge": 1e-3,
+        "progress": False,
+        "bias": "auto",
+    }
     plain, failed = tiny_model("qwen2"), tiny_model("qwen2")
     expected = grail_hf.compress(plain, calibration=batches(), refit=0, **settings)
     monkeypatch.setattr("grail_hf.refit.refit_", failing)
@@ -225,7 +239,13 @@ def test_a_dead_block_has_nothing_to_refit(name, flushed):
     """Whether or not the machine has numbers so small that a preconditioner of zeros has roots."""
     model = tiny_model("llama")
     layers_of(model)[0].get_submodule(name).weight.data.zero_()
-    settings = {"sparsity": 0.4, "multiple_of": 1, "ridge": 1e-3, "progress": False}
+    settings = {
+        "sparsity": 0.4,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "ridge": 1e-3,
+        "progress": False,
+    }
     torch.set_flush_denormal(flushed)
     try:
         report = grail_hf.compress(model, calibration=batches(), **settings)
@@ -299,7 +319,12 @@ def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
         "grail_hf.stream.Bar", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
     )
     # Where `ridge="auto"` finds plain pruning to be best, nothing is refitted, and time is saved.
-    settings = {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-4} | settings
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "ridge": 1e-4,
+    } | settings
     grail_hf.compress(tiny_model("qwen3"), calibration=batches(), **settings)
     (bar,) = bars
     assert bar.done == bar.total
@@ -332,6 +357,7 @@ def test_a_refit_keeps_the_damping_that_was_chosen_without_its_tokens():
             calibration=batches(),
             sparsity=0.3,
             multiple_of=1,
+            allocation="uniform",
             refit=refit,
             progress=False,
         )
@@ -350,7 +376,10 @@ def test_a_refit_keeps_the_damping_that_was_chosen_without_its_tokens():
 def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
     """By the plan before, and by the report and its table after."""
     monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
-    model, settings = tiny_architecture(case), {"sparsity": 0.3, "multiple_of": 1, "ridge": 1e-3}
+    model, settings = (
+        tiny_architecture(case),
+        {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "ridge": 1e-3},
+    )
     config = GrailConfig(**settings)
     plan = plan_compression(model, config)
     layers = len(layers_of(model))
@@ -369,7 +398,13 @@ def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
 def test_where_plain_pruning_is_best_nothing_is_refitted(monkeypatch):
     monkeypatch.setattr("grail_hf.compensation.DAMPINGS", ())
     repaired, pruned = tiny_model("qwen3"), tiny_model("qwen3")
-    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "magnitude", "progress": False}
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "selector": "magnitude",
+        "progress": False,
+    }
     report = grail_hf.compress(repaired, calibration=batches(), **settings)
     assert all(group.damping == float("inf") for group in report.groups)
     assert {group.refit for group in report.groups} == {"plain pruning"}

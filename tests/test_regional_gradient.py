@@ -117,6 +117,7 @@ def test_no_parameter_keeps_a_gradient(unit):
         calibration=batches(),
         sparsity=0.3,
         multiple_of=1,
+        allocation="uniform",
         attention_unit=unit,
         selector="wanda++",
         progress=False,
@@ -140,6 +141,7 @@ def test_it_is_computed_for_those_who_ask_alone(monkeypatch):
             calibration=batches(),
             sparsity=0.3,
             multiple_of=1,
+            allocation="uniform",
             selector=selector,
             progress=False,
         )

@@ -77,7 +77,12 @@ print(json.dumps({"found": found, "modules": [m for m in sys.modules if "grail" 
 
 
 def compress(model, unit="kv_group", **settings):
-    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "wanda"} | settings
+    settings = {
+        "sparsity": 0.3,
+        "multiple_of": 1,
+        "allocation": "uniform",
+        "selector": "wanda",
+    } | settings
     return grail_hf.compress(
         model, calibration=batches(), progress=False, attention_unit=unit, **settings
     )
@@ -205,7 +210,7 @@ def to_memory(source, output):
 
 
 def to_disk(source, output):
-    settings = {"sparsity": 0.3, "multiple_of": 1, "selector": "magnitude"}
+    settings = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "selector": "magnitude"}
     grail_hf.compress_checkpoint(source, output, batches(), progress=False, **settings)
 
 
