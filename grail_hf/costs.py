@@ -169,7 +169,7 @@ def estimate(
     hidden = tokens * work.stream * work.item * (1 + config.targeted * (2 + len(plan.specs[0])))
     kept = dict.fromkeys(_PHASES, hidden) | {
         "embed": generation // (1 + config.targeted),
-        "profile": 2 * generation // (1 + config.targeted) + work.variants,
+        "profile": work.measures * (2 * generation // (1 + config.targeted) + work.variants),
         "refit": hidden + work.refit_inputs,
         "select": hidden + work.aside,
         "gram": hidden + work.fold_outputs,

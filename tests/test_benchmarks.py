@@ -38,7 +38,10 @@ def test_memory_measures_a_model_some_layers_of_which_stand_for_the_rest(tmp_pat
         "case": vars(case),
         "source": str(tmp_path / "source"),
         "output": str(tmp_path / "out"),
-        "settings": {"sparsity": 0.3125, "batch_size": 1, "device": "cpu", "dtype": "float32"},
+        "settings": {
+            **{"sparsity": 0.3125, "batch_size": 1, "device": "cpu", "dtype": "float32"},
+            **{"allocation": "uniform"},
+        },
     }
     run = [sys.executable, BENCHMARKS / "memory.py", "--task", json.dumps(task)]
     found = json.loads(subprocess.check_output(run, text=True).splitlines()[-1])

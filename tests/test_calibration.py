@@ -22,6 +22,7 @@ from grail_hf.calibration import (
     read_calibration,
     token_batches,
     token_windows,
+    with_random_tokens,
 )
 
 VOCAB = 4096
@@ -149,10 +150,11 @@ def test_tokenising_a_long_text_is_silent(batches_of, tokenizer, jargon_test, ca
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.enable_propagation()
+    tokenizer.deprecation_warnings.clear()  # the tokenizer warns once only
     try:
         tokenizer(jargon_test.read_text())
         assert "longer than the specified maximum" in caplog.text, "the check below would be empty"
-        tokenizer.deprecation_warnings.clear()  # the tokenizer warns once only
+        tokenizer.deprecation_warnings.clear()
         caplog.clear()
         batches_of(jargon_test)
         assert caplog.text == ""
@@ -399,7 +401,7 @@ def test_conversations_in_files(batches_of, chat_tokenizer, tiny_llama, tmp_path
     for form in (tmp_path / "all.jsonl", str(tmp_path / "all.jsonl"), parts, map(str, parts)):
         assert batches_of(form, **options).fingerprint == expected.fingerprint
     assert batches_of(parts, **options).source.startswith("a.jsonl, b.jsonl: 5 windows of at")
-    config = GrailConfig(sparsity=0.3, num_samples=5, seq_length=32, batch_size=2)
+    config = GrailConfig(sparsity=0.3, num_samples=5, seq_length=32, batch_size=2, random_tokens=0)
     read = read_calibration(tiny_llama, chat_tokenizer, tmp_path / "all.jsonl", config)
     assert read.fingerprint == expected.fingerprint
 
@@ -957,3 +959,45 @@ def test_given_tokens_beyond_the_model_s_positions(case, kind, caplog):
             read(ids)
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=ids)
+
+
+def test_a_fraction_of_a_text_s_tokens_is_replaced_by_random_ones(batches_of, jargon_train):
+    options = {"num_samples": 64, "seq_length": 128}
+    plain, noisy, again, other = (
+        torch.cat(
+            [
+                batch["input_ids"]
+                for batch in batches_of(
+                    jargon_train, **options | {"random_tokens": fraction, "seed": 0}
+                ).batches
+            ]
+        )
+        for fraction in (0.0, 0.1, 0.1, 0.3)
+    )
+    assert torch.equal(noisy, again)
+    for changed, fraction in ((noisy, 0.1), (other, 0.3)):
+        # A draw may be the token that is there.
+        assert (changed != plain).double().mean().item() == pytest.approx(fraction, abs=0.02)
+    drawn = noisy[noisy != plain]
+    assert drawn.double().mean().item() == pytest.approx(4096 / 2, rel=0.1), "over the vocabulary"
+
+
+def test_special_tokens_are_neither_replaced_nor_drawn(tokenizer):
+    special = torch.tensor(tokenizer.all_special_ids)
+    ids = torch.arange(4096).repeat(20)
+    changed = with_random_tokens(ids, 0.9, tokenizer, 5000, seed=0)
+    assert torch.equal(torch.isin(changed, special), torch.isin(ids, special))
+    assert changed.max() < len(tokenizer)
+    assert with_random_tokens(ids, 0, tokenizer, 5000, seed=0) is ids
+
+
+@pytest.mark.parametrize("given", [torch.arange(64).reshape(4, 16), "self"])
+def test_tokens_that_are_no_text_are_left_alone(tiny_llama, tokenizer, given):
+    config = {"sparsity": 0.3, "num_samples": 2, "seq_length": 8}
+    found = [
+        read_calibration(
+            tiny_llama, tokenizer, given, GrailConfig(random_tokens=fraction, **config), False
+        ).fingerprint
+        for fraction in (0, 0.5)
+    ]
+    assert found[0] == found[1]

@@ -451,7 +451,8 @@ def test_the_table_and_the_text_say_the_widths(saved, name):
     console.print(report.table())
     for text in (str(report), console.export_text()):
         for kind, (width, *_) in report.widths.items():
-            line = next(line for line in text.splitlines() if f"{kind} units" in line)
+            units = {"attention": "heads per layer", "mlp": "mlp channels per layer"}[kind]
+            line = next(line for line in text.splitlines() if units in line)
             assert str(width) in line and str(report.units[kind]) in line
 
 
