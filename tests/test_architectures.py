@@ -447,9 +447,8 @@ def test_a_rule_by_layer_leaves_whole_what_is_not_offered(case):
         settings = {"sparsity": None, "attention_sparsity": 0.0, "mlp_sparsity": share}
     else:
         settings = {"sparsity": share}
-    report = grail_hf.compress(
-        model, calibration=batches(), allocation="error", multiple_of=1, progress=False, **settings
-    )
+    settings |= {"allocation": "error", "attention_unit": "kv_group", "multiple_of": 1}
+    report = grail_hf.compress(model, calibration=batches(), progress=False, **settings)
     assert report.sparsity == pytest.approx(share, abs=TOLERANCE) or case == "gemma2"
     for index, layer in enumerate(specs):
         for spec in layer:

@@ -88,7 +88,15 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_one(
     bos_tokenizer.save_pretrained(source)
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
     code, out, err = run(
-        *("compress", source, *compress_arguments[2:], *flags, "--no-compensate"),
+        *(
+            "compress",
+            source,
+            *compress_arguments[2:],
+            *flags,
+            "--no-compensate",
+            "--random-tokens",
+            0,
+        ),
         *("--eval", text, "--json"),
     )
     assert code == 0, err
@@ -591,7 +599,7 @@ def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, 
     (source / "preprocessor_config.json").write_text('{"size": 7}')
     (source / "chat_template.jinja").write_text(template)
 
-    share = ("--sparsity", 0.2, "--multiple-of", 1)
+    share = ("--sparsity", 0.2, "--multiple-of", 1, "--allocation", "uniform")
     code, out, err = run("inspect", source, *share, "--json")
     assert code == 0, err
     widths = json.loads(out)["widths"]

@@ -210,7 +210,7 @@ def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
-    monkeypatch.setattr(sys.modules["grail_hf.compress"], "profile", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys.modules["grail_hf.compress"], "measured_plan", lambda *_: 1 / 0)
     compress(source, tmp_path / "out", resume=True, **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
