@@ -43,8 +43,9 @@ class GrailConfig:
             nothing is measured. "error", "search", "flap": each layer has widths of its own, by
             the repaired error and one measured divergence of each block, by several, or by
             standardised scores (of a selector that measures, as `flap` does); such a checkpoint
-            loads with `import grail_hf` or `trust_remote_code=True`. "auto": "uniform-split" where there is a split to choose and
-            it can be measured, which it cannot for a mixture of experts; "uniform" elsewhere.
+            loads with `import grail_hf` or `trust_remote_code=True`. "auto": "uniform-split" where
+            there is a split to choose and it can be measured, which it cannot for a mixture of
+            experts; "uniform" elsewhere.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             behind the first that lost some, unless `ignore` names them.
