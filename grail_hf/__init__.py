@@ -7,17 +7,19 @@ report.save("out")
 
 from importlib.metadata import version
 
-from grail_hf.allocation import ALLOCATIONS
-from grail_hf.architectures import ARCHITECTURES, Architecture
 from grail_hf.compress import PartlyCompressedError, compress
 from grail_hf.config import GrailConfig
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
-from grail_hf.export import Export, export
-from grail_hf.infer import architecture_source, infer_architecture
-from grail_hf.modeling_grail import install_hook
+from grail_hf.exports.export import Export, export
+from grail_hf.methods.allocation import ALLOCATIONS
+from grail_hf.methods.selectors import SELECTORS
+from grail_hf.models.architectures import ARCHITECTURES
+from grail_hf.models.infer import infer_architecture
+from grail_hf.models.modeling_grail import install_hook
+from grail_hf.models.schema import Architecture
+from grail_hf.models.source import architecture_source
 from grail_hf.report import CompressionReport
-from grail_hf.selectors import SELECTORS
 
 __all__ = [
     "ALLOCATIONS",

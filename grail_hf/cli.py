@@ -21,52 +21,48 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from grail_hf import processes
-from grail_hf.allocation import ALLOCATIONS
-from grail_hf.architectures import architectures_table, find_architecture
-from grail_hf.calibration import BOS_FIRST, SELF, bos_token, read_calibration, token_windows
-from grail_hf.checkpoint import (
-    auto_class,
-    check_revision,
-    copy_processor,
-    damage_named,
-    has_safetensors,
-    meta_model,
-    processor_folder,
-)
-from grail_hf.compress import PartlyCompressedError, compress
-from grail_hf.config import AUTO, GrailConfig
-from grail_hf.costs import Estimate, estimate
-from grail_hf.disk_to_disk import StoppedError, compress_checkpoint, has_tokenizer
-from grail_hf.evaluation import evaluate, perplexity
-from grail_hf.export import FORMATS, export
-from grail_hf.gguf_file import TYPES, ExportError
-from grail_hf.infer import architecture_source, infer_architecture
-from grail_hf.meter import keep_no_freed_blocks
-from grail_hf.offload import whole_at_work
-from grail_hf.planning import (
-    check_weights,
-    choose_device,
-    decoder_layers,
-    plan_compression,
-    refits,
-    usable_device,
-    window_length,
-)
-from grail_hf.quantization import dequantizing
-from grail_hf.report import CompressionReport, check_output, size, width_range
-from grail_hf.saving import (
+from grail_hf.calibration.sampling import SELF
+from grail_hf.calibration.tokens import read_calibration
+from grail_hf.calibration.windows import BOS_FIRST, bos_token, token_windows
+from grail_hf.checkpoints.folders import (
     check_not_stopped,
     check_room,
     replaced_when_whole,
     save_or_rescue,
 )
-from grail_hf.selectors import SELECTORS
+from grail_hf.checkpoints.reader import damage_named
+from grail_hf.checkpoints.sources import (
+    check_revision,
+    copy_processor,
+    has_safetensors,
+    has_tokenizer,
+    meta_model,
+    processor_folder,
+)
+from grail_hf.compress import PartlyCompressedError, compress
+from grail_hf.config import AUTO, GrailConfig
+from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
+from grail_hf.evaluation import evaluate, perplexity
+from grail_hf.exports.export import FORMATS, export
+from grail_hf.exports.gguf import TYPES, ExportError
+from grail_hf.methods.allocation import ALLOCATIONS
+from grail_hf.methods.selectors import SELECTORS
+from grail_hf.models.architectures import architectures_table, find_architecture
+from grail_hf.models.decoder import auto_class, check_weights, decoder_layers
+from grail_hf.models.infer import infer_architecture
+from grail_hf.models.quantization import dequantizing
+from grail_hf.models.source import architecture_source
+from grail_hf.planning.costs import Estimate, estimate
+from grail_hf.planning.plan import plan_compression, refits, window_length
+from grail_hf.report import CompressionReport, check_output, size, width_range
+from grail_hf.runtime import processes
+from grail_hf.runtime.devices import choose_device, usable_device
+from grail_hf.runtime.dispatched import whole_at_work
+from grail_hf.runtime.meter import keep_no_freed_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 app = typer.Typer(
     help="Make decoder-only language models narrower, and repair them in closed form.",
     no_args_is_help=True,
@@ -74,7 +70,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _console = Console(stderr=True)
-
 Source = Annotated[str, typer.Argument(help="A model folder or a hub name.", show_default=False)]
 Sparsity = Annotated[
     float | None,

@@ -20,39 +20,32 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from grail_hf import processes
-from grail_hf.architectures import Architecture
-from grail_hf.calibration import (
-    Calibration,
-    TokenBatches,
-    evaluation_mode,
-    read_calibration,
-)
-from grail_hf.compensation import Repair, fold_linearly, ridge_within
+from grail_hf.calibration.block import Block
+from grail_hf.calibration.refit import refit_group_
+from grail_hf.calibration.stream import stream
+from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibration
+from grail_hf.card import TAGS
 from grail_hf.config import GrailConfig
-from grail_hf.costs import estimate
-from grail_hf.experts import ExpertsGroup
-from grail_hf.gram import GramStats, full_fp32_products
-from grail_hf.groups import Group
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import full_fp32_products
+from grail_hf.methods.ridge import Repair, fold_linearly, ridge_within
+from grail_hf.methods.selectors import choose
+from grail_hf.models.decoder import check_model, check_weights, decoder_layers, evaluation_mode
+from grail_hf.models.experts import ExpertsGroup
+from grail_hf.models.groups import Group
+from grail_hf.models.quantization import forget_quantization_
+from grail_hf.models.schema import Architecture
+from grail_hf.models.surgery import apply_config_
 from grail_hf.narrow_experts import narrow_experts_
-from grail_hf.offload import Homes, Place, choose_place, homes_of
-from grail_hf.planning import (
-    Plan,
-    check_model,
-    check_weights,
-    choose_device,
-    decoder_layers,
-    group_batches,
-    plan_compression,
-    warn_of_few_tokens,
-)
-from grail_hf.profiling import measured_plan
-from grail_hf.quantization import forget_quantization_
-from grail_hf.refit import refit_group_
-from grail_hf.report import TAGS, CompressionReport
-from grail_hf.saving import apply_config_
-from grail_hf.selectors import choose
-from grail_hf.stream import Block, stream
+from grail_hf.planning.costs import estimate
+from grail_hf.planning.plan import Plan, group_batches, plan_compression, warn_of_few_tokens
+from grail_hf.planning.profiling import measured_plan
+from grail_hf.report import CompressionReport
+from grail_hf.runtime import processes
+from grail_hf.runtime.devices import choose_device
+from grail_hf.runtime.dispatched import homes_of
+from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.placement import Place, choose_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -343,3 +343,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> V
     return ValueError(
         f"{kind} {name!r} is not known{guess} Known: {', '.join(known)}. One is added to {where}."
     )
+
+
+ATTENTION = "attention"
+MLP = "mlp"
+EXPERTS = "experts"
+SHARED = "shared_experts"

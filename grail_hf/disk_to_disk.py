@@ -15,49 +15,38 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf import processes
-from grail_hf.architectures import Architecture
-from grail_hf.calibration import (
-    SELF,
-    Calibration,
-    TokenBatches,
-    read_calibration,
-)
-from grail_hf.checkpoint import (
-    Checkpoint,
-    CheckpointHomes,
-    Journal,
-    Parts,
-    WritingHomes,
+from grail_hf.calibration.sampling import SELF
+from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibration
+from grail_hf.checkpoints.converter import Parts
+from grail_hf.checkpoints.folders import check_room, claimed, empty, put_in_place, stopped_there
+from grail_hf.checkpoints.journal import Journal
+from grail_hf.checkpoints.layers import CheckpointHomes, WritingHomes
+from grail_hf.checkpoints.reader import Checkpoint
+from grail_hf.checkpoints.sources import (
     check_revision,
     copy_processor,
+    has_tokenizer,
     meta_model,
     small_files,
 )
 from grail_hf.compress import fail, narrow_layers_, settle
 from grail_hf.config import GrailConfig
-from grail_hf.costs import Estimate, estimate
-from grail_hf.gram import full_fp32_products
-from grail_hf.meter import Meter
-from grail_hf.offload import Place, choose_place
-from grail_hf.planning import Plan, choose_device, decoder_layers, plan_compression
+from grail_hf.methods.linalg import full_fp32_products
+from grail_hf.models.decoder import causal_lm_name, decoder_layers
+from grail_hf.models.schema import Architecture
+from grail_hf.planning.costs import Estimate, estimate
+from grail_hf.planning.plan import Plan, plan_compression
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
-from grail_hf.saving import (
-    causal_lm_name,
-    check_room,
-    claimed,
-    empty,
-    put_in_place,
-    stopped_there,
-)
+from grail_hf.runtime import processes
+from grail_hf.runtime.devices import choose_device
+from grail_hf.runtime.meter import Meter
+from grail_hf.runtime.placement import Place, choose_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 # Settings that say where things are, not what comes out.
 _IRRELEVANT = {"hidden_states"}
 _OUTPUT = "the output folder"
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class StoppedError(RuntimeError):
@@ -237,11 +226,6 @@ def _finish(
     copy_processor(checkpoint.folder, journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint's folder has a tokenizer's files."""
-    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 def _stopped(work: Path) -> Journal | None:

@@ -12,6 +12,8 @@ too, but only its first window starts with BOS; each other one starts with the l
 window before. Without BOS (`bos=False`, as in GPTQ) the first token of a window is not predicted.
 """
 
+from __future__ import annotations
+
 import copy
 import difflib
 import math
@@ -24,22 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from grail_hf.calibration import (
-    TextSource,
-    bos_token,
-    capped,
-    check_positions,
-    check_token_ids,
-    context_length,
-    evaluation_mode,
-    token_windows,
-)
+from grail_hf.calibration.corpora import TextSource
+from grail_hf.calibration.windows import bos_token, capped, check_token_ids, token_windows
 from grail_hf.config import AUTO, widest_float
-from grail_hf.progress import Bar
+from grail_hf.models.decoder import check_positions, context_length, evaluation_mode
+from grail_hf.runtime.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 EvaluationText: TypeAlias = TextSource | Tensor
 
 
@@ -68,7 +62,7 @@ class LanguageModelLoss:
 
 
 def language_model_loss(
-    model: "PreTrainedModel", windows: Tensor, *, batch_size: int = 8, progress: bool = True
+    model: PreTrainedModel, windows: Tensor, *, batch_size: int = 8, progress: bool = True
 ) -> LanguageModelLoss:
     """Mean loss of the next token over `windows` [N, T] of token ids, T at least 2.
 
@@ -110,8 +104,8 @@ def language_model_loss(
 
 
 def perplexity(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
     text: EvaluationText,
     *,
     seq_length: int | None = None,
@@ -133,8 +127,8 @@ def perplexity(
 
 
 def evaluate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     text: EvaluationText | None = None,
     tasks: str | Sequence[str] = (),
@@ -197,8 +191,8 @@ def evaluate(
 
 
 def _windows(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
     text: EvaluationText,
     seq_length: int | None,
     max_windows: int | None,
@@ -221,7 +215,7 @@ def _finite(loss: float, window: int) -> float:
 
 def _task_manager(
     tasks: Sequence[str],
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: PreTrainedTokenizerBase | None,
     include_path: str | os.PathLike[str] | None,
 ) -> Any:
     try:
@@ -241,8 +235,8 @@ def _task_manager(
 
 
 def _run_tasks(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
     tasks: Sequence[str],
     *,
     bos: bool | str,

@@ -8,16 +8,16 @@ from functools import partial
 
 from torch import Tensor
 
-from grail_hf import processes
-from grail_hf.compensation import Repair, ridge_within
+from grail_hf.calibration.block import Block
 from grail_hf.config import GrailConfig
-from grail_hf.experts import Expert, ExpertsGroup
-from grail_hf.gram import GramStats
-from grail_hf.planning import Plan
-from grail_hf.reduction import Reduction
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.ridge import Repair, ridge_within
+from grail_hf.methods.selectors import choose, magnitude
+from grail_hf.models.experts import Expert, ExpertsGroup
+from grail_hf.planning.plan import Plan
 from grail_hf.report import CompressionReport
-from grail_hf.selectors import choose, magnitude
-from grail_hf.stream import Block
+from grail_hf.runtime import processes
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -16,35 +15,33 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from grail_hf import processes
-from grail_hf.architectures import ARCHITECTURES, ATTENTION, HEAD_DIM, OUTPUT_BIAS
-from grail_hf.checkpoint import auto_class
-from grail_hf.compensation import Repair, reconstruction_error
-from grail_hf.config import AUTO, GrailConfig
-from grail_hf.experts import Expert
-from grail_hf.gram import GramStats
-from grail_hf.groups import Group
-from grail_hf.planning import Plan
-from grail_hf.saving import check_replaceable
+from grail_hf.card import (
+    CARD_FILE,
+    CAUSAL,
+    HUB_NAME,
+    NAMES_IN_CARD,
+    TAGS,
+    USAGE,
+    is_tagged,
+    license_of,
+    public_name,
+)
+from grail_hf.checkpoints.folders import check_replaceable
+from grail_hf.config import ATTENTION, AUTO, GrailConfig
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.ridge import Repair, reconstruction_error
+from grail_hf.models.architectures import ARCHITECTURES
+from grail_hf.models.decoder import auto_class
+from grail_hf.models.experts import Expert
+from grail_hf.models.groups import Group
+from grail_hf.models.schema import HEAD_DIM, OUTPUT_BIAS
+from grail_hf.planning.plan import Plan
+from grail_hf.runtime import processes
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
-
 REPORT_FILE = "grail.json"
-CARD_FILE = "README.md"
-TAGS = ("grail", "structured-pruning")
-USAGE = """\
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/or/name")
-```"""
-_CAUSAL = "AutoModelForCausalLM"
-_NAMES_IN_CARD = 20
-_LICENSE_KEYS = ("license", "license_name", "license_link")
-_IN_CACHE = re.compile(r"/models--(?P<name>[^/]+)/snapshots/[^/]+$")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class CompressionReport:
     def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
         """The report of a plan, before anything is done."""
         return cls(
-            base_model=_public_name(model.name_or_path),
+            base_model=public_name(model.name_or_path),
             model_type=model.config.model_type,
             new_model_type=plan.config.model_type,
             config=config,
@@ -160,7 +157,7 @@ class CompressionReport:
             attention_unit=plan.attention_unit,
             errors=plan.errors,
             versions=versions(),
-            license=_license(model.name_or_path),
+            license=license_of(model.name_or_path),
         )
 
     def add(
@@ -282,7 +279,7 @@ class CompressionReport:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         card = directory / CARD_FILE
-        if card.exists() and not ((directory / REPORT_FILE).exists() or _is_tagged(card)):
+        if card.exists() and not ((directory / REPORT_FILE).exists() or is_tagged(card)):
             raise FileExistsError(
                 f"{card} is not a compressed model's card; save the report in "
                 "the folder given to model.save_pretrained"
@@ -312,9 +309,9 @@ class CompressionReport:
         from huggingface_hub import ModelCardData
 
         data = ModelCardData(
-            base_model=self.base_model if _HUB_NAME.fullmatch(self.base_model) else None,
+            base_model=self.base_model if HUB_NAME.fullmatch(self.base_model) else None,
             library_name="transformers",
-            pipeline_tag="text-generation" if self._auto_class == _CAUSAL else "image-text-to-text",
+            pipeline_tag="text-generation" if self._auto_class == CAUSAL else "image-text-to-text",
             tags=list(TAGS),
             **self.license,
         )
@@ -358,13 +355,13 @@ class CompressionReport:
             lines += ["", self.alternative]
         scarce = self.scarce_experts
         if scarce and self.config.compensate:
-            rest = len(scarce) - _NAMES_IN_CARD
+            rest = len(scarce) - NAMES_IN_CARD
             more = f" and {rest} more" if rest > 0 else ""
             lines += [
                 "",
                 "Experts that saw fewer calibration tokens than they keep channels, and so are "
                 "repaired with more damping or not at all: "
-                f"{', '.join(scarce[:_NAMES_IN_CARD])}{more}.",
+                f"{', '.join(scarce[:NAMES_IN_CARD])}{more}.",
             ]
         if self.evaluation:
             lines += ["", "| measured | value |", "|---|---|"]
@@ -390,7 +387,7 @@ class CompressionReport:
     def _usage(self) -> str:
         if self.export:
             return str(self.export["usage"])
-        usage = USAGE.replace(_CAUSAL, self._auto_class)
+        usage = USAGE.replace(CAUSAL, self._auto_class)
         return usage if self.uniform else usage.replace('name")', 'name", trust_remote_code=True)')
 
     def _serving(self) -> list[str]:
@@ -531,39 +528,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         if ours
         else f"{output} exists and is not a compressed model: choose another folder"
     )
-
-
-def _public_name(name: str | None) -> str:
-    """A hub name as it is, or as the hub's cache has it; of another path the folder's name."""
-    if not name:
-        return "model"
-    if _HUB_NAME.fullmatch(name) and not Path(name).exists():
-        return name
-    folder = Path(name).resolve()
-    if cached := _IN_CACHE.search(folder.as_posix()):
-        return cached["name"].replace("--", "/", 1)
-    return folder.name or "model"
-
-
-def _license(name: str | None) -> dict[str, Any]:
-    """What the card in a folder of this name says of the license, if there is one."""
-    card = Path(name or "", CARD_FILE)
-    if not name or not card.is_file():
-        return {}
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
-    try:
-        said = metadata_load(card) or {}
-    except (ValueError, YAMLError):  # a card that cannot be read says nothing
-        return {}
-    return {key: said[key] for key in _LICENSE_KEYS if key in said}
-
-
-def _is_tagged(card: Path) -> bool:
-    """Whether a card's front matter has the tags that `compress` gives a model."""
-    front, _, _ = card.read_text("utf-8").partition("\n---\n")
-    return {f"- {tag}" for tag in TAGS} <= set(front.splitlines())
 
 
 def _short(value: object) -> str:

@@ -18,11 +18,11 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf import offload
 from grail_hf.config import widest_float
-from grail_hf.gram import Symmetric
-from grail_hf.reduction import Reduction
-from grail_hf.selectors import Folding
+from grail_hf.methods.linalg import Symmetric
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.selectors import Folding
+from grail_hf.runtime import devices, dispatched
 
 
 @pytest.fixture
@@ -159,15 +159,15 @@ def test_of_a_model_that_does_not_fit_layers_come_for_their_part(
     expected = logits(model, inputs)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    free = 10**12 if lacking is None else (size - lacking) / offload.WEIGHTS_SHARE
-    monkeypatch.setattr(offload, "_free_bytes", lambda device: free)
+    free = 10**12 if lacking is None else (size - lacking) / dispatched.WEIGHTS_SHARE
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free)
 
     def places():
         return [next(layer.parameters()).device.type for layer in layers]
 
     seen = []
     hook = layers[2].mlp.register_forward_pre_hook(lambda *_: seen.append(places()))
-    with offload.whole_at_work(model, layers, torch.device(device)):
+    with dispatched.whole_at_work(model, layers, torch.device(device)):
         assert model.get_input_embeddings().weight.device.type == device
         assert places() == [device] * (3 - staying) + ["cpu"] * staying
         found = [model(**batch, use_cache=False).logits.cpu() for batch in there]
@@ -177,7 +177,7 @@ def test_of_a_model_that_does_not_fit_layers_come_for_their_part(
     hook.remove()
     failing = layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        with offload.whole_at_work(model, layers, torch.device(device)):
+        with dispatched.whole_at_work(model, layers, torch.device(device)):
             model(**there[0], use_cache=False)
     failing.remove()
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -22,10 +22,10 @@ from accelerate import PartialState
 from tiny_models import CASES, SIZES, tiny_architecture, tiny_model
 
 import grail_hf
-from grail_hf import processes
+from grail_hf.calibration.block import Block
 from grail_hf.cli import app
-from grail_hf.reduction import Reduction
-from grail_hf.stream import Block
+from grail_hf.methods.reduction import Reduction
+from grail_hf.runtime import processes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 HALVES = {"mlp_sparsity": 0.5, "attention_sparsity": 0.5}

@@ -11,21 +11,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from grail_hf.allocation import (
-    ALLOCATIONS,
-    TOLERANCE,
-    Budget,
-    Profile,
-    Widths,
-    _with_said_widest,
-    allocate,
-    error,
-    flap,
-    search,
-    splits,
-)
-from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.config import GrailConfig
+from grail_hf.config import ATTENTION, MLP, GrailConfig
+from grail_hf.methods.allocation import ALLOCATIONS, allocate, error, flap, search
+from grail_hf.methods.budget import Budget, Profile, Widths
+from grail_hf.methods.widths import TOLERANCE, splits, with_representable_widest
 
 few = settings(max_examples=25, deadline=None)
 
@@ -440,7 +429,7 @@ def test_whatever_is_left_to_choose_from_has_a_widest_that_can_be_said(said):
     for widths in product(curve, repeat=3):
         if max(widths) in said:
             continue
-        left = _with_said_widest(curves, widths, frozenset(said))
+        left = with_representable_widest(curves, widths, frozenset(said))
         choices = [left[ATTENTION, layer] for layer in range(3)]
         assert {max(choice) for choice in product(*choices)} <= said
         assert all(5 in choice for choice in choices)

@@ -37,16 +37,18 @@ from transformers import AutoModelForCausalLM
 
 import grail_hf
 from grail_hf import ARCHITECTURES, GrailConfig
-from grail_hf.allocation import TOLERANCE
-from grail_hf.architectures import ATTENTION, EXPERTS, MLP, LinearRows, architectures_table
-from grail_hf.config import ATTENTION_UNITS
-from grail_hf.costs import estimate
-from grail_hf.experts import group_in
-from grail_hf.planning import plan_compression
-from grail_hf.reduction import Reduction
-from grail_hf.refit import replaceable_weight, without_biases
-from grail_hf.saving import apply_config_, compressed_config
-from grail_hf.stream import stream
+from grail_hf.calibration.refit import replaceable_weight, without_biases
+from grail_hf.calibration.stream import stream
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, EXPERTS, MLP
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.widths import TOLERANCE
+from grail_hf.models.architectures import architectures_table
+from grail_hf.models.configs import compressed_config
+from grail_hf.models.experts import group_in
+from grail_hf.models.schema import LinearRows
+from grail_hf.models.surgery import apply_config_
+from grail_hf.planning.costs import estimate
+from grail_hf.planning.plan import plan_compression
 
 CPU = torch.device("cpu")
 SHARES = {ATTENTION: 0.5, MLP: 0.4}  # the second of everything that is not attention

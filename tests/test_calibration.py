@@ -14,16 +14,11 @@ import pytest
 import torch
 from tiny_models import SIZES, tiny_architecture, tiny_model
 
-from grail_hf import GrailConfig, calibration, perplexity
-from grail_hf.calibration import (
-    CORPORA,
-    bos_token,
-    corpus_tokens,
-    read_calibration,
-    token_batches,
-    token_windows,
-    with_random_tokens,
-)
+from grail_hf import GrailConfig, perplexity
+from grail_hf.calibration import corpora, tokens
+from grail_hf.calibration.corpora import CORPORA
+from grail_hf.calibration.tokens import read_calibration, token_batches
+from grail_hf.calibration.windows import bos_token, corpus_tokens, token_windows, with_random_tokens
 
 VOCAB = 4096
 
@@ -266,7 +261,7 @@ def test_a_window_of_one_document_starts_with_bos_too(batches_of, tokenizer, bos
 
 
 def test_bos_that_cannot_be_had(batches_of, tokenizer, bos_tokenizer, monkeypatch):
-    monkeypatch.setattr(calibration, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(corpora, "read_text", lambda *_: pytest.fail("read"))
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     assert bos_token(bare, "auto") is None
     with pytest.raises(ValueError, match="bos=True, but the tokenizer has no BOS token"):
@@ -913,7 +908,7 @@ def test_sizes_must_be_positive(batches_of, name):
 
 
 def test_tokenizer_is_asked_for_before_the_text_is_read(batches_of, monkeypatch):
-    monkeypatch.setattr(calibration, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(corpora, "read_text", lambda *_: pytest.fail("read"))
     with pytest.raises(ValueError, match="needs a tokenizer"):
         batches_of("c4", tokenizer=None)
     with pytest.raises(ValueError, match="needs a tokenizer"):
@@ -946,7 +941,7 @@ def test_given_tokens_beyond_the_model_s_positions(case, kind, caplog):
     def read(ids):
         short = {"input_ids": ids[:, :5]}
         given = {"tensor": ids, "batch": {"input_ids": ids}, "batches": [short, {"input_ids": ids}]}
-        given["token batches"] = calibration.TokenBatches(({"input_ids": ids},), "mine", "")
+        given["token batches"] = tokens.TokenBatches(({"input_ids": ids},), "mine", "")
         return read_calibration(model, None, given[kind], settings)
 
     assert read(ids[:, :limit]) and "more than" not in caplog.text

@@ -14,8 +14,9 @@ from tiny_models import ARCHITECTURE_CASES, batches, logits, tiny_architecture, 
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import checkpoint
-from grail_hf.checkpoint import INDEX, WEIGHTS, Checkpoint, Journal, read_spans, save_tensors
+from grail_hf.checkpoints import journal
+from grail_hf.checkpoints.journal import INDEX, WEIGHTS, Journal, save_tensors
+from grail_hf.checkpoints.reader import Checkpoint, read_spans
 
 UP = "layers.1.mlp.up_proj.weight"
 QUICK = {"multiple_of": 1, "target": "self", "refit": 0, "selector": "wanda", "ridge": 1e-3}
@@ -138,7 +139,7 @@ def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
     seen = []
     skeleton = Checkpoint.skeleton
     monkeypatch.setattr(Checkpoint, "skeleton", lambda self: seen.append(skeleton(self)) or seen[0])
-    collect = grail_hf.stream.Block.collect
+    collect = grail_hf.calibration.block.Block.collect
     alive = []
 
     def look(block, *args, **kwargs):
@@ -146,7 +147,7 @@ def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
         alive.append({".".join(name.split(".")[:3]) for name in names} == {block.name})
         return collect(block, *args, **kwargs)
 
-    monkeypatch.setattr(grail_hf.stream.Block, "collect", look)
+    monkeypatch.setattr(grail_hf.calibration.block.Block, "collect", look)
     from_disk(source, tmp_path / "out", mlp_sparsity=0.3, attention_sparsity=0)
     assert alive and all(alive)
     assert all(parameter.is_meta for parameter in seen[0].parameters())
@@ -271,7 +272,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
     path = tmp_path / "x.safetensors"
     digest = save_tensors({"a": torch.ones(2)}, path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(checkpoint, "file_digest", lambda path: 1 / 0)
+    monkeypatch.setattr(journal, "file_digest", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_tensors({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
@@ -285,7 +286,7 @@ def test_self_calibration_is_refused_with_the_reason(tmp_path):
 
 
 def test_what_is_used_of_transformers_is_still_there():
-    """Not quite public; where this fails, `checkpoint.Parts` is to be read again."""
+    """Not quite public; where this fails, `converter.Parts` is to be read again."""
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel

@@ -29,9 +29,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 from grail_hf import CompressionReport, cli
-from grail_hf.architectures import architectures_table
-from grail_hf.checkpoint import Journal
+from grail_hf.checkpoints.journal import Journal
 from grail_hf.cli import _measured_on, app, replaced_when_whole
+from grail_hf.models.architectures import architectures_table
 
 runner = CliRunner()
 
@@ -481,7 +481,7 @@ def test_a_whole_folder_that_cannot_take_its_place_is_kept(tmp_path, monkeypatch
     def refused(work, output):
         raise PermissionError("not allowed")
 
-    monkeypatch.setattr("grail_hf.saving.put_in_place", refused)
+    monkeypatch.setattr("grail_hf.checkpoints.folders.put_in_place", refused)
     with pytest.raises(OSError, match=r"out cannot be replaced .*\.out\.partial"):
         with replaced_when_whole(tmp_path / "out") as folder:
             (folder / "new").touch()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grail_hf import compensation
-from grail_hf.gram import GramStats, Symmetric
+from grail_hf.methods import ridge as ridge_module
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import Symmetric
 
 few = settings(max_examples=25, deadline=None)
 F64 = torch.float64
@@ -34,7 +35,7 @@ def ridge(
 ) -> tuple[Tensor, float]:
     """B [K, P] of W' = W_S + W_P B^T: what repair makes of the identity's removed rows."""
     identity = torch.eye(len(gram), dtype=gram.dtype)
-    weight, used, *_ = compensation.ridge(identity, moments(gram), kept, damping, name)
+    weight, used, *_ = ridge_module.ridge(identity, moments(gram), kept, damping, name)
     assert torch.equal(weight[kept], torch.eye(len(kept), dtype=gram.dtype))
     return weight[removed].T, used
 
@@ -45,7 +46,7 @@ def reconstruction_error(
     new = weight[:, kept]
     if matrix is not None:
         new = new + weight[:, removed] @ matrix.T
-    return compensation.reconstruction_error(weight, new, moments(gram), kept)
+    return ridge_module.reconstruction_error(weight, new, moments(gram), kept)
 
 
 def stacked_least_squares(x: Tensor, kept: Tensor, removed: Tensor, damping: float) -> Tensor:
@@ -176,17 +177,17 @@ def test_another_target_is_met_as_stacked_least_squares_meets_it(problem):
         draw_normal(4, channels, seed=seed + 2),
     )
     stats = moments(x.T @ x, y.T @ x, y.square().sum().item())
-    new, used, *_ = compensation.ridge(weight, stats, kept, problem["damping"])
+    new, used, *_ = ridge_module.ridge(weight, stats, kept, problem["damping"])
     d = (used * x[:, kept].square().sum(0).mean()).sqrt()
     system = torch.cat([x[:, kept], d * torch.eye(kept.numel(), dtype=F64)])
     stacked = torch.cat([y, d * weight[:, kept].T])
     expected = torch.linalg.lstsq(system, stacked, driver="gels").solution.T
     torch.testing.assert_close(new, expected, rtol=1e-6, atol=1e-7)
 
-    error = compensation.reconstruction_error(weight, new, stats, kept)
+    error = ridge_module.reconstruction_error(weight, new, stats, kept)
     direct = (y - x[:, kept] @ new.T).square().sum() / y.square().sum()
     assert error == pytest.approx(direct.item(), rel=1e-6, abs=1e-9)
-    pruned = compensation.reconstruction_error(weight, weight[:, kept], stats, kept)
+    pruned = ridge_module.reconstruction_error(weight, weight[:, kept], stats, kept)
     assert error <= pruned * (1 + 1e-9)
 
 
@@ -274,7 +275,7 @@ def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
     if intercept:
         x, y = x - x[:number].mean(0), y - y[:number].mean(0)
     scale = x[:number][:, kept].square().sum(0).mean()
-    for damping in (*compensation.DAMPINGS, float("inf")):
+    for damping in (*ridge_module.DAMPINGS, float("inf")):
         new = weight[:, kept]
         if damping != float("inf"):
             d = (damping * scale).sqrt()
@@ -283,12 +284,12 @@ def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
             new = torch.linalg.lstsq(system, stacked, driver="gels").solution.T
         miss = y[number:] - x[number:][:, kept] @ new.T
         errors[damping, intercept] = (miss.square().sum() / energy).item()
-    repair = compensation.ridge(weight, stats, kept, "auto", intercept=intercept)
-    damping, moved, error = compensation.choose_damping(weight, stats, kept, intercept)
+    repair = ridge_module.ridge(weight, stats, kept, "auto", intercept=intercept)
+    damping, moved, error = ridge_module.choose_damping(weight, stats, kept, intercept)
     assert (damping, moved) == (repair.damping, repair.bias is not None)
     assert error == pytest.approx(min(errors.values()), rel=1e-5)
     assert errors[damping, moved] == pytest.approx(min(errors.values()), rel=1e-5)
-    whole = compensation.ridge(weight, stats, kept, damping, intercept=moved)
+    whole = ridge_module.ridge(weight, stats, kept, damping, intercept=moved)
     assert torch.equal(repair.weight, whole.weight)
 
 
@@ -302,7 +303,7 @@ def test_auto_damping_prunes_without_a_bias_where_any_bias_is_of_noise(targeted)
     y = x @ weight.T if targeted else None
     stats = activation_moments(x, y)
     stats.held_out = activation_moments(x[12:], None if y is None else y[12:])
-    repair = compensation.ridge(weight, stats, kept, "auto", intercept=True)
+    repair = ridge_module.ridge(weight, stats, kept, "auto", intercept=True)
     assert (repair.damping, repair.bias) == (float("inf"), None)
     assert torch.equal(repair.weight, weight[:, kept])
 
@@ -313,7 +314,7 @@ def test_auto_damping_prunes_plainly_where_channels_know_nothing_of_each_other()
     stats = activation_moments(x)
     stats.held_out = activation_moments(x[12:])
     kept, _ = split(40, 30, seed=2)
-    repair = compensation.ridge(weight, stats, kept, "auto")
+    repair = ridge_module.ridge(weight, stats, kept, "auto")
     assert repair.damping == float("inf")
     assert torch.equal(repair.weight, weight[:, kept])
 
@@ -328,8 +329,8 @@ def test_auto_damping_of_a_rank_deficient_gram_generalises(dtype, caplog):
     stats = activation_moments(x.to(dtype))
     stats.held_out = activation_moments(x[18:].to(dtype))
     kept, _ = split(40, 30, seed=2)
-    new = compensation.ridge(weight.to(dtype), stats, kept, "auto").weight.double()
-    error = compensation.reconstruction_error(weight, new, activation_moments(fresh), kept)
+    new = ridge_module.ridge(weight.to(dtype), stats, kept, "auto").weight.double()
+    error = ridge_module.reconstruction_error(weight, new, activation_moments(fresh), kept)
     assert error < 1e-3
     assert not caplog.records
 
@@ -339,14 +340,14 @@ def test_auto_damping_of_dead_channels_is_plain_pruning():
     stats.held_out = moments(torch.zeros(6, 6, dtype=F64))
     kept, _ = split(6, 4, seed=0)
     weight = draw_normal(3, 6, seed=0)
-    assert torch.equal(compensation.ridge(weight, stats, kept, "auto").weight, weight[:, kept])
+    assert torch.equal(ridge_module.ridge(weight, stats, kept, "auto").weight, weight[:, kept])
 
 
 def test_auto_damping_needs_held_out_tokens():
     kept, _ = split(6, 4, seed=0)
     with pytest.raises(ValueError, match="hold_out=True"):
         identity = moments(torch.eye(6, dtype=F64))
-        compensation.ridge(draw_normal(3, 6, seed=0), identity, kept, "auto")
+        ridge_module.ridge(draw_normal(3, 6, seed=0), identity, kept, "auto")
 
 
 @given(
@@ -363,7 +364,7 @@ def test_an_intercept_is_that_of_least_squares_with_a_column_of_ones(
     x, moved = x + draw_normal(8, seed=seed), y + (5 if targeted else 0)
     y = moved if targeted else x @ weight.T
     stats, (kept, _) = activation_moments(x, y if targeted else None), split(8, 5, seed)
-    repair = compensation.ridge(weight, stats, kept, damping, intercept=True)
+    repair = ridge_module.ridge(weight, stats, kept, damping, intercept=True)
     variation = (x - x.mean(0))[:, kept].square().sum(0).mean()
     d = (repair.damping * variation).sqrt()
     ones, nothing = torch.ones(tokens, 1, dtype=F64), torch.zeros(5, 1, dtype=F64)
@@ -374,7 +375,7 @@ def test_an_intercept_is_that_of_least_squares_with_a_column_of_ones(
     expected = torch.linalg.lstsq(system, stacked, driver="gelsd").solution
     torch.testing.assert_close(repair.weight, expected[:5].T, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(repair.bias, expected[5], rtol=1e-5, atol=1e-6)
-    error = compensation.reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
+    error = ridge_module.reconstruction_error(weight, repair.weight, stats, kept, repair.bias)
     miss = y - x[:, kept] @ repair.weight.T - repair.bias
     direct = (miss.square().sum() / y.square().sum()).item()
     assert error == pytest.approx(direct, rel=1e-6, abs=1e-9)
@@ -389,13 +390,13 @@ def test_the_error_curve_is_the_error_of_each_repair(channels, outputs, damping,
     x, weight = draw_normal(40, channels, seed=seed), draw_normal(outputs, channels, seed=seed + 1)
     order, _ = split(channels, channels, seed)
     stats = moments(x.T @ x)
-    curve = compensation.error_curve(weight, stats, order, damping)
+    curve = ridge_module.error_curve(weight, stats, order, damping)
     assert curve.shape == (channels + 1,) and curve[channels] == 0
     energy = (x @ weight.T).square().sum()
     assert curve[0].item() == pytest.approx(energy.item(), rel=max(3 * channels * damping, 1e-9))
     for width in range(1, channels):
         kept = order[:width]
-        repaired = compensation.ridge(weight, stats, kept, damping).weight
+        repaired = ridge_module.ridge(weight, stats, kept, damping).weight
         error = (x @ weight.T - x[:, kept] @ repaired.T).square().sum()
         slack = 2 * damping * stats.gram.diagonal().mean() * weight.square().sum()
         assert abs(curve[width] - error) <= slack + 1e-9 * energy

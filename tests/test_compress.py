@@ -25,9 +25,8 @@ from transformers import AutoModelForCausalLM
 
 import grail_hf
 from grail_hf import SELECTORS
-from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.config import ATTENTION_UNITS
-from grail_hf.gram import full_fp32_products
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
+from grail_hf.methods.linalg import full_fp32_products
 
 SPARSITY = 0.3
 

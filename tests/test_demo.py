@@ -6,7 +6,7 @@ import math
 import pytest
 
 import grail_hf
-from grail_hf.calibration import token_windows
+from grail_hf.calibration.windows import token_windows
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import grail_hf
 from grail_hf import SELECTORS, PartlyCompressedError
-from grail_hf.allocation import TOLERANCE
+from grail_hf.methods.widths import TOLERANCE
 
 
 class Untouchable:
@@ -113,7 +113,7 @@ def test_an_unknown_architecture_is_refused_with_the_place_to_add_one():
     words = (
         "'codegen' is not known",
         "Known: llama, ",
-        "ARCHITECTURES in grail_hf/architectures.py",
+        "ARCHITECTURES in grail_hf/models/architectures.py",
     )
     with refused(model, ValueError, *words):
         compress(model, Untouchable())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import SIZES, config_of, random_model
 
-from grail_hf.calibration import token_windows
+from grail_hf.calibration.windows import token_windows
 from grail_hf.evaluation import LanguageModelLoss, evaluate, language_model_loss, perplexity
 
 

@@ -25,14 +25,15 @@ from tiny_models import (
 
 import grail_hf
 from grail_hf import ARCHITECTURES, CompressionReport, GrailConfig
-from grail_hf.allocation import EXPERTS_STEP
-from grail_hf.architectures import EXPERTS, SHARED
-from grail_hf.costs import estimate
-from grail_hf.experts import ExpertsGroup
+from grail_hf.calibration.block import Block
+from grail_hf.config import EXPERTS, SHARED
+from grail_hf.methods.selectors import wanda_plus_plus
+from grail_hf.methods.widths import EXPERTS_STEP
+from grail_hf.models.capture import captured_call
+from grail_hf.models.experts import ExpertsGroup
 from grail_hf.narrow_experts import SCARCE_DAMPING
-from grail_hf.planning import plan_compression
-from grail_hf.selectors import wanda_plus_plus
-from grail_hf.stream import Block, captured_call
+from grail_hf.planning.costs import estimate
+from grail_hf.planning.plan import plan_compression
 
 MIXTURES = [
     case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].experts

@@ -30,18 +30,18 @@ from typer.testing import CliRunner
 
 import grail_hf
 from grail_hf import CompressionReport, export
-from grail_hf.architectures import ARCHITECTURES
 from grail_hf.cli import app
-from grail_hf.export import FORMATS, padded_units
-from grail_hf.gguf_file import (
+from grail_hf.exports.export import FORMATS, padded_units
+from grail_hf.exports.gguf import (
     PRE_TOKENIZERS,
     ExportError,
     deinterleaved,
     interleaved,
     rotary_factors,
 )
-from grail_hf.modeling_grail import AUTO_MAP
-from grail_hf.saving import ALLOW
+from grail_hf.models.architectures import ARCHITECTURES
+from grail_hf.models.configs import ALLOW
+from grail_hf.models.modeling_grail import AUTO_MAP
 
 # Runs alone: loads every folder, says what it is, and saves its logits.
 LOADER = """
@@ -578,7 +578,7 @@ def test_a_gguf_that_differs_is_not_put_in_place(tmp_path, with_tokenizer, monke
         "_tensor_type": lambda *_: gguf.GGMLQuantizationType.F16,  # norms too: they are rounded
     }
     monkeypatch.setattr(f"grail_hf.gguf_file.{broken}", wrong[broken])
-    monkeypatch.setattr("grail_hf.gguf_file._rounding", lambda tensor, _: 0 * tensor)
+    monkeypatch.setattr("grail_hf.exports.gguf._rounding", lambda tensor, _: 0 * tensor)
     with pytest.raises(ExportError, match=r"is not in model\.gguf as it is in the model"):
         export(tmp_path / "in", tmp_path / "out", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]

@@ -16,9 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny_model
 
 import grail_hf
-from grail_hf import checkpoint, disk_to_disk, offload, saving, stream
-from grail_hf.checkpoint import WEIGHTS, Journal
-from grail_hf.saving import claimed
+from grail_hf import disk_to_disk
+from grail_hf.calibration import block, stream
+from grail_hf.checkpoints import folders, journal, layers, reader
+from grail_hf.checkpoints import folders as saving
+from grail_hf.checkpoints.folders import claimed
+from grail_hf.checkpoints.journal import WEIGHTS, Journal
+from grail_hf.runtime import dispatched as offload
+from grail_hf.runtime import placement
 
 SETTINGS = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform"}
 LAYERS = 3
@@ -87,23 +92,23 @@ def signalled_at(owner, name, call, number, after):
 
 # Where a run is killed: the n-th call of a function, at its beginning or its end.
 PHASES = {
-    "before the source is checked": (checkpoint.Checkpoint, "verify", 1, False),
-    "behind the embeddings' file": (checkpoint.Journal, "add_shard", 1, True),
-    "behind the first journal": (checkpoint.Journal, "write", 1, True),
+    "before the source is checked": (reader.Checkpoint, "verify", 1, False),
+    "behind the embeddings' file": (journal.Journal, "add_shard", 1, True),
+    "behind the first journal": (journal.Journal, "write", 1, True),
     "in the first embedding pass": (stream, "record_calls", 1, False),
     "in a dense pass": (stream, "_dense_pass", 2, False),
-    "in the first layer's Gram": (stream.Block, "collect", 1, False),
-    "in the second layer's Gram": (stream.Block, "collect", 5, True),
-    "in a refit": (stream.Block, "runs", 3, False),
-    "in front of a layer's file": (checkpoint.Journal, "add_shard", 3, False),
-    "in a layer's file": (checkpoint, "file_digest", 6, False),
-    "behind a layer's file": (checkpoint.Journal, "add_shard", 3, True),
-    "in the hidden states": (checkpoint, "save_tensors", 4, True),
-    "behind the hidden states": (checkpoint.Journal, "add_hidden_states", 2, True),
-    "behind a layer's journal": (checkpoint.Journal, "write", 3, True),
-    "behind the sweep": (checkpoint.Journal, "sweep", 2, True),
-    "behind the last layer": (checkpoint.Journal, "write", LAYERS + 1, True),
-    "in the index": (checkpoint.Journal, "write_index", 1, True),
+    "in the first layer's Gram": (block.Block, "collect", 1, False),
+    "in the second layer's Gram": (block.Block, "collect", 5, True),
+    "in a refit": (block.Block, "runs", 3, False),
+    "in front of a layer's file": (journal.Journal, "add_shard", 3, False),
+    "in a layer's file": (journal, "file_digest", 6, False),
+    "behind a layer's file": (journal.Journal, "add_shard", 3, True),
+    "in the hidden states": (journal, "save_tensors", 4, True),
+    "behind the hidden states": (journal.Journal, "add_hidden_states", 2, True),
+    "behind a layer's journal": (journal.Journal, "write", 3, True),
+    "behind the sweep": (journal.Journal, "sweep", 2, True),
+    "behind the last layer": (journal.Journal, "write", LAYERS + 1, True),
+    "in the index": (journal.Journal, "write_index", 1, True),
     "behind the report": (grail_hf.CompressionReport, "save", 1, True),
     "in front of the last rename": (disk_to_disk, "put_in_place", 1, False),
     "behind the last rename": (Path, "rename", 1, True),
@@ -140,7 +145,7 @@ def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
         if disk_to_disk:
             compress(source, output, overwrite=overwrite)
         else:
-            with saving.replaced_when_whole(output) as folder:
+            with folders.replaced_when_whole(output) as folder:
                 (folder / "model").write_text(str(overwrite))
 
     write(overwrite=False)
@@ -168,7 +173,7 @@ def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
 def test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file(
     source, whole, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(offload, "_LEAST_MAPPED", 1)
+    monkeypatch.setattr(placement, "_LEAST_MAPPED", 1)
     settings = {"hidden_states": "disk"}
 
     def killed():
@@ -193,7 +198,7 @@ def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
     compress(source, tmp_path / "whole", **settings)
 
     def killed():
-        signalled_at(stream.Block, "collect_all", 2, signal.SIGKILL, False)
+        signalled_at(block.Block, "collect_all", 2, signal.SIGKILL, False)
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
@@ -206,7 +211,7 @@ def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
     compress(source, tmp_path / "whole", **settings)
 
     def killed():
-        signalled_at(checkpoint.Journal, "write", 3, signal.SIGKILL, True)
+        signalled_at(journal.Journal, "write", 3, signal.SIGKILL, True)
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
@@ -219,7 +224,7 @@ def stop(source, output, layer=2, **settings):
     """Leave a run that was killed behind a layer."""
 
     def killed():
-        signalled_at(checkpoint.Journal, "write", layer + 1, signal.SIGKILL, True)
+        signalled_at(journal.Journal, "write", layer + 1, signal.SIGKILL, True)
         compress(source, output, **settings)
 
     assert in_child(killed) == KILLED
@@ -229,9 +234,9 @@ def stop(source, output, layer=2, **settings):
 def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", layer=2)
     seen = []
-    at_work = checkpoint.CheckpointHomes.at_work
+    at_work = layers.CheckpointHomes.at_work
     monkeypatch.setattr(
-        checkpoint.CheckpointHomes,
+        layers.CheckpointHomes,
         "at_work",
         lambda self, index: seen.append(index) or at_work(self, index),
     )
@@ -262,7 +267,7 @@ def test_a_stopped_run_is_neither_lost_nor_taken_for_another(source, whole, tmp_
             compress(source, tmp_path / "out", resume=True, **changes)
     with (
         pytest.raises(FileExistsError, match="resume"),
-        saving.replaced_when_whole(tmp_path / "out"),
+        folders.replaced_when_whole(tmp_path / "out"),
     ):
         pass
     assert files_below(work) == before
@@ -303,7 +308,7 @@ def test_what_a_stopped_run_wrote_is_checked(pattern, spoil, source, tmp_path):
 def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(source, whole, tmp_path, capfd):
     def interrupted():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signalled_at(stream.Block, "collect", 7, signal.SIGINT, False)
+        signalled_at(block.Block, "collect", 7, signal.SIGINT, False)
         compress(source, tmp_path / "out")
 
     assert in_child(interrupted) == 130
@@ -327,7 +332,7 @@ def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path, m
 
 
 def interrupt_at(monkeypatch, call):
-    calls, collect = Counter(), stream.Block.collect
+    calls, collect = Counter(), block.Block.collect
 
     def interrupted(*args, **kwargs):
         calls["collect"] += 1
@@ -335,13 +340,13 @@ def interrupt_at(monkeypatch, call):
             raise KeyboardInterrupt
         return collect(*args, **kwargs)
 
-    monkeypatch.setattr(stream.Block, "collect", interrupted)
+    monkeypatch.setattr(block.Block, "collect", interrupted)
 
 
 def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_path, capfd):
     """No file may grow beyond a limit that the second layer's is the first to reach."""
     sizes = {name: len(data) for name, data in whole.items() if name.startswith("model-")}
-    writing = checkpoint.save_tensors
+    writing = journal.save_tensors
     calls = Counter()
 
     def fills_up(tensors, path, metadata=None):
@@ -352,7 +357,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_pat
         return writing(tensors, path, metadata)
 
     def full():
-        checkpoint.save_tensors = fills_up
+        journal.save_tensors = fills_up
         try:
             compress(source, tmp_path / "out")
         except grail_hf.StoppedError as error:
@@ -478,7 +483,7 @@ def test_an_output_that_cannot_be_replaced_is_refused_at_once(source, tmp_path, 
         message = rf"{output} is .*name a folder inside it, for example {output}/model"
         with pytest.raises(OSError, match=message):
             compress(source, named)
-        with pytest.raises(OSError, match=message), saving.replaced_when_whole(named):
+        with pytest.raises(OSError, match=message), folders.replaced_when_whole(named):
             raise AssertionError("the folder was given out")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -486,7 +491,7 @@ def test_an_output_that_cannot_be_replaced_is_refused_at_once(source, tmp_path, 
 def test_the_root_cannot_be_replaced():
     """A mount point that every machine has."""
     with pytest.raises(OSError, match="is a mount point"):
-        saving.check_replaceable(Path("/"))
+        folders.check_replaceable(Path("/"))
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -511,7 +516,7 @@ def test_a_link_in_the_old_folder_s_place_is_cleared_away(tmp_path):
     (real / "mine").touch()
     (tmp_path / ".out.old").symlink_to(real)
     (tmp_path / "out").mkdir()
-    with saving.replaced_when_whole(tmp_path / "out") as folder:
+    with folders.replaced_when_whole(tmp_path / "out") as folder:
         (folder / "new").touch()
     assert (tmp_path / "out" / "new").exists() and (real / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]

@@ -26,12 +26,13 @@ from tiny_models import (
 
 import grail_hf
 from grail_hf import SELECTORS
-from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.config import ATTENTION_UNITS
-from grail_hf.gram import GramStats, Symmetric
-from grail_hf.groups import Group
-from grail_hf.reduction import Reduction
-from grail_hf.selectors import Folding, choose, fold, k_means
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
+from grail_hf.methods.clustering import k_means
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import Symmetric
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.selectors import Folding, choose, fold
+from grail_hf.models.groups import Group
 
 few = settings(max_examples=25, deadline=None)
 every_unit = pytest.mark.parametrize("unit", ATTENTION_UNITS)
@@ -406,7 +407,7 @@ def test_a_fitted_bias_is_part_of_what_a_fold_leaves():
 
 def test_the_linear_form_is_the_paper_s():
     """W B with B = G R^T (R G R^T)^-1; without damping, which pulls elsewhere than the paper's."""
-    from grail_hf.compensation import fold_linearly, ridge
+    from grail_hf.methods.ridge import fold_linearly, ridge
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 12, generator=generator, dtype=torch.float64)
@@ -431,7 +432,7 @@ def test_the_linear_form_is_the_paper_s():
 @every_unit
 def test_a_refit_does_better_than_the_fold_that_it_starts_from(unit, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
-    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
     report = compress(tiny_model("qwen3"), unit, selector="fold", refit=4, ridge=1e-4)
     assert all(group.error < group.error_measured for group in report.groups)
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf import gram as gram_module
-from grail_hf.gram import GramStats, damped_cholesky
+from grail_hf.methods import linalg
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import damped_cholesky
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -68,18 +69,18 @@ def test_merge_is_concatenation(dtype, channels, sizes, seed):
 @pytest.mark.parametrize("size", [1, 3, 4, 9])
 def test_a_symmetric_matrix_in_block_rows_is_what_the_whole_is(monkeypatch, size):
     """Integers, so exactly; blocks of three rows, the last one smaller."""
-    monkeypatch.setattr(gram_module, "BLOCK", 3)
+    monkeypatch.setattr(linalg, "BLOCK", 3)
     x, other, weight = (integers(n, size, seed).double() for seed, n in enumerate((20, 7, 4)))
     whole = x.T @ x
-    held = gram_module.Symmetric.zeros(size, dtype=torch.float64)
+    held = linalg.Symmetric.zeros(size, dtype=torch.float64)
     held.add_products_(x)
-    assert held.flat.numel() == gram_module.half_square(size) <= size * (size + 3) / 2
+    assert held.flat.numel() == linalg.half_square(size) <= size * (size + 3) / 2
     assert torch.equal(held.dense(), whole) and held.dense().dtype == torch.float64
     assert torch.equal(held.diagonal, whole.diagonal())
-    assert torch.equal(gram_module.Symmetric.of(whole).dense(), whole)
+    assert torch.equal(linalg.Symmetric.of(whole).dense(), whole)
     assert torch.equal(held.times(weight), weight @ whole)
     assert held.quadratic(weight) == (weight @ whole * weight).sum()
-    minus = held.minus(gram_module.Symmetric.of(other.T @ other))
+    minus = held.minus(linalg.Symmetric.of(other.T @ other))
     assert torch.equal(minus.dense(), whole - other.T @ other)
     for index in (torch.arange(0, size, 2), torch.arange(size - 1, size), torch.randperm(size)):
         chosen = held.restricted(index)

@@ -23,12 +23,13 @@ from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.models.llama import modeling_llama
 
 import grail_hf
-from grail_hf import ARCHITECTURES, Architecture, GrailConfig, architectures, infer_architecture
-from grail_hf.architectures import ATTENTION, MLP, architectures_table
-from grail_hf.config import ATTENTION_UNITS
-from grail_hf.groups import Group
-from grail_hf.infer import architecture_source
-from grail_hf.planning import plan_compression
+from grail_hf import ARCHITECTURES, Architecture, GrailConfig, infer_architecture
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
+from grail_hf.models import architectures
+from grail_hf.models.architectures import architectures_table
+from grail_hf.models.groups import Group
+from grail_hf.models.source import architecture_source
+from grail_hf.planning.plan import plan_compression
 
 # Why a case of the table is refused.
 MIXTURES = [

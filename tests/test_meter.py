@@ -12,11 +12,10 @@ from tiny_models import config_of
 from transformers import LlamaForCausalLM
 
 import grail_hf
-from grail_hf import costs
 from grail_hf.config import GrailConfig
-from grail_hf.costs import estimate
-from grail_hf.meter import Meter
-from grail_hf.planning import plan_compression
+from grail_hf.planning.costs import estimate
+from grail_hf.planning.plan import costs, plan_compression
+from grail_hf.runtime.meter import Meter
 
 MB = 2**20
 CPU = torch.device("cpu")
@@ -72,7 +71,7 @@ def test_a_meter_that_is_off_measures_nothing():
 
 FRAGMENTED = """
 import torch
-from grail_hf.meter import anonymous_bytes, keep_no_freed_blocks
+from grail_hf.runtime.meter import anonymous_bytes, keep_no_freed_blocks
 
 def hold_and_free():
     first = torch.ones(20 * 2**18)  # the C library learns from its end to keep such blocks

@@ -27,8 +27,12 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import SELECTORS, PartlyCompressedError, offload
-from grail_hf.offload import Courier, DispatchedHomes, Homes, Place, choose_place, weights_of
+from grail_hf import SELECTORS, PartlyCompressedError
+from grail_hf.runtime import devices, dispatched, placement, transfer
+from grail_hf.runtime.dispatched import DispatchedHomes, weights_of
+from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.placement import Place, choose_place
+from grail_hf.runtime.transfer import Courier
 
 CPU = torch.device("cpu")
 CASES = {
@@ -360,7 +364,7 @@ class Messenger(Courier):
 @pytest.mark.parametrize("dispatched", [None, host_and_disk, in_host_memory, on_disk])
 def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path, monkeypatch):
     plain = in_memory("llama")
-    monkeypatch.setattr(offload, "Courier", Messenger)
+    monkeypatch.setattr(transfer, "Courier", Messenger)
     monkeypatch.setattr(Messenger, "log", [])
     model = dispatched(saved("llama"), tmp_path) if dispatched else load(saved("llama"))
     compress(model)
@@ -379,12 +383,12 @@ def test_an_accelerator_has_its_index(device, expected, monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
-    monkeypatch.setattr(offload, "_free_bytes", lambda device: 80)
-    monkeypatch.setattr(offload, "_bring", lambda reads, device: [torch.tensor(device.index)])
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 80)
+    monkeypatch.setattr(transfer, "_bring", lambda reads, device: [torch.tensor(device.index)])
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     device = torch.device(device)
-    assert str(offload.with_index(device)) == expected
+    assert str(devices.with_index(device)) == expected
     courier = Courier()
     courier.send(0, [torch.empty], 10, device)
     assert [int(t) for t in courier.receive(0)] == [3 if expected == "cuda:3" else 1] * (
@@ -438,8 +442,8 @@ def test_nothing_is_brought_to_a_cpu():
 
 @pytest.mark.parametrize(("free", "sent"), [(80, True), (79, False)])
 def test_a_layer_is_read_ahead_into_an_eighth_of_the_room(free, sent, monkeypatch):
-    monkeypatch.setattr(offload, "_free_bytes", lambda device: free)
-    monkeypatch.setattr(offload, "_bring", lambda reads, device: 1 / 0)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free)
+    monkeypatch.setattr(transfer, "_bring", lambda reads, device: 1 / 0)
     courier = Courier()
     courier.send(0, [torch.empty], 10, torch.device("cuda"))
     with pytest.raises(ZeroDivisionError) if sent else contextlib.nullcontext():
@@ -506,7 +510,7 @@ def test_a_device_map_over_accelerator_host_and_disk_is_respected(saved, tmp_pat
 def folder(tmp_path, monkeypatch):
     """The folder for temporary files; tensors of any size are worth a file in it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(offload, "_LEAST_MAPPED", 1)
+    monkeypatch.setattr(placement, "_LEAST_MAPPED", 1)
     return tmp_path
 
 
@@ -612,7 +616,7 @@ def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatc
     """
     tokens = 8 * 24 + 7 * 21
     size = 48 * 4 * (tokens * (1 + 2 + 2) + tokens // 2 * 2)
-    monkeypatch.setattr(offload, "_free_bytes", lambda device: 2 * size - short)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 2 * size - short)
     keep, kept = Place.keep, []
 
     def seen(self, tensor, dtype=None):
@@ -660,7 +664,7 @@ def test_a_tensor_in_a_file_is_the_tensor(dtype, shape, folder):
 def test_auto_goes_by_the_room_that_there_is(wanted, accelerator, host, expected, monkeypatch):
     """For 100 bytes."""
     free = {"cpu": host, "cuda": accelerator}
-    monkeypatch.setattr(offload, "_free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(devices, "free_bytes", lambda device: free[device.type])
     device = torch.device("cpu" if accelerator is None else "cuda")
     places = {
         "accelerator": Place(device),
@@ -675,7 +679,7 @@ def test_disk_means_the_folder_that_is_named(tmp_path):
 
 
 def test_the_room_on_this_machine_is_known():
-    assert 0 < offload._free_bytes(CPU) < 2**50
+    assert 0 < devices.free_bytes(CPU) < 2**50
 
 
 @cuda
@@ -693,11 +697,11 @@ def test_what_lies_on_the_host_or_on_disk_is_brought_back(settings, folder):
 @cuda
 def test_the_room_on_the_accelerator_is_known():
     total = torch.cuda.get_device_properties(0).total_memory
-    assert 0 < offload._free_bytes(torch.device("cuda:0")) <= total
+    assert 0 < devices.free_bytes(torch.device("cuda:0")) <= total
 
 
 def test_homes_are_chosen_by_the_hooks(saved, tmp_path):
     plain, model = load(saved("llama")), on_disk(saved("llama"), tmp_path)
-    assert type(offload.homes_of(plain, layers_of(plain), CPU)) is Homes
-    assert type(offload.homes_of(model, layers_of(model), CPU)) is DispatchedHomes
+    assert type(dispatched.homes_of(plain, layers_of(plain), CPU)) is Homes
+    assert type(dispatched.homes_of(model, layers_of(model), CPU)) is DispatchedHomes
     assert type(homes_of(model)) is Homes

@@ -31,11 +31,12 @@ from tiny_models import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from grail_hf import ARCHITECTURES, compress
-from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.groups import Group
-from grail_hf.modeling_grail import AUTO_MAP, LayerConfig, has_own_widths
-from grail_hf.reduction import Reduction
-from grail_hf.saving import apply_config_, compressed_config
+from grail_hf.config import ATTENTION, MLP
+from grail_hf.methods.reduction import Reduction
+from grail_hf.models.configs import compressed_config
+from grail_hf.models.groups import Group
+from grail_hf.models.modeling_grail import AUTO_MAP, LayerConfig, has_own_widths
+from grail_hf.models.surgery import apply_config_
 
 # Runs alone: loads every folder in one way, says what it found as JSON, and saves it again.
 LOADER = """
@@ -49,7 +50,7 @@ torch.set_num_threads(int(threads))
 said = {"found": {}, "plain": {}}
 if way == "grail_hf":
     import grail_hf
-    from grail_hf.modeling_grail import _PatchOnImport, install_hook
+    from grail_hf.models.modeling_grail import _PatchOnImport, install_hook
 
     def waiting():
         return sum(isinstance(finder, _PatchOnImport) for finder in sys.meta_path)

@@ -14,8 +14,8 @@ from tiny_models import batches, tiny_model
 from typer.testing import CliRunner
 
 import grail_hf
-from grail_hf import processes
 from grail_hf.cli import app
+from grail_hf.runtime import processes
 
 TESTS = Path(__file__).parent
 LIMIT = 1e-5

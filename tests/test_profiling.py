@@ -24,17 +24,21 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import grail_hf
-from grail_hf import ALLOCATIONS, profiling
-from grail_hf.allocation import TOLERANCE, Budget, error
-from grail_hf.architectures import ATTENTION, MLP
-from grail_hf.compensation import ridge
-from grail_hf.config import ATTENTION_UNITS, GrailConfig
-from grail_hf.gram import GramStats, Symmetric
-from grail_hf.planning import plan_compression
-from grail_hf.profiling import held_out, profile, widths_to_measure
-from grail_hf.reduction import Reduction
-from grail_hf.selectors import gram
-from grail_hf.stream import captured_input, captured_outputs, stream
+from grail_hf import ALLOCATIONS
+from grail_hf.calibration.stream import stream
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP, GrailConfig
+from grail_hf.methods.allocation import error
+from grail_hf.methods.budget import Budget
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import Symmetric
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.ridge import ridge
+from grail_hf.methods.selectors import gram
+from grail_hf.methods.widths import TOLERANCE
+from grail_hf.models.capture import captured_input, captured_outputs
+from grail_hf.planning import profiling
+from grail_hf.planning.plan import plan_compression
+from grail_hf.planning.profiling import held_out, profile, widths_to_measure
 
 MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.measures]
 

@@ -8,7 +8,7 @@ from tiny_models import batches, tiny_model
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 import grail_hf
-from grail_hf.progress import Bar
+from grail_hf.runtime.progress import Bar
 
 
 def run(bar):

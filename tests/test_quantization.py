@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import grail_hf
 from grail_hf.cli import app
-from grail_hf.quantization import dequantizing
+from grail_hf.models.quantization import dequantizing
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "lm_head"]}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf.reduction import Reduction, expand_units
+from grail_hf.methods.reduction import Reduction, expand_units
 
 few = settings(max_examples=25, deadline=None)
 

@@ -19,9 +19,9 @@ from tiny_models import (
 
 import grail_hf
 from grail_hf import GrailConfig
-from grail_hf.planning import plan_compression, refits
-from grail_hf.refit import in_wider_range, refit_
-from grail_hf.stream import stream
+from grail_hf.calibration.refit import in_wider_range, refit_
+from grail_hf.calibration.stream import stream
+from grail_hf.planning.plan import plan_compression, refits
 
 CPU = torch.device("cpu")
 every_case = pytest.mark.parametrize("case", CASES)
@@ -125,7 +125,7 @@ def test_of_a_fused_projection_the_linear_rows_alone_are_refitted(case, kind, un
 @pytest.mark.parametrize("case", ["phi3", "glm4"])
 def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
-    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
     settings = {
         "sparsity": 0.4,
         "multiple_of": 1,
@@ -149,7 +149,7 @@ def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
 
 def test_compress_with_refit_is_nearer_to_the_dense_model(monkeypatch):
     # On all of the calibration, so that the distance is what was minimised.
-    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
     dense, inputs = tiny_model("llama"), batches()
     errors = []
 
@@ -223,7 +223,7 @@ def test_a_refit_that_fails_leaves_the_repaired_group(failing, reason, monkeypat
     }
     plain, failed = tiny_model("qwen2"), tiny_model("qwen2")
     expected = grail_hf.compress(plain, calibration=batches(), refit=0, **settings)
-    monkeypatch.setattr("grail_hf.refit.refit_", failing)
+    monkeypatch.setattr("grail_hf.calibration.refit.refit_", failing)
     report = grail_hf.compress(failed, calibration=batches(), **settings)
     assert_state(failed, state_of(plain))
     assert [group.error for group in report.groups] == [group.error for group in expected.groups]
@@ -375,7 +375,7 @@ def test_a_refit_keeps_the_damping_that_was_chosen_without_its_tokens():
 )
 def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
     """By the plan before, and by the report and its table after."""
-    monkeypatch.setattr("grail_hf.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
     model, settings = (
         tiny_architecture(case),
         {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "ridge": 1e-3},
@@ -396,7 +396,7 @@ def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
 
 
 def test_where_plain_pruning_is_best_nothing_is_refitted(monkeypatch):
-    monkeypatch.setattr("grail_hf.compensation.DAMPINGS", ())
+    monkeypatch.setattr("grail_hf.methods.ridge.DAMPINGS", ())
     repaired, pruned = tiny_model("qwen3"), tiny_model("qwen3")
     settings = {
         "sparsity": 0.3,

@@ -15,8 +15,9 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf.groups import Group
-from grail_hf.stream import Block, stream
+from grail_hf.calibration.block import Block
+from grail_hf.calibration.stream import stream
+from grail_hf.models.groups import Group
 
 
 def blocks_of(model, inputs, unit="kv_group"):

@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 
 import grail_hf
 from grail_hf import ALLOCATIONS, CompressionReport, GrailConfig
-from grail_hf.allocation import TOLERANCE
-from grail_hf.planning import plan_compression
+from grail_hf.methods.widths import TOLERANCE
+from grail_hf.planning.plan import plan_compression
 
 # Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
 LOADER = """

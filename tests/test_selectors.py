@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from grail_hf import selectors
-from grail_hf.gram import GramStats, Symmetric
-from grail_hf.selectors import (
+from grail_hf.methods import elimination
+from grail_hf.methods.elimination import elimination_order_
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.linalg import Symmetric
+from grail_hf.methods.selectors import (
     SELECTORS,
     Folding,
     RegionalGradient,
     check_scores,
     choose,
-    elimination_order_,
     find_selector,
 )
 
@@ -242,7 +243,7 @@ def test_every_selector_takes_channels_that_are_all_dead(name):
 )
 def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypatch):
     """The step at which a unit goes, across panels whole, part-filled, and of one unit."""
-    monkeypatch.setattr(selectors, "PANEL", panel)
+    monkeypatch.setattr(elimination, "PANEL", panel)
     for seed in range(2):
         group = problem(units, columns, partitions, seed)
         scores = SELECTORS["gram"](group, group.stats())
@@ -252,10 +253,10 @@ def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypat
 
 def test_gram_is_greedy_elimination_over_the_real_panel():
     """Against the panel of one, which is optimal brain surgeon step by step."""
-    group = problem(2 * selectors.PANEL + 20)
+    group = problem(2 * elimination.PANEL + 20)
     scores = SELECTORS["gram"](group, group.stats())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selectors, "PANEL", 1)
+        patch.setattr(elimination, "PANEL", 1)
         assert torch.equal(SELECTORS["gram"](group, group.stats()), scores)
 
 
@@ -311,7 +312,7 @@ def test_an_unknown_selector_is_refused_with_the_nearest_and_all_names():
     with pytest.raises(ValueError, match="'wnada' is not known; did you mean 'wanda'\\?") as error:
         find_selector("wnada")
     assert ", ".join(SELECTORS) in str(error.value)
-    assert "grail_hf/selectors.py" in str(error.value)
+    assert "grail_hf/methods/selectors.py" in str(error.value)
 
 
 def test_a_selector_like_no_other_is_refused_in_whole_sentences():

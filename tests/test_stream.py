@@ -18,7 +18,9 @@ from tiny_models import (
     tiny_model,
 )
 
-from grail_hf.stream import _Shared, held_out_tokens, record_calls, stream, takes_tuples
+from grail_hf.calibration.calls import _Shared, held_out_tokens, record_calls
+from grail_hf.calibration.stream import stream
+from grail_hf.models.capture import takes_tuples
 
 CPU = torch.device("cpu")
 

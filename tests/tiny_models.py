@@ -20,7 +20,7 @@ from transformers import (
 
 from grail_hf import ARCHITECTURES
 from grail_hf.config import ATTENTION_UNITS
-from grail_hf.offload import Homes
+from grail_hf.runtime.layers import Homes
 
 SIZES = {
     "vocab_size": 97,

@@ -35,10 +35,11 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import grail_hf
-from grail_hf import processes
-from grail_hf.checkpoint import INDEX, Checkpoint, read_spans
+from grail_hf.checkpoints.journal import INDEX
+from grail_hf.checkpoints.reader import Checkpoint, read_spans
 from grail_hf.config import AUTO
-from grail_hf.meter import anonymous_bytes, keep_no_freed_blocks
+from grail_hf.runtime import processes
+from grail_hf.runtime.meter import anonymous_bytes, keep_no_freed_blocks
 
 MB, GB = 10**6, 10**9
 LAYERS_ALLOWED, DEPTH_TOLERANCE, ESTIMATE_TOLERANCE, SPEED_UP = 3, 0.10, 0.15, 1.6

@@ -38,15 +38,18 @@ from transformers import (
 from transformers.utils import logging
 
 import grail_hf
-from grail_hf.calibration import TokenBatches, token_batches, token_windows
-from grail_hf.compensation import fold_linearly, ridge
+from grail_hf.calibration.stream import stream
+from grail_hf.calibration.tokens import TokenBatches, token_batches
+from grail_hf.calibration.windows import token_windows
 from grail_hf.config import GrailConfig
-from grail_hf.offload import Homes
-from grail_hf.planning import check_weights, choose_device, decoder_layers, plan_compression
-from grail_hf.profiling import measured_plan
-from grail_hf.saving import apply_config_
-from grail_hf.selectors import choose
-from grail_hf.stream import stream
+from grail_hf.methods.ridge import fold_linearly, ridge
+from grail_hf.methods.selectors import choose
+from grail_hf.models.decoder import check_weights, decoder_layers
+from grail_hf.models.surgery import apply_config_
+from grail_hf.planning.plan import plan_compression
+from grail_hf.planning.profiling import measured_plan
+from grail_hf.runtime.devices import choose_device
+from grail_hf.runtime.layers import Homes
 
 EXAMPLES = Path(__file__).parent.parent
 TEXTS = EXAMPLES / "text"

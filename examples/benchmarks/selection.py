@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from grail_hf import selectors
-from grail_hf.gram import cholesky_inverse_, damped_cholesky
+from grail_hf.methods import elimination
+from grail_hf.methods.linalg import cholesky_inverse_, damped_cholesky
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         outputs = arguments.outputs or 3 * channels // 8
         weight, inverse = problem(channels, outputs, arguments.device)
         single, order = timed(weight, inverse, panel=1)
-        blocked, other = timed(weight, inverse, panel=selectors.PANEL)
+        blocked, other = timed(weight, inverse, panel=elimination.PANEL)
         operations = 2 * channels**3 / 3 + outputs * channels**2
         table.add_row(
             f"{channels:,}",
@@ -58,13 +58,13 @@ def problem(channels: int, outputs: int, device: str) -> tuple[torch.Tensor, tor
 
 def timed(weight: torch.Tensor, inverse: torch.Tensor, panel: int) -> tuple[float, torch.Tensor]:
     weight, inverse = weight.clone(), inverse.clone()  # both are overwritten
-    usual, selectors.PANEL = selectors.PANEL, panel
+    usual, elimination.PANEL = elimination.PANEL, panel
     try:
         start = time.perf_counter()
-        order = selectors.elimination_order_(weight, inverse, columns=1).cpu()
+        order = elimination.elimination_order_(weight, inverse, columns=1).cpu()
         return time.perf_counter() - start, order
     finally:
-        selectors.PANEL = usual
+        elimination.PANEL = usual
 
 
 if __name__ == "__main__":

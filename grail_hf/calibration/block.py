@@ -1,0 +1,355 @@
+"""A decoder layer at work: the statistics of its groups on the calibration hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from grail_hf.calibration.calls import MicroBatch, Run
+from grail_hf.config import widest_float
+from grail_hf.methods.gram import GramStats
+from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.selectors import RegionalGradient
+from grail_hf.models.capture import (
+    captured_call,
+    captured_calls,
+    captured_input,
+    captured_outputs,
+    detached_output,
+)
+from grail_hf.models.experts import Expert, ExpertsGroup
+from grail_hf.models.groups import Group
+from grail_hf.runtime import processes
+from grail_hf.runtime.meter import Meter
+from grail_hf.runtime.placement import Place
+from grail_hf.runtime.progress import Bar
+
+if TYPE_CHECKING:
+    pass
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder layer on the accelerator, with the calibration hidden states in front of it.
+
+    Of several processes, each has its own share of the hidden states; the statistics are those of
+    all, in `dtype`.
+    """
+
+    index: int
+    name: str
+    layer: nn.Module
+    groups: tuple[Group, ...]
+    device: torch.device
+    place: Place
+    target: str
+    batches: Sequence[MicroBatch]
+    progress: Bar
+    dtype: torch.dtype
+    meter: Meter
+
+    @torch.no_grad()
+    def collect(
+        self, group: Group, hold_out: bool = False, targets: Sequence[Tensor] | None = None
+    ) -> GramStats:
+        """Second moments of the inputs and targets of the group's consumer, as the layer is now.
+
+        The layer runs up to the consumer and no further. Padding does not count.
+
+        Args:
+            group: of this layer.
+            hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too;
+                they lie where hidden states are kept.
+            targets: other targets than the block's, as `outputs` gives them.
+
+        Raises:
+            FloatingPointError: an input is NaN or Inf.
+        """
+        self.progress.set_postfix_str(f"{group.name} Gram")
+        consumer = group.consumer
+        outputs, channels = group.weight.shape
+        targeted = None if self.target == "self" and targets is None else outputs
+        stats = GramStats.zeros(channels, self.device, targeted, self.dtype)
+        if hold_out:
+            stats.held_out = GramStats.zeros(channels, self.device, targeted, self.dtype)
+        position = self.groups.index(group)
+        for number, batch in enumerate(self.batches):
+            with (
+                captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
+                captured_input(consumer) as inputs,
+            ):
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            if targets is None:
+                target = self._target(batch, position, seen)
+            else:
+                target = self._widened(targets[number])
+            if target is not None and group.bias is not None:
+                target = target - group.bias.float()  # the bias stays: the weight's part is left
+            stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
+            if stats.held_out is not None:
+                stats.held_out.update_(
+                    batch.held_out_rows(inputs[0]),
+                    None if target is None else batch.held_out_rows(target),
+                )
+            self.progress.update()
+        _sum_statistics_([stats], group.name)
+        stats.check_finite(group.name)
+        if stats.held_out is not None:
+            # Only the choice of the damping reads them; until then, selection needs the memory.
+            keep = partial(self.place.keep, dtype=torch.float32)
+            stats.held_out = stats.held_out.moved(keep)
+        return stats.round_()
+
+    @torch.no_grad()
+    def collect_experts(
+        self, group: ExpertsGroup, experts: Sequence[Expert], hold_out: bool = False
+    ) -> list[GramStats]:
+        """Second moments of what each of some experts' consumers reads, as the layer is now.
+
+        An expert's tokens are those that are routed to it, padding not among them. Its target is
+        its own output: what a block's output lacks belongs to no one expert.
+
+        Args:
+            group: of this layer.
+            experts: of the group.
+            hold_out: as in `collect`.
+
+        Raises:
+            FloatingPointError: an input is NaN or Inf.
+        """
+        self.progress.set_postfix_str(f"{group.name} Grams")
+        channels = group.weight.shape[2]
+        every = [GramStats.zeros(channels, self.device, dtype=self.dtype) for _ in experts]
+        if hold_out:
+            for stats in every:
+                stats.held_out = GramStats.zeros(channels, self.device, dtype=self.dtype)
+        for batch in self.batches:
+            with captured_call(group.consumer) as calls:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            hidden, chosen = group.routed(*calls[0])
+            held_out = batch.held_out.to(hidden.device)
+            for expert, stats in zip(experts, every, strict=True):
+                own = (chosen == expert.index).any(dim=-1)
+                if batch.tokens is not None:
+                    own &= batch.tokens.to(own.device)
+                x = expert.inner(hidden[own])
+                stats.update_(x)
+                if stats.held_out is not None:
+                    stats.held_out.update_(x[held_out[own]])
+            self.progress.update()
+        _sum_statistics_(every, group.name)
+        for expert, stats in zip(experts, every, strict=True):
+            stats.check_finite(expert.name)
+            stats.round_()
+        return every
+
+    def collect_folded(
+        self, group: Group, reduction: Reduction, hold_out: bool = False
+    ) -> GramStats:
+        """The moments [K] that `collect` will find behind the folded producers; nothing is changed.
+
+        Behind a gate or an attention, the mean of producers does not put out the mean of what they
+        put out, so this takes another pass. The targets are those before the fold; where that is
+        the block's own output, one pass more.
+        """
+        targets = self.outputs(group) if self.target == "self" else None
+        with group.reduced(reduction):
+            return self.collect(group, hold_out, targets)
+
+    @torch.no_grad()
+    def outputs(self, group: Group) -> list[Tensor]:
+        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept."""
+        self.progress.set_postfix_str(f"{group.name} output")
+        outputs = []
+        for batch in self.batches:
+            with captured_input(group.consumer) as inputs:
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            outputs.append(self.place.keep(group.consumer(inputs[0])))
+            self.progress.update()
+        return outputs
+
+    def regional_gradient(self, group: Group) -> RegionalGradient:
+        """The gradient of the norm of the layer's output by the group's consumer, as it is now.
+
+        The norm is over the tokens of a sample, padding not among them. Samples do not see each
+        other, so that one pass back to the consumer's output has the gradients of all samples of a
+        micro-batch, each in its own rows. No parameter gets a `grad`.
+        """
+        self.progress.set_postfix_str(f"{group.name} gradient")
+        squares = torch.zeros_like(group.weight, dtype=torch.float32)
+        for batch in self.batches:
+            with torch.enable_grad(), detached_output(group.consumer) as seen:
+                behind = batch.through(self.layer, self.index, batch.hidden, self.device)
+                behind = batch.without_padding(behind.float())
+                inputs, output = seen
+                norms = torch.linalg.vector_norm(behind, dim=(1, 2))
+                gradients = torch.autograd.grad(norms.sum(), output)[0]
+            samples = len(batch.hidden)
+            x = inputs.detach().float().reshape(samples, -1, inputs.shape[-1])
+            g = gradients.float().reshape(samples, -1, gradients.shape[-1])
+            for one in range(samples):
+                squares += (g[one].mT @ x[one]).square()
+        processes.sum_([squares], group.name)
+        numbers = [len(batch.hidden) for batch in self.batches]
+        samples = sum(processes.gather(numbers, group.name))
+        return RegionalGradient((squares / samples).sqrt(), samples)
+
+    def once(self, group: Group, function: Callable[[], T]) -> T:
+        """`processes.once`, where `function` may ask for the group's regional gradient.
+
+        That takes all processes. So the first one leaves off where it asks, all of them compute the
+        gradient, and it begins anew.
+        """
+        gradient = group.differentiate
+        if processes.count() == 1 or gradient is None:
+            return processes.once(function, group.name)
+
+        def wanted() -> RegionalGradient:
+            raise _GradientWanted
+
+        group.differentiate = wanted
+        try:
+            return processes.once(function, group.name)
+        except _GradientWanted:
+            found = gradient()
+            group.differentiate = lambda: found
+            return processes.once(function, group.name)
+        finally:
+            group.differentiate = gradient
+
+    @torch.no_grad()
+    def runs(self, group: Group) -> list[Run]:
+        """The group's block as a function of its weights alone: its calls, and their targets."""
+        self.progress.set_postfix_str(f"{group.name} refit")
+        position = self.groups.index(group)
+        module = self.layer.get_submodule(group.spec.name)
+        runs = []
+        for batch in self.batches:
+            with (
+                captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
+                captured_call(module) as calls,
+            ):
+                batch.through(self.layer, self.index, batch.hidden, self.device)
+            target = self._target(batch, position, seen)
+            if target is None:
+                raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
+            args, kwargs = self.place.keep_all(calls[0])
+            target = self.place.keep(target)
+            runs.append(Run(module, args, kwargs, target, batch, self.device))
+            self.progress.update()
+        return runs
+
+    @torch.no_grad()
+    def behind(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """What the layer makes of other hidden states: one tensor [b, T, D] a micro-batch."""
+        return [
+            self.place.keep(batch.through(self.layer, self.index, states, self.device))
+            for batch, states in zip(self.batches, hidden, strict=True)
+        ]
+
+    @torch.no_grad()
+    def collect_all(self) -> list[tuple[GramStats, float]]:
+        """Of each group the moments that `collect` gives, and its energy, in one whole pass.
+
+        The layer has to stay as it is: what the pass makes of the hidden states is kept for
+        `advance`. There is no target but the layer's own outputs.
+
+        The energy is what a consumer's squared error is relative to: the sum of squares of the
+        residual stream after the block, over the gain with which the consumer's output reaches the
+        stream. That is the square of the block's factor or, where a norm lies in between, the
+        energy that the norm puts out over the energy that it gets, since a norm changes the scale
+        of an error as it does the output's. Where the stream itself is normed after the block, it
+        is taken as it is before.
+        """
+        self.progress.set_postfix_str(f"{self.name} Grams")
+        every = [
+            GramStats.zeros(group.weight.shape[1], self.device, dtype=self.dtype)
+            for group in self.groups
+        ]
+        streams, given, added = ([0.0] * len(self.groups) for _ in range(3))
+        norms = (group.spec.post_norm for group in self.groups)
+        pairs = [
+            (group.consumer, self.layer.get_submodule(norm) if norm else None)
+            for group, norm in zip(self.groups, norms, strict=True)
+        ]
+        for batch in self.batches:
+            with captured_calls([module for pair in pairs for module in pair if module]) as calls:
+                following = batch.through(self.layer, self.index, batch.hidden, self.device)
+            remaining = iter(calls)
+            after = self._widened(batch.hidden)
+            for number, (group, stats) in enumerate(zip(self.groups, every, strict=True)):
+                inputs, output = next(remaining)
+                stats.update_(batch.rows(inputs))
+                output = output.float()
+                scale = group.spec.residual_scale
+                part = next(remaining)[1].float() if pairs[number][1] else output * (scale or 1.0)
+                after = after + part.reshape(after.shape)
+                for energies, x in ((streams, after), (given, output), (added, part)):
+                    rows = batch.rows(x).to(widest_float(x.device))
+                    energies[number] += rows.square().sum().item()
+            batch.following = self.place.keep(following)
+            self.progress.update()
+        _sum_statistics_(every, self.name)
+        sums = processes.total([*streams, *given, *added], self.name)
+        found = []
+        for number, (group, stats) in enumerate(zip(self.groups, every, strict=True)):
+            stats.check_finite(group.name)
+            stream, energy, gained = sums[number :: len(self.groups)]
+            found.append((stats.round_(), stream * energy / gained if gained else stream))
+        return found
+
+    def _target(self, batch: MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
+        """What the consumer at `position` should put out, [b, T, O]; None for its own output.
+
+        "residual" adds to the dense output what the residual stream lacks in front of it: the
+        difference of the layer's inputs, and of what earlier groups have put out (in a parallel
+        block too, where they are added together). A block whose output is scaled by s on its way
+        makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
+        """
+        if self.target == "self" or batch.dense is None:
+            return None
+        target = self._widened(batch.outputs[position])
+        groups = self.groups[: position + 1]
+        scales = [s for s in (group.spec.residual_scale for group in groups) if s is not None]
+        if self.target == "residual" and len(scales) == len(groups):
+            lack = self._widened(batch.dense) - self._widened(batch.hidden)
+            for scale, dense, compressed in zip(scales[:-1], batch.outputs, seen, strict=False):
+                missing = self._widened(dense) - compressed.float()
+                lack += scale * missing.reshape(lack.shape)
+            target = target + lack.reshape(target.shape) / scales[-1]
+        return target
+
+    def _widened(self, kept: Tensor) -> Tensor:
+        """Of what is kept, in fp32 where the layer is; the few bytes of half precision travel."""
+        return kept.to(self.device).float()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the hidden states in front of the layer by those behind it."""
+        self.progress.set_postfix_str(f"{self.name} forward")
+        for batch in self.batches:
+            if batch.following is None:
+                hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
+                batch.following = self.place.keep(hidden)
+            batch.hidden, batch.following = batch.following, None
+            self.progress.update()
+
+
+def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
+    """Add to statistics what the other processes' batches gave for them."""
+    processes.sum_([sums for stats in every for sums in stats.sums], name)
+    parts = [part for stats in every for part in (stats, stats.held_out) if part is not None]
+    numbers = [number for part in parts for number in (part.count, part.target_energy)]
+    totals = iter(processes.total(numbers, name))
+    for part in parts:
+        part.count, part.target_energy = int(next(totals)), next(totals)
+
+
+class _GradientWanted(Exception):
+    """A selector asks for the regional gradient, which all processes compute together."""

@@ -1,0 +1,325 @@
+"""Text to tokens: the batches that calibration reads, the windows that perplexity is measured on.
+
+Corpora are read as GPTQ and SparseGPT read them: the whole text is joined and tokenised once,
+calibration takes random windows of it, evaluation takes consecutive ones. Padding each document by
+itself would be simpler to stream, but measures something else.
+
+There is one difference. Where the tokenizer adds a BOS token by itself, each window starts with
+one, because some models (Gemma) predict badly without it. A window of `seq_length` tokens is then
+BOS and `seq_length` - 1 tokens of the text, which is tokenised without special tokens. `bos=False`
+gives GPTQ's windows exactly, with special tokens at most at the two ends of the text.
+
+Text may come from a file (plain, .gz, .xz) or a list of files, a list of strings, a corpus named in
+`CORPORA`, or any dataset written `name:split:column`, `name/config:split:column`, or
+`folder:split:column` for one on disk. For calibration it may also be conversations, as lists of
+messages or in .jsonl files, which the tokenizer's chat template turns into tokens: each starts a
+window, a long one is cut into several, and shorter ones are padded to the longest of their batch.
+Tokens may also be given ready made, or be sampled from the model itself, where there are no data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from grail_hf.calibration.chats import Conversation, chat_windows, padded, read_conversations
+from grail_hf.calibration.corpora import TextSource, read_text
+from grail_hf.calibration.sampling import SELF, sample_tokens
+from grail_hf.calibration.windows import (
+    BOS_FIRST,
+    bos_token,
+    capped,
+    check_positive,
+    check_token_ids,
+    random_windows,
+    required_tokenizer,
+    with_random_tokens,
+)
+from grail_hf.config import AUTO, GrailConfig
+from grail_hf.models.decoder import (
+    check_positions,
+    context_length,
+    evaluation_mode,
+    vocabulary_size,
+)
+from grail_hf.runtime import processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+Calibration: TypeAlias = (
+    TextSource | Iterable[Conversation] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatches:
+    """Calibration tokens, cut into micro-batches.
+
+    `batches` hold `input_ids` [b, T], int64 on the CPU, and `attention_mask` [b, T], int64 of zeros
+    and ones, only where there is padding. `source` is a line for the report. `fingerprint` is the
+    sha256 of the sequences, with their padding, and their masks in order; how they are cut into
+    batches does not enter otherwise. `bos` says whether each window of text starts with BOS; it is
+    None for tokens that were given or sampled.
+    """
+
+    batches: tuple[dict[str, Tensor], ...]
+    source: str
+    fingerprint: str
+    bos: bool | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of sequences."""
+        return sum(len(batch["input_ids"]) for batch in self.batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that are not padding."""
+        return sum(
+            int(batch["attention_mask"].sum())
+            if "attention_mask" in batch
+            else batch["input_ids"].numel()
+            for batch in self.batches
+        )
+
+    def summary(self) -> dict[str, str | int | None]:
+        """What a report says of the calibration set."""
+        return {
+            "source": self.source,
+            "samples": self.num_samples,
+            "tokens": self.num_tokens,
+            "bos": self.bos,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def read_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: GrailConfig,
+    progress: bool = True,
+) -> TokenBatches:
+    """The calibration tokens for a model: the first process's, in all.
+
+    It may be on the meta device, unless the tokens are sampled from it ("self").
+
+    Raises ValueError where there are fewer batches than processes, or sequences of given tokens are
+    longer than the model can read.
+    """
+    tokens = processes.once(
+        lambda: _read_calibration(model, tokenizer, calibration, config, progress),
+        "the calibration",
+    )
+    processes.share(len(tokens.batches))
+    return tokens
+
+
+def _read_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: GrailConfig,
+    progress: bool,
+) -> TokenBatches:
+    if isinstance(calibration, TokenBatches):
+        for batch in calibration.batches:
+            check_token_ids(batch["input_ids"], vocabulary_size(model), calibration.source)
+        return _within_context(calibration, model)
+    with evaluation_mode(model):
+        tokens = token_batches(
+            calibration,
+            tokenizer,
+            vocab_size=vocabulary_size(model),
+            num_samples=config.num_samples,
+            seq_length=config.seq_length,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            bos=config.bos,
+            random_tokens=config.random_tokens,
+            max_length=context_length(model),
+            model=model,
+            progress=progress,
+        )
+    return _within_context(tokens, model)
+
+
+def _within_context(tokens: TokenBatches, model: PreTrainedModel) -> TokenBatches:
+    longest = max(batch["input_ids"].shape[1] for batch in tokens.batches)
+    check_positions(model, longest, tokens.source)
+    return tokens
+
+
+def token_batches(
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    vocab_size: int,
+    num_samples: int,
+    seq_length: int,
+    batch_size: int,
+    seed: int,
+    bos: bool | str = AUTO,
+    random_tokens: float = 0.0,
+    max_length: int | None = None,
+    model: PreTrainedModel | None = None,
+    progress: bool = True,
+) -> TokenBatches:
+    """Turn any kind of calibration data into micro-batches of token ids.
+
+    Text (see the module) is sampled: `num_samples` windows of `seq_length` tokens (at most
+    `max_length`, the model's limit, which is said in a warning), drawn with `seed` and cut into
+    batches of `batch_size`; `bos` is that of `bos_token`. Conversations, given as lists of messages
+    or in .jsonl files with {"messages": [...]} in a line, are drawn with `seed` until they fill
+    `num_samples` windows of at most `seq_length` tokens; fewer are warned of. A fraction
+    `random_tokens` of the tokens of either is replaced (`with_random_tokens`). An integer tensor
+    [N, T] is used whole, cut likewise. A mapping with `input_ids` [b, T] and perhaps
+    `attention_mask` [b, T], or an iterable of such, is used whole and as batched; its other keys
+    are dropped. "self" needs no data and no tokenizer: it is as many tokens as text would be,
+    sampled from `model` (in eval mode) where it is, in batches of `batch_size`, with a bar on
+    standard error if `progress`.
+
+    Raises ValueError for text too short, conversations that are malformed or that the tokenizer has
+    no chat template for, `bos=True` where there is no BOS token, "self" without a model that has
+    its weights, ids outside [0, vocab_size), and batches or masks of the wrong shape, TypeError for
+    the wrong kind of data, FileNotFoundError for text that is not found.
+    """
+    check_positive(
+        vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
+    )
+    has_bos = None
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    if not isinstance(calibration, str | os.PathLike | Tensor):
+        calibration = _materialize(calibration)
+    if isinstance(calibration, Tensor):
+        windows = check_token_ids(calibration, vocab_size, "the calibration tensor")
+        batches = _split(windows, batch_size)
+        source = f"given tensor of {windows.shape[0]} x {windows.shape[1]} tokens"
+    elif isinstance(calibration, list) and isinstance(calibration[0], Mapping):
+        batches = [_check_batch(batch, vocab_size, i) for i, batch in enumerate(calibration)]
+        source = f"given batches, {sum(len(b['input_ids']) for b in batches)} sequences"
+    elif calibration == SELF:
+        length = capped(seq_length, max_length)
+        windows = sample_tokens(
+            model, tokenizer, vocab_size, num_samples, length, batch_size, seed, progress
+        )
+        batches = _split(check_token_ids(windows, vocab_size, "the model's sample"), batch_size)
+        source = (
+            f"sampled from the dense model itself: {num_samples} sequences of {length} tokens at "
+            f"temperature 1, seed {seed}"
+        )
+    elif chats := read_conversations(calibration):
+        tokenizer = required_tokenizer(tokenizer)
+        seq_length = capped(seq_length, max_length)
+        rows, first = chat_windows(chats, tokenizer, num_samples, seq_length, seed, bos)
+        for row in rows:
+            check_token_ids(row[None], vocab_size, chats.label)
+        rows = [with_random_tokens(row, random_tokens, tokenizer, vocab_size, seed) for row in rows]
+        batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        has_bos = first is not None
+        source = (
+            f"{chats.label}: {len(rows)} windows of at most {seq_length} tokens in the chat "
+            f"template{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
+        )
+    else:
+        tokenizer = required_tokenizer(tokenizer)
+        seq_length = capped(seq_length, max_length)
+        first = bos_token(tokenizer, bos)
+        text = read_text(calibration, "train")
+        windows = random_windows(text, tokenizer, num_samples, seq_length, seed, first)
+        windows = check_token_ids(windows, vocab_size, text.label)
+        windows = with_random_tokens(windows, random_tokens, tokenizer, vocab_size, seed)
+        batches = _split(windows, batch_size)
+        has_bos = first is not None
+        source = (
+            f"{text.label}: {num_samples} random windows of {seq_length} tokens"
+            f"{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
+        )
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos)
+
+
+def _says_random(fraction: float) -> str:
+    return f", {100 * fraction:g}% of the tokens replaced by random ones" if fraction else ""
+
+
+def _materialize(calibration: Iterable[Any]) -> list[Any]:
+    """List the items of an iterable after checking that they are of one kind."""
+    if not isinstance(calibration, Iterable):
+        raise TypeError(_unknown_kind(type(calibration).__name__))
+    items = list(calibration)
+    if not items:
+        raise ValueError(f"calibration is an empty {type(calibration).__name__}: zero batches")
+    for kind in (Mapping, str | os.PathLike, list | tuple):
+        if all(isinstance(item, kind) for item in items):
+            return items
+    kinds = sorted({type(item).__name__ for item in items})
+    raise TypeError(_unknown_kind(f"{type(calibration).__name__} of {', '.join(kinds)}"))
+
+
+def _unknown_kind(kind: str) -> str:
+    return (
+        f"calibration is a {kind}: give a path, paths, a corpus name, {SELF!r}, a list of texts or "
+        "one of conversations, an integer tensor [N, T], or batches that map 'input_ids' to [b, T]"
+    )
+
+
+def _split(windows: Tensor, batch_size: int) -> list[dict[str, Tensor]]:
+    return [{"input_ids": rows} for rows in torch.split(windows, batch_size)]
+
+
+def _check_batch(batch: Mapping[str, Any], vocab_size: int, index: int) -> dict[str, Tensor]:
+    """Check one given batch and reduce it to `input_ids` and, if anything is padded, the mask."""
+    if "input_ids" not in batch:
+        hint = ": conversations are lists of messages, in a list" if "role" in batch else ""
+        raise ValueError(f"batch {index} has no 'input_ids', only {sorted(batch)}{hint}")
+    ids = check_token_ids(
+        _as_tensor(batch["input_ids"], f"batch {index}"), vocab_size, f"batch {index}"
+    )
+    if batch.get("attention_mask") is None:
+        return {"input_ids": ids}
+    mask = _as_tensor(batch["attention_mask"], f"the mask of batch {index}").to("cpu")
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"batch {index} has an attention_mask of shape {list(mask.shape)} for input_ids of "
+            f"shape {list(ids.shape)}: they must be equal"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"batch {index} has an attention_mask with values other than 0 and 1: "
+            "1 marks a token, 0 padding"
+        )
+    empty = (mask == 0).all(dim=1).nonzero()
+    if len(empty):
+        raise ValueError(
+            f"batch {index}, sequence {int(empty[0])}: attention_mask is all zero, so that nothing "
+            "is left to calibrate on; drop the sequence"
+        )
+    # A mask of ones says nothing, and its absence lets attention take its unmasked, faster kernel.
+    if (mask == 1).all():
+        return {"input_ids": ids}
+    return {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
+
+
+def _as_tensor(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is not rectangular ({error}): pad it to one length") from error
+
+
+def _fingerprint(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        ids = batch["input_ids"]
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        for row in torch.stack([ids, mask], dim=1):  # [2, T]
+            digest.update(row.shape[1].to_bytes(8, "little"))
+            digest.update(row.numpy().tobytes())
+    return digest.hexdigest()

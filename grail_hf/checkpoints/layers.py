@@ -1,0 +1,99 @@
+"""Decoder layers whose home is a checkpoint on disk, read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grail_hf.checkpoints.converter import Parts
+from grail_hf.checkpoints.journal import Journal
+from grail_hf.checkpoints.sources import REST
+from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.placement import HiddenStates, Place
+
+if TYPE_CHECKING:
+    pass
+
+
+class CheckpointHomes(Homes):
+    """Decoder layers whose home is a checkpoint: nothing of them is kept, and nothing written."""
+
+    def __init__(self, parts: Parts, device: torch.device) -> None:
+        super().__init__(parts.layers, device)
+        self.parts = parts
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        self.parts.load_(REST)
+        try:
+            yield
+        finally:
+            self.parts.drop_(REST)
+
+    @contextmanager
+    def at_work(self, index: int) -> Iterator[torch.device]:
+        self.parts.load_(index)
+        if index + 1 < len(self.layers):
+            self.parts.checkpoint.will_need(self.parts.keys[index + 1])
+        try:
+            self.layers[index].to(self.device)
+            yield self.device
+        finally:
+            self.parts.drop_(index)
+
+
+class WritingHomes(CheckpointHomes):
+    """Decoder layers that come from one checkpoint and go, as they then are, into another.
+
+    After each, the journal has all that is needed to go on behind it.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        device: torch.device,
+        journal: Journal,
+        place: Place,
+        notes: Callable[[], dict[str, Any]],
+    ) -> None:
+        super().__init__(parts, device)
+        self.journal = journal
+        self.place = place
+        self.notes = notes
+        self.first = journal.layers
+
+    def _name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{len(self.layers) + 1:05d}.safetensors"
+
+    def write_rest(self) -> None:
+        """Write what is in no decoder layer, unless that is done."""
+        name = self._name(1)
+        if name not in self.journal.shards:
+            with self.meter.phase("write"), self.surroundings():
+                self.journal.add_shard(name, self.parts.state(REST))
+            self.journal.write()
+
+    def start(self, batches: Sequence[HiddenStates]) -> None:
+        if self.first:
+            self.journal.read_hidden_states(batches, self.place)
+
+    @contextmanager
+    def at_work(self, index: int) -> Iterator[torch.device]:
+        with super().at_work(index) as device:
+            yield device
+            with self.meter.phase("write"):
+                self.journal.add_shard(self._name(index + 2), self.parts.state(index))
+
+    def done(self, index: int, batches: Sequence[HiddenStates]) -> None:
+        if index + 1 < len(self.layers):
+            with self.meter.phase("write"):
+                self.journal.add_hidden_states(index + 1, batches)
+        else:
+            self.journal.hidden_states = {}
+        self.journal.layers = index + 1
+        self.journal.notes = self.notes()
+        self.journal.write()
+        self.journal.sweep()

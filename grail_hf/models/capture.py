@@ -1,0 +1,189 @@
+"""What modules are called with in a forward pass, and what they return: hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from grail_hf.runtime.devices import input_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
+    """Every layer's `forward` is `forward` inside the context, and as it was after it."""
+    originals = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            del layer.forward
+            if original is not None:
+                layer.forward = original
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a module."""
+
+
+class _Reached(Exception):
+    """The forward pass has come to the module that was waited for."""
+
+
+@contextmanager
+def _stopped_at(
+    module: nn.Module, take: Callable[[tuple[Any, ...], dict[str, Any]], None]
+) -> Iterator[None]:
+    """The pass inside the context goes as far as `module`, whose arguments `take` is given.
+
+    Raises RuntimeError where the pass never comes to the module.
+    """
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args, kwargs)
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield
+    except _Reached:
+        return
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the layer's forward pass never calls its {type(module).__name__}")
+
+
+@contextmanager
+def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input [.., H] of `module`, at which the pass inside the context stops.
+
+    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    """
+    seen: list[Tensor] = []
+    with _stopped_at(module, lambda args, kwargs: seen.append(args[0])):
+        yield seen
+
+
+@contextmanager
+def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The arguments of `module`, at which the pass inside the context stops.
+
+    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    with _stopped_at(module, lambda args, kwargs: seen.append((args, kwargs))):
+        yield seen
+
+
+@contextmanager
+def captured_outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of `modules`, in the order in which the pass inside the context calls them."""
+    outputs: list[Tensor] = []
+    with captured_calls(modules) as calls:
+        yield outputs
+    outputs += [output for _, output in calls]
+
+
+@contextmanager
+def captured_calls(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """(input, output) of `modules`, in the order in which the pass in the context calls them."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output.clone()))  # some layers go on to add to it in place
+
+    handles = [module.register_forward_hook(take) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input and the output of `module` in the pass inside the context.
+
+    The output is a leaf: derivatives are taken from what follows it back to it, and no further.
+    """
+    seen: list[Tensor] = []
+
+    def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.extend((inputs[0], output.detach().requires_grad_()))
+        return seen[1].clone()  # some layers go on to add to it in place
+
+    handle = module.register_forward_hook(take)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def takes_tuples(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
+    """Whether the model expects its decoder layers to return a tuple, not a tensor.
+
+    This differs between model types and between versions of transformers. So the first layer is
+    replaced by one that returns a tensor: a model that expects a tuple takes element 0 of that, and
+    hands on hidden states that lack the batch dimension. No decoder layer runs or needs its
+    weights.
+    """
+    seen: list[Tensor] = []
+
+    def look(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        if len(seen) > 1:
+            raise _Reached
+        return seen[0]
+
+    ids = torch.ones(2, 3, dtype=torch.int64, device=input_device(model))
+    with forwards_replaced(layers, look), suppress(_Reached):
+        seen.append(model.base_model(input_ids=ids, use_cache=False)[0])
+    before, after = seen
+    return before.shape[:-1] != after.shape[:-1]
+
+
+def layer_calls(
+    model: PreTrainedModel, layers: nn.ModuleList, inputs: dict[str, Tensor], in_tuple: bool
+) -> tuple[Tensor, list[Call]]:
+    """The hidden states before layer 0, and every layer's other arguments for these inputs.
+
+    No decoder layer runs: each hands on the hidden states that it gets.
+
+    Args:
+        model: any decoder-only transformers model.
+        layers: its decoder layers.
+        inputs: of the model: `input_ids` [b, T], and perhaps `attention_mask` [b, T].
+        in_tuple: the model expects its layers to return a tuple (`takes_tuples`).
+    """
+    seen: list[Tensor] = []
+    calls: list[Call] = []
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        seen.append(hidden)
+        calls.append((args, kwargs))
+        return as_returned(hidden, in_tuple)
+
+    with forwards_replaced(layers, record):
+        model.base_model(**inputs, use_cache=False)
+    return seen[0], calls
+
+
+def as_returned(hidden: Tensor, in_tuple: bool) -> Any:
+    """Hidden states as the model expects a decoder layer to return them, see `takes_tuples`."""
+    return (hidden, None) if in_tuple else hidden
+
+
+def hidden_states_of(output: Any) -> Tensor:
+    """A decoder layer returns its hidden states, alone or as the first of a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

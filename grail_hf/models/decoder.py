@@ -1,0 +1,155 @@
+"""What can be asked of any decoder-only model: its layers, vocabulary, context, class."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from grail_hf.models.quantization import check_not_quantised
+from grail_hf.models.schema import Architecture
+from grail_hf.runtime.dispatched import weights_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.ModuleList:
+    """The model's decoder layers."""
+    layers = model.base_model.get_submodule(architecture.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise TypeError(f"{architecture.layers} is a {type(layers).__name__}, not a ModuleList")
+    return layers
+
+
+def check_apart(layers: nn.ModuleList) -> None:
+    """Raise ValueError where two decoder layers hold one parameter: each is cut by itself."""
+    owners: dict[int, tuple[int, str]] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            owner, own = owners.setdefault(id(parameter), (index, name))
+            if owner != index:
+                raise ValueError(
+                    f"decoder layers {owner} and {index} share a parameter ({own} and {name}), and "
+                    "each layer is cut and repaired by itself: give every layer a copy of its own"
+                )
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError or ValueError for a model that no setting could compress."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"a {type(model).__name__} is not a transformers model; load one with "
+            "AutoModelForCausalLM.from_pretrained (and merge_and_unload() PEFT adapters first)"
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model.config.model_type!r} is an encoder-decoder; grail_hf compresses decoder-only "
+            "models"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "the model has PEFT adapters: merge them into it and save it (PeftModel's "
+            "merge_and_unload()), or load it without them"
+        )
+    check_not_quantised(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor
+            raise ValueError(
+                f"{name} is sharded over processes (tensor parallelism or FSDP): load the model "
+                "without tp_plan or distributed_config; to use several accelerators, load it with "
+                "device_map='auto', or start one process for each, which loads the whole model"
+            )
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise FloatingPointError naming the first parameter that holds NaN or Inf.
+
+    Raises ValueError where a parameter has no values (it is on the meta device, and no hook of
+    accelerate's knows them).
+    """
+    for name, parameter in weights_of(model):
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the model with its weights")
+        if not torch.isfinite(parameter).all():
+            raise FloatingPointError(f"{name} holds NaN or Inf; the model has not been changed")
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding; token ids lie below it."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions that the model was made for; None where its config names no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def check_positions(model: PreTrainedModel, length: int, name: str) -> None:
+    """Warn of sequences of `length` tokens, called `name`, that exceed what a model was made for.
+
+    Raises ValueError where it looks its positions up in a table, which ends there. Rotary ones are
+    computed for any position: what the model makes of them is for the caller to judge.
+    """
+    limit = context_length(model)
+    if limit is None or length <= limit:
+        return
+    says = f"{name} has sequences of {length} tokens, more than the model's {limit} positions"
+    if not hasattr(type(model.config.get_text_config()), "rope_parameters"):
+        raise ValueError(f"{says}: cut them")
+    logger.warning("%s: what it makes of the rest may mean little, cut them", says)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put `model` in eval mode, and each of its modules back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def causal_lm_name(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """The class that the model will have under its new config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config.model_type == model.config.model_type:
+        return type(model).__name__
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return str(mapping[type(config)].__name__)
+
+
+def is_stock_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether the model is just what `AutoModelForCausalLM` makes of its config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return type(model) is mapping.get(type(model.config), None)
+
+
+def auto_class(model_type: str) -> Any:
+    """What loads the whole of a model of this type: `AutoModelForCausalLM`, as a rule.
+
+    `AutoModelForImageTextToText` where that gives another class, around the text decoder.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as names
+
+    whole = names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    if whole in (None, names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForImageTextToText
