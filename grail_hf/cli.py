@@ -57,7 +57,7 @@ from grail_hf.planning.plan import plan_compression, refits, window_length
 from grail_hf.report import CompressionReport, check_output, size, width_range
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import choose_device, usable_device
-from grail_hf.runtime.dispatched import whole_at_work
+from grail_hf.runtime.dispatched import whole_on_device
 from grail_hf.runtime.meter import keep_no_freed_blocks
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _compress_in_memory(
         model = _model(source, dequantize, revision=revision)
         if tokens is None:
             check_weights(model)
-            with _at_work(model, config):
+            with _on_device(model, config):
                 tokens = read_calibration(model, tokenizer, texts, config)
         measured: dict[str, Any] = {}
         if windows is not None and eval_text:
@@ -624,17 +624,17 @@ def _perplexity(model: PreTrainedModel, windows: Tensor, config: GrailConfig) ->
     """Perplexity where layers would run, measured by the first process."""
 
     def measure() -> float:
-        with _at_work(model, config):
+        with _on_device(model, config):
             return perplexity(model, None, windows, batch_size=config.batch_size)
 
     return processes.once(measure, "the evaluation")
 
 
 @contextmanager
-def _at_work(model: PreTrainedModel, config: GrailConfig) -> Iterator[None]:
+def _on_device(model: PreTrainedModel, config: GrailConfig) -> Iterator[None]:
     """The whole model computes where layers would, as far as it fits there."""
     layers = decoder_layers(model, find_architecture(model.config.model_type))
-    with whole_at_work(model, layers, choose_device(model, config.device)):
+    with whole_on_device(model, layers, choose_device(model, config.device)):
         yield
 
 

@@ -43,8 +43,8 @@ from grail_hf.planning.profiling import measured_plan
 from grail_hf.report import CompressionReport
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import choose_device
-from grail_hf.runtime.dispatched import homes_of
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.dispatched import placement_of
+from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import Place, choose_place
 
 if TYPE_CHECKING:
@@ -121,16 +121,16 @@ def compress(
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     start = time.perf_counter()
     layers = decoder_layers(model, plan.architecture)
-    homes = homes_of(model, layers, device, asked=config.device is not None)
+    placement = placement_of(model, layers, device, asked=config.device is not None)
     costs = estimate(model, plan, config, device, batches=tokens.batches)
     place = choose_place(config.hidden_states, costs.hidden_bytes, device)
-    with homes.meter.on():
-        plan, report = settle(model, plan, tokens, config, homes, place, progress)
+    with placement.meter.on():
+        plan, report = settle(model, plan, tokens, config, placement, place, progress)
         with says_what_is_left(report):
-            narrow_layers_(model, plan, tokens, config, homes, place, report, progress)
+            narrow_layers_(model, plan, tokens, config, placement, place, report, progress)
             apply_config_(model, plan.config)
     report.estimate = costs.phases_to_dict()
-    report.measured = homes.meter.measured
+    report.measured = placement.meter.measured
 
     model.add_model_tags(list(TAGS))
     report.seconds = time.perf_counter() - start
@@ -143,7 +143,7 @@ def settle(
     plan: Plan,
     tokens: TokenBatches,
     config: GrailConfig,
-    homes: Homes,
+    placement: LayerPlacement,
     place: Place,
     progress: bool,
     earlier: CompressionReport | None = None,
@@ -159,7 +159,7 @@ def settle(
     elif plan.measures:
         with evaluation_mode(model):
             plan, splits = measured_plan(
-                model, plan, tokens.batches, config, homes, place, progress
+                model, plan, tokens.batches, config, placement, place, progress
             )
     report = CompressionReport.begin(model, config, plan)
     report.splits = splits
@@ -176,7 +176,7 @@ def narrow_layers_(
     plan: Plan,
     tokens: TokenBatches,
     config: GrailConfig,
-    homes: Homes,
+    placement: LayerPlacement,
     place: Place | None,
     report: CompressionReport,
     progress: bool = True,
@@ -187,7 +187,7 @@ def narrow_layers_(
     with evaluation_mode(model):
         for block in stream(
             model,
-            homes,
+            placement,
             plan.specs,
             tokens.batches,
             place,
@@ -195,7 +195,7 @@ def narrow_layers_(
             config.seed,
             progress,
             group_batches=group_batches(
-                plan, config, len(processes.share(len(tokens.batches))), homes.first
+                plan, config, len(processes.share(len(tokens.batches))), placement.first
             ),
             dtype=config.torch_dtype,
         ):

@@ -20,7 +20,7 @@ from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibrat
 from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.folders import check_room, claimed, empty, put_in_place, stopped_there
 from grail_hf.checkpoints.journal import Journal
-from grail_hf.checkpoints.layers import CheckpointHomes, WritingHomes
+from grail_hf.checkpoints.layers import CheckpointPlacement, WritingPlacement
 from grail_hf.checkpoints.reader import Checkpoint
 from grail_hf.checkpoints.sources import (
     check_revision,
@@ -178,7 +178,7 @@ def _compress(
     """Write the weights that the journal lacks: the plan that was carried out, and the report."""
     model = parts.model
     start = time.perf_counter()
-    reading = CheckpointHomes(parts, device)
+    reading = CheckpointPlacement(parts, device)
     reading.meter = meter
     notes_of_earlier = journal.notes.get("report")
     earlier = CompressionReport.from_dict(notes_of_earlier) if notes_of_earlier else None
@@ -188,14 +188,14 @@ def _compress(
         report.seconds = time.perf_counter() - start + (earlier.seconds if earlier else 0.0)
         return {"report": report.to_dict()}
 
-    writing = WritingHomes(parts, device, journal, place, notes)
+    writing = WritingPlacement(parts, device, journal, place, notes)
     writing.meter = meter
     writing.write_rest()
     if plan.reduced and journal.layers < len(parts.layers):
         narrow_layers_(model, plan, tokens, config, writing, place, report, progress)
     else:
         for index in range(writing.first, len(parts.layers)):
-            with writing.at_work(index):
+            with writing.on_device(index):
                 pass
             writing.done(index, [])
     notes()

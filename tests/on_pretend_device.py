@@ -167,7 +167,7 @@ def test_of_a_model_that_does_not_fit_layers_come_for_their_part(
 
     seen = []
     hook = layers[2].mlp.register_forward_pre_hook(lambda *_: seen.append(places()))
-    with dispatched.whole_at_work(model, layers, torch.device(device)):
+    with dispatched.whole_on_device(model, layers, torch.device(device)):
         assert model.get_input_embeddings().weight.device.type == device
         assert places() == [device] * (3 - staying) + ["cpu"] * staying
         found = [model(**batch, use_cache=False).logits.cpu() for batch in there]
@@ -177,7 +177,7 @@ def test_of_a_model_that_does_not_fit_layers_come_for_their_part(
     hook.remove()
     failing = layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        with dispatched.whole_at_work(model, layers, torch.device(device)):
+        with dispatched.whole_on_device(model, layers, torch.device(device)):
             model(**there[0], use_cache=False)
     failing.remove()
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

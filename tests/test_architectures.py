@@ -25,9 +25,9 @@ from tiny_models import (
     at_tokens,
     batches,
     config_of,
-    homes_of,
     layers_of,
     logits,
+    placement_of,
     random_model,
     relative_error,
     state_of,
@@ -92,7 +92,7 @@ def narrower(model, **settings):
 
 def streamed(model, target="self"):
     return stream(
-        model, homes_of(model), all_specs_of(model), batches(), target=target, progress=False
+        model, placement_of(model), all_specs_of(model), batches(), target=target, progress=False
     )
 
 
@@ -260,7 +260,9 @@ def test_the_linear_rows_are_and_no_others(case, unit):
     """A block that an entry calls linear in nothing is not linear in the last rows of any input."""
     model = tiny_architecture(case)
     settings = {"target": "dense", "progress": False}
-    block = next(stream(model, homes_of(model), all_specs_of(model, unit), batches(), **settings))
+    block = next(
+        stream(model, placement_of(model), all_specs_of(model, unit), batches(), **settings)
+    )
     for group in block.groups:
         if group.spec.experts or not group.num_units:
             assert group.spec.linear is None
@@ -553,7 +555,7 @@ def test_the_readmes_example_adds_a_type(monkeypatch):
     """Fifteen lines at most; the type is not in the table."""
     assert "persimmon" not in ARCHITECTURES
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from grail_hf\.architectures .*?)```", readme, re.DOTALL)
+    (example,) = re.findall(r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL)
     assert len(example.split("\n\n")[1].splitlines()) <= 15
     monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
     exec(example, {})

@@ -154,7 +154,8 @@ def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
     monkeypatch.setattr(ExpertsGroup, "at_once", lambda self, item: at_once)
     bars = []
     monkeypatch.setattr(
-        "grail_hf.stream.Bar", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
+        "grail_hf.calibration.stream.Bar",
+        lambda **options: bars.append(Bar(options["total"])) or bars[-1],
     )
     narrower(in_turns, selector="gram", ridge=1e-4)
     (bar,) = bars

@@ -326,8 +326,9 @@ def test_a_checkpoint_that_does_not_load_whole_is_refused(tmp_path):
 def test_a_result_that_is_another_function_is_not_put_in_place(tmp_path, monkeypatch):
     narrowed("qwen3", "query_head")[0].save_pretrained(tmp_path / "in")
     right = padded_units
-    module = sys.modules["grail_hf.export"]
-    monkeypatch.setattr(module, "padded_units", lambda *given: right(*given).roll(1, 0))
+    monkeypatch.setattr(
+        "grail_hf.exports.export.padded_units", lambda *given: right(*given).roll(1, 0)
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match="does not compute what"):
         export(tmp_path / "in", tmp_path / "out", "padded")
@@ -577,7 +578,7 @@ def test_a_gguf_that_differs_is_not_put_in_place(tmp_path, with_tokenizer, monke
         "interleaved": lambda rows, _: rows,
         "_tensor_type": lambda *_: gguf.GGMLQuantizationType.F16,  # norms too: they are rounded
     }
-    monkeypatch.setattr(f"grail_hf.gguf_file.{broken}", wrong[broken])
+    monkeypatch.setattr(f"grail_hf.exports.gguf.{broken}", wrong[broken])
     monkeypatch.setattr("grail_hf.exports.gguf._rounding", lambda tensor, _: 0 * tensor)
     with pytest.raises(ExportError, match=r"is not in model\.gguf as it is in the model"):
         export(tmp_path / "in", tmp_path / "out", "gguf")

@@ -234,9 +234,9 @@ def stop(source, output, layer=2, **settings):
 def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", layer=2)
     seen = []
-    at_work = layers.CheckpointHomes.at_work
+    at_work = layers.CheckpointPlacement.on_device
     monkeypatch.setattr(
-        layers.CheckpointHomes,
+        layers.CheckpointPlacement,
         "at_work",
         lambda self, index: seen.append(index) or at_work(self, index),
     )

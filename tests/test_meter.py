@@ -13,8 +13,9 @@ from transformers import LlamaForCausalLM
 
 import grail_hf
 from grail_hf.config import GrailConfig
+from grail_hf.planning import costs
 from grail_hf.planning.costs import estimate
-from grail_hf.planning.plan import costs, plan_compression
+from grail_hf.planning.plan import plan_compression
 from grail_hf.runtime.meter import Meter
 
 MB = 2**20

@@ -17,9 +17,9 @@ from tiny_models import (
     ARCHITECTURE_CASES,
     assert_state,
     batches,
-    homes_of,
     layers_of,
     logits,
+    placement_of,
     state_of,
     tiny_architecture,
     tiny_model,
@@ -29,10 +29,11 @@ from transformers import AutoModelForCausalLM
 import grail_hf
 from grail_hf import SELECTORS, PartlyCompressedError
 from grail_hf.runtime import devices, dispatched, placement, transfer
-from grail_hf.runtime.dispatched import DispatchedHomes, weights_of
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime import layers as layers_module
+from grail_hf.runtime.dispatched import DispatchedPlacement, weights_of
+from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import Place, choose_place
-from grail_hf.runtime.transfer import Courier
+from grail_hf.runtime.transfer import Transfer
 
 CPU = torch.device("cpu")
 CASES = {
@@ -345,7 +346,7 @@ def test_a_full_disk_while_a_layer_goes_home_is_said(saved, tmp_path):
 # Reading ahead
 
 
-class Messenger(Courier):
+class Messenger(Transfer):
     """Brings tensors at once, to any device."""
 
     log: ClassVar = []
@@ -364,7 +365,7 @@ class Messenger(Courier):
 @pytest.mark.parametrize("dispatched", [None, host_and_disk, in_host_memory, on_disk])
 def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path, monkeypatch):
     plain = in_memory("llama")
-    monkeypatch.setattr(transfer, "Courier", Messenger)
+    monkeypatch.setattr(layers_module, "Transfer", Messenger)
     monkeypatch.setattr(Messenger, "log", [])
     model = dispatched(saved("llama"), tmp_path) if dispatched else load(saved("llama"))
     compress(model)
@@ -389,9 +390,9 @@ def test_an_accelerator_has_its_index(device, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
     device = torch.device(device)
     assert str(devices.with_index(device)) == expected
-    courier = Courier()
-    courier.send(0, [torch.empty], 10, device)
-    assert [int(t) for t in courier.receive(0)] == [3 if expected == "cuda:3" else 1] * (
+    ahead = Transfer()
+    ahead.send(0, [torch.empty], 10, device)
+    assert [int(t) for t in ahead.receive(0)] == [3 if expected == "cuda:3" else 1] * (
         device.type == "cuda"
     )
 
@@ -418,10 +419,10 @@ def test_what_was_read_ahead_goes_to_its_own_tensor(monkeypatch):
     shared.register_buffer("table", torch.arange(4))
     shared.home = shared.table
     layers = torch.nn.ModuleList(Sharing(number, shared) for number in range(3))
-    homes = Homes(layers, torch.device("meta"))
-    homes.courier = Messenger()
+    placement = LayerPlacement(layers, torch.device("meta"))
+    placement.transfer = Messenger()
     for index in range(3):
-        with homes.at_work(index):
+        with placement.on_device(index):
             assert layers[index].weight.tolist() == [index] * 2
             assert layers[index].own.numbers.tolist() == [index] * 3
         assert shared.table.tolist() == [0, 1, 2, 3]
@@ -435,35 +436,35 @@ def test_nothing_is_brought_to_a_cpu():
     def read():
         raise AssertionError("nothing was to be read")
 
-    courier = Courier()
-    courier.send(0, [read], 0, CPU)
-    assert courier.receive(0) == []
+    transfer = Transfer()
+    transfer.send(0, [read], 0, CPU)
+    assert transfer.receive(0) == []
 
 
 @pytest.mark.parametrize(("free", "sent"), [(80, True), (79, False)])
 def test_a_layer_is_read_ahead_into_an_eighth_of_the_room(free, sent, monkeypatch):
     monkeypatch.setattr(devices, "free_bytes", lambda device: free)
     monkeypatch.setattr(transfer, "_bring", lambda reads, device: 1 / 0)
-    courier = Courier()
-    courier.send(0, [torch.empty], 10, torch.device("cuda"))
+    ahead = Transfer()
+    ahead.send(0, [torch.empty], 10, torch.device("cuda"))
     with pytest.raises(ZeroDivisionError) if sent else contextlib.nullcontext():
-        assert courier.receive(0) == []
-    assert courier.receive(0) == []
+        assert ahead.receive(0) == []
+    assert ahead.receive(0) == []
 
 
 @cuda
 def test_tensors_are_brought_whole_while_the_device_computes():
     tensors = [torch.randn(257, 129), torch.arange(7), torch.randn(3, 5).to(torch.bfloat16)]
     device = torch.device("cuda")
-    courier = Courier()
-    courier.send(4, [tensor.clone for tensor in tensors], 2**18, device)
+    transfer = Transfer()
+    transfer.send(4, [tensor.clone for tensor in tensors], 2**18, device)
     busy = torch.randn(2048, 2048, device=device)
     for _ in range(20):
         busy = busy @ busy / busy.norm()
-    brought = courier.receive(4)
+    brought = transfer.receive(4)
     assert {tensor.device.type for tensor in brought} == {"cuda"}
     assert all(torch.equal(a, b.cpu()) for a, b in zip(tensors, brought, strict=True))
-    assert courier.receive(4) == []
+    assert transfer.receive(4) == []
 
 
 @cuda
@@ -471,20 +472,20 @@ def test_a_failure_to_read_ahead_is_raised_where_the_layer_is_asked_for():
     def read():
         raise OSError("on purpose")
 
-    courier = Courier()
-    courier.send(0, [read], 0, torch.device("cuda"))
+    transfer = Transfer()
+    transfer.send(0, [read], 0, torch.device("cuda"))
     with pytest.raises(OSError, match="on purpose"):
-        courier.receive(0)
+        transfer.receive(0)
 
 
 @cuda
 @every_way
 def test_offloaded_layers_work_on_the_accelerator_and_come_home(dispatched, saved, tmp_path):
     plain, model = load(saved("qwen2-mixed")), dispatched(saved("qwen2-mixed"), tmp_path)
-    homes = [(name, p.device) for name, p in model.named_parameters()]
+    placement = [(name, p.device) for name, p in model.named_parameters()]
     compress(plain, selector="magnitude", device="cuda")
     compress(model, selector="magnitude", device="cuda")
-    assert [(name, p.device) for name, p in model.named_parameters()] == homes
+    assert [(name, p.device) for name, p in model.named_parameters()] == placement
     assert_same_weights(model, plain)
 
 
@@ -493,10 +494,10 @@ def test_a_device_map_over_accelerator_host_and_disk_is_respected(saved, tmp_pat
     plain = load(saved("qwen2-mixed"))
     parts = device_map(plain, 0, "cpu", "disk", rest=0)
     model = load(saved("qwen2-mixed"), device_map=parts, offload_folder=tmp_path)
-    homes = [(name, p.device) for name, p in model.named_parameters()]
+    placement = [(name, p.device) for name, p in model.named_parameters()]
     compress(plain, selector="magnitude", device="cuda")
     compress(model, selector="magnitude", device=None)
-    assert [(name, p.device) for name, p in model.named_parameters()] == homes
+    assert [(name, p.device) for name, p in model.named_parameters()] == placement
     for name, parameter in weights_of(model):
         assert torch.equal(parameter.cpu(), plain.get_parameter(name))
     model.save_pretrained(tmp_path / "saved")
@@ -702,6 +703,6 @@ def test_the_room_on_the_accelerator_is_known():
 
 def test_homes_are_chosen_by_the_hooks(saved, tmp_path):
     plain, model = load(saved("llama")), on_disk(saved("llama"), tmp_path)
-    assert type(dispatched.homes_of(plain, layers_of(plain), CPU)) is Homes
-    assert type(dispatched.homes_of(model, layers_of(model), CPU)) is DispatchedHomes
-    assert type(homes_of(model)) is Homes
+    assert type(dispatched.placement_of(plain, layers_of(plain), CPU)) is LayerPlacement
+    assert type(dispatched.placement_of(model, layers_of(model), CPU)) is DispatchedPlacement
+    assert type(placement_of(model)) is LayerPlacement

@@ -12,9 +12,9 @@ from tiny_models import (
     assert_state,
     at_tokens,
     batches,
-    homes_of,
     layers_of,
     logits,
+    placement_of,
     specs_of,
     state_of,
     tiny_architecture,
@@ -46,7 +46,7 @@ MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.measures]
 def profiles_of(model, inputs, **settings):
     config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
     plan = plan_compression(model, config)
-    (profiles,), _ = profile(model, [plan], inputs, config, homes_of(model), progress=False)
+    (profiles,), _ = profile(model, [plan], inputs, config, placement_of(model), progress=False)
     return plan, profiles
 
 
@@ -113,7 +113,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     _, profiles = profiles_of(model, inputs, allocation="flap", selector="flap")
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
-    for block in stream(model, homes_of(model), plan.specs, inputs, progress=False):
+    for block in stream(model, placement_of(model), plan.specs, inputs, progress=False):
         behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
         for group, spec in zip(block.groups, specs, strict=True):
             x = consumer_inputs(model, group.consumer, inputs)
@@ -136,7 +136,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
 def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
     """A small change of the last consumer's output by a factor, and what the layer makes of it."""
     model, inputs = tiny_architecture(case), batches()
-    for block in stream(model, homes_of(model), all_specs_of(model), inputs, progress=False):
+    for block in stream(model, placement_of(model), all_specs_of(model), inputs, progress=False):
         _, energy = block.collect_all()[-1]
         consumer = block.groups[-1].consumer
         norm = block.groups[-1].spec.post_norm
@@ -294,7 +294,7 @@ def test_a_candidate_s_divergence_is_that_of_the_model_with_all_groups_reduced(c
     config = GrailConfig(sparsity=0.3, multiple_of=1, allocation="uniform-split")
     plan = plan_compression(model, config)
     (profiles,), (found,) = profile(
-        model, [plan], inputs, config, homes_of(model), progress=False, candidates=[plan]
+        model, [plan], inputs, config, placement_of(model), progress=False, candidates=[plan]
     )
     fit, held = held_out(inputs, profiling.FEW_HELD_OUT_TOKENS)
     dense, variant = logits(model, held).log_softmax(-1), copy.deepcopy(model)
@@ -407,7 +407,7 @@ def test_widths_are_as_round_as_costs_nothing(
 def test_one_pass_gives_every_group_its_moments_and_the_next_layer_its_inputs(case):
     model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
     following = None
-    for block in stream(model, homes_of(model), all_specs_of(model), inputs, progress=False):
+    for block in stream(model, placement_of(model), all_specs_of(model), inputs, progress=False):
         if following is not None:
             for batch, hidden in zip(block.batches, following, strict=True):
                 torch.testing.assert_close(batch.hidden, hidden, rtol=0, atol=0)

@@ -10,8 +10,8 @@ from tiny_models import (
     all_specs_of,
     assert_state,
     batches,
-    homes_of,
     layers_of,
+    placement_of,
     state_of,
     tiny_architecture,
     tiny_model,
@@ -32,7 +32,7 @@ padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-p
 def first_group_and_block(model, kind, inputs, unit="kv_group"):
     """The first layer's group, with a residual target that its block misses by far."""
     options = {"target": "residual", "progress": False}
-    block = next(stream(model, homes_of(model), all_specs_of(model, unit), inputs, **options))
+    block = next(stream(model, placement_of(model), all_specs_of(model, unit), inputs, **options))
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back
         group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5
@@ -316,7 +316,8 @@ def test_the_bar_ends_when_the_work_does(monkeypatch, settings):
     """As many passes are announced as are made."""
     bars = []
     monkeypatch.setattr(
-        "grail_hf.stream.Bar", lambda **options: bars.append(Bar(options["total"])) or bars[-1]
+        "grail_hf.calibration.stream.Bar",
+        lambda **options: bars.append(Bar(options["total"])) or bars[-1],
     )
     # Where `ridge="auto"` finds plain pruning to be best, nothing is refitted, and time is saved.
     settings = {

@@ -6,8 +6,8 @@ from tiny_models import (
     UNUSUAL,
     all_specs_of,
     batches,
-    homes_of,
     layers_of,
+    placement_of,
     relative_error,
     specs_of,
     tiny_architecture,
@@ -21,7 +21,7 @@ from grail_hf.models.groups import Group
 
 
 def blocks_of(model, inputs, unit="kv_group"):
-    return stream(model, homes_of(model), all_specs_of(model, unit), inputs, progress=False)
+    return stream(model, placement_of(model), all_specs_of(model, unit), inputs, progress=False)
 
 
 def one_by_one(inputs):

@@ -10,8 +10,8 @@ from tiny_models import (
     at_tokens,
     batches,
     config_of,
-    homes_of,
     layers_of,
+    placement_of,
     random_model,
     relative_error,
     specs_of,
@@ -30,7 +30,7 @@ every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 
 
 def blocks_of(model, inputs):
-    return stream(model, homes_of(model), all_specs_of(model), inputs, progress=False)
+    return stream(model, placement_of(model), all_specs_of(model), inputs, progress=False)
 
 
 def hidden_of(block, inputs):
@@ -144,7 +144,7 @@ def test_every_group_has_a_name_and_a_seed_of_its_own():
     groups = [
         group
         for seed in (0, 1)
-        for block in stream(model, homes_of(model), specs, inputs, seed=seed, progress=False)
+        for block in stream(model, placement_of(model), specs, inputs, seed=seed, progress=False)
         for group in block.groups
     ]
     assert len({group.seed for group in groups}) == len(groups) == 2 * 3 * 2
@@ -205,7 +205,7 @@ def test_targets_lead_back_to_the_dense_model(case, target):
     specs, inputs = specs_of(model), batches()
     found = {}
     options = {"target": target, "progress": False}
-    for block in stream(model, homes_of(model), all_specs_of(model), inputs, **options):
+    for block in stream(model, placement_of(model), all_specs_of(model), inputs, **options):
         for group in block.groups:
             found[block.index, group.kind] = block.collect(group)
             if block.index == 0:  # from here on the two paths differ
@@ -282,9 +282,9 @@ def test_the_held_out_moments_are_those_of_the_held_out_samples_alone(padded, ta
         for batch, mask in zip(inputs, held_out_tokens(inputs), strict=True)
     ]
     options = {"target": target, "progress": False}
-    homes, specs = homes_of(model), all_specs_of(model)
+    placement, specs = placement_of(model), all_specs_of(model)
     for blocks in zip(
-        *(stream(model, homes, specs, b, **options) for b in (inputs, held)),
+        *(stream(model, placement, specs, b, **options) for b in (inputs, held)),
         strict=True,
     ):
         for group, same in zip(*(block.groups for block in blocks), strict=True):

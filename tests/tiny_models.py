@@ -20,7 +20,7 @@ from transformers import (
 
 from grail_hf import ARCHITECTURES
 from grail_hf.config import ATTENTION_UNITS
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.layers import LayerPlacement
 
 SIZES = {
     "vocab_size": 97,
@@ -370,9 +370,9 @@ def layers_of(model):
     return model.base_model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
 
 
-def homes_of(model):
+def placement_of(model):
     """The decoder layers, which work where they are."""
-    return Homes(layers_of(model), torch.device("cpu"))
+    return LayerPlacement(layers_of(model), torch.device("cpu"))
 
 
 def state_of(model):

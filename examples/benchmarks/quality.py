@@ -49,7 +49,7 @@ from grail_hf.models.surgery import apply_config_
 from grail_hf.planning.plan import plan_compression
 from grail_hf.planning.profiling import measured_plan
 from grail_hf.runtime.devices import choose_device
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.layers import LayerPlacement
 
 EXAMPLES = Path(__file__).parent.parent
 TEXTS = EXAMPLES / "text"
@@ -223,12 +223,12 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     config = config.resolved_on(device)
     plan = plan_compression(model, config)
     model.eval()
-    homes = Homes(decoder_layers(model, plan.architecture), device)
+    placement = LayerPlacement(decoder_layers(model, plan.architecture), device)
     if plan.measures:
-        plan, _ = measured_plan(model, plan, tokens.batches, config, homes, progress=False)
+        plan, _ = measured_plan(model, plan, tokens.batches, config, placement, progress=False)
     for block in stream(
         model,
-        homes,
+        placement,
         plan.specs,
         tokens.batches,
         seed=config.seed,

@@ -22,7 +22,7 @@ from grail_hf.models.capture import captured_outputs
 from grail_hf.models.experts import group_in
 from grail_hf.models.schema import GroupSpec
 from grail_hf.runtime.devices import input_device
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import Place
 from grail_hf.runtime.progress import Bar
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def stream(
     model: PreTrainedModel,
-    homes: Homes,
+    placement: LayerPlacement,
     specs: Sequence[Sequence[GroupSpec]],
     batches: Sequence[dict[str, Tensor]],
     place: Place | None = None,
@@ -51,7 +51,7 @@ def stream(
 
     Args:
         model: any decoder-only transformers model.
-        homes: where its decoder layers lie, and where they work.
+        placement: where its decoder layers lie, and where they work.
         specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         place: where hidden states are kept; by default where the model takes its inputs.
@@ -63,13 +63,13 @@ def stream(
         dtype: in which the micro-batches' moments are summed. In fp32 the order of the batches
             decides between units that are alike, and so does what processes share them.
     """
-    layers = homes.layers
+    layers = placement.layers
     names = {id(module): name for name, module in model.named_modules()}
-    with homes.meter.phase("embed"), homes.surroundings():
+    with placement.meter.phase("embed"), placement.rest_of_model():
         place = place or Place(input_device(model))
         micro_batches = record_calls(model, layers, batches, place)
-    homes.start(micro_batches)
-    left = range(homes.first, len(layers))
+    placement.start(micro_batches)
+    left = range(placement.first, len(layers))
     if group_batches is None:
         group_batches = sum(len(specs[index]) for index in left) * len(micro_batches)
     passes = len(left) * (1 + (target != "self")) - 1
@@ -86,26 +86,26 @@ def stream(
                 group_in(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
                 for number, spec in enumerate(specs[index])
             )
-            with homes.at_work(index) as device:
+            with placement.on_device(index) as device:
                 block = Block(
                     *(index, name, layer, groups, device, place, target, micro_batches, bar),
-                    *(dtype, homes.meter),
+                    *(dtype, placement.meter),
                 )
                 for group in groups:
                     group.differentiate = partial(block.regional_gradient, group)
                 try:
-                    with homes.meter.phase("forward"):
+                    with placement.meter.phase("forward"):
                         following = _dense_pass(block) if target != "self" else []
                     yield block
                     if index + 1 < len(layers):
-                        with homes.meter.phase("forward"):
+                        with placement.meter.phase("forward"):
                             block.advance()
                 finally:
                     for group in groups:
                         group.differentiate = None  # it holds the hidden states
                 for batch, hidden in zip(micro_batches, following, strict=False):
                     batch.dense = hidden
-            homes.done(index, micro_batches)
+            placement.done(index, micro_batches)
 
 
 def _dense_pass(block: Block) -> list[Tensor]:

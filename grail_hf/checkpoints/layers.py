@@ -11,14 +11,14 @@ import torch
 from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.journal import Journal
 from grail_hf.checkpoints.sources import REST
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import HiddenStates, Place
 
 if TYPE_CHECKING:
     pass
 
 
-class CheckpointHomes(Homes):
+class CheckpointPlacement(LayerPlacement):
     """Decoder layers whose home is a checkpoint: nothing of them is kept, and nothing written."""
 
     def __init__(self, parts: Parts, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class CheckpointHomes(Homes):
         self.parts = parts
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def rest_of_model(self) -> Iterator[None]:
         self.parts.load_(REST)
         try:
             yield
@@ -34,7 +34,7 @@ class CheckpointHomes(Homes):
             self.parts.drop_(REST)
 
     @contextmanager
-    def at_work(self, index: int) -> Iterator[torch.device]:
+    def on_device(self, index: int) -> Iterator[torch.device]:
         self.parts.load_(index)
         if index + 1 < len(self.layers):
             self.parts.checkpoint.will_need(self.parts.keys[index + 1])
@@ -45,7 +45,7 @@ class CheckpointHomes(Homes):
             self.parts.drop_(index)
 
 
-class WritingHomes(CheckpointHomes):
+class WritingPlacement(CheckpointPlacement):
     """Decoder layers that come from one checkpoint and go, as they then are, into another.
 
     After each, the journal has all that is needed to go on behind it.
@@ -72,7 +72,7 @@ class WritingHomes(CheckpointHomes):
         """Write what is in no decoder layer, unless that is done."""
         name = self._name(1)
         if name not in self.journal.shards:
-            with self.meter.phase("write"), self.surroundings():
+            with self.meter.phase("write"), self.rest_of_model():
                 self.journal.add_shard(name, self.parts.state(REST))
             self.journal.write()
 
@@ -81,8 +81,8 @@ class WritingHomes(CheckpointHomes):
             self.journal.read_hidden_states(batches, self.place)
 
     @contextmanager
-    def at_work(self, index: int) -> Iterator[torch.device]:
-        with super().at_work(index) as device:
+    def on_device(self, index: int) -> Iterator[torch.device]:
+        with super().on_device(index) as device:
             yield device
             with self.meter.phase("write"):
                 self.journal.add_shard(self._name(index + 2), self.parts.state(index))

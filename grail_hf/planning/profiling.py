@@ -36,7 +36,7 @@ from grail_hf.models.groups import Group
 from grail_hf.planning.plan import Plan, plan_compression
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import input_device
-from grail_hf.runtime.layers import Homes
+from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import Place
 from grail_hf.runtime.progress import Bar
 
@@ -76,7 +76,7 @@ def measured_plan(
     forecast: Plan,
     batches: Batches,
     config: GrailConfig,
-    homes: Homes,
+    placement: LayerPlacement,
     place: Place | None = None,
     progress: bool = True,
 ) -> tuple[Plan, list[dict[str, Any]]]:
@@ -99,7 +99,7 @@ def measured_plan(
                 if unit == forecast.attention_unit or not whole:  # the same in any unit
                     candidates.append(planned(unit, widths=widths))
     found, divergences = profile(
-        model, list(plans.values()), batches, config, homes, place, progress, candidates
+        model, list(plans.values()), batches, config, placement, place, progress, candidates
     )
     profiles = dict(zip(plans, found, strict=True))
     if not candidates:
@@ -128,7 +128,7 @@ def profile(
     plans: Sequence[Plan],
     batches: Batches,
     config: GrailConfig,
-    homes: Homes,
+    placement: LayerPlacement,
     place: Place | None = None,
     progress: bool = True,
     candidates: Sequence[Plan] = (),
@@ -142,7 +142,7 @@ def profile(
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         config: the settings; the divergences of single groups are measured near the widths of its
             sparsity.
-        homes: where the decoder layers lie, and where they work.
+        placement: where the decoder layers lie, and where they work.
         place: where hidden states are kept; by default where the model takes its inputs.
         progress: show a bar on standard error.
         candidates: plans with widths, for the model's divergence with all of them in place.
@@ -151,8 +151,8 @@ def profile(
         The profiles of each plan, and the divergence of each candidate: KL(dense || candidate) of
         the next token, nats a token.
     """
-    with homes.meter.phase("profile", whole=True):
-        return _profile(model, plans, batches, config, homes, place, progress, candidates)
+    with placement.meter.phase("profile", whole=True):
+        return _profile(model, plans, batches, config, placement, place, progress, candidates)
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def _profile(
     plans: Sequence[Plan],
     batches: Batches,
     config: GrailConfig,
-    homes: Homes,
+    placement: LayerPlacement,
     place: Place | None,
     progress: bool,
     candidates: Sequence[Plan],
@@ -178,10 +178,10 @@ def _profile(
     profiles: dict[Slot, Profile] = {}
     variants: list[_Variant] = []
     finals: list[Tensor] = []
-    layers = homes.layers
+    layers = placement.layers
     blocks = stream(
         model,
-        homes,
+        placement,
         first.specs,
         parts,
         place,
@@ -245,7 +245,7 @@ def _profile(
         if variants and index + 1 == len(layers):
             finals = watched.behind([batch.hidden for batch in watched.batches])
     own_batches = [parts[batch.number] for batch in watched.batches]
-    with homes.surroundings():
+    with placement.rest_of_model():
         divergences = _divergences(model, layers, own_batches, finals, variants)
     for variant, divergence in zip(variants, divergences, strict=True):
         if variant.slot:

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grail_hf.runtime.devices import computes_on, free_bytes, hooks_of, is_dispatched, own_hooks
-from grail_hf.runtime.layers import Homes, bytes_of, move_
+from grail_hf.runtime import devices
+from grail_hf.runtime.devices import computes_on, hooks_of, is_dispatched, own_hooks
+from grail_hf.runtime.layers import LayerPlacement, bytes_of, move_
 
 # What the weights of a model that is evaluated may take: activations and logits come to them.
 WEIGHTS_SHARE = 3 / 4
 
 
-class DispatchedHomes(Homes):
+class DispatchedPlacement(LayerPlacement):
     """Decoder layers that accelerate has dispatched: on devices, in host memory, on disk.
 
     A layer that lies on an accelerator works there. Any other works where its hooks would have it,
@@ -47,7 +48,7 @@ class DispatchedHomes(Homes):
         self._folders: dict[int, Path] = {}
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def rest_of_model(self) -> Iterator[None]:
         inside = {module for layer in self.layers for module in layer.modules()}
         offloaded = _offloaded(self.model, set(self.model.modules()) - inside)
         shells = [one.tensor for one in offloaded]
@@ -61,13 +62,13 @@ class DispatchedHomes(Homes):
                 setattr(one.owner, one.name, shell)
 
     @contextmanager
-    def at_work(self, index: int) -> Iterator[torch.device]:
+    def on_device(self, index: int) -> Iterator[torch.device]:
         layer, device = self.layers[index], self._works_on(index)
         offloaded = _offloaded(self.model, set(layer.modules()))
-        homes = {
+        placement = {
             module: tensors[0].device for module in layer.modules() if (tensors := _held(module))
         }
-        tensors = self.courier.receive(index) or [one.read().to(device) for one in offloaded]
+        tensors = self.transfer.receive(index) or [one.read().to(device) for one in offloaded]
         arrived = {}
         try:
             while offloaded:
@@ -80,7 +81,7 @@ class DispatchedHomes(Homes):
                 following = _offloaded(self.model, set(self.layers[index + 1].modules()))
                 size = sum(one.tensor.nbytes for one in following)
                 reads = [one.read for one in following]
-                self.courier.send(index + 1, reads, size, self._works_on(index + 1))
+                self.transfer.send(index + 1, reads, size, self._works_on(index + 1))
             with _quiet(hooks_of(layer), device):
                 yield device
         finally:
@@ -92,7 +93,7 @@ class DispatchedHomes(Homes):
             )
             for one in offloaded:
                 one.put_(one.tensor.detach().to("meta"))
-            for module, home in homes.items():
+            for module, home in placement.items():
                 for tensor in _held(module):
                     tensor.data = tensor.data.to(home)
 
@@ -145,10 +146,10 @@ class DispatchedHomes(Homes):
         return self._folders[id(loader)]
 
 
-def homes_of(
+def placement_of(
     model: nn.Module, layers: nn.ModuleList, device: torch.device, asked: bool = False
-) -> Homes:
-    """The homes of a model's decoder layers, wherever they lie.
+) -> LayerPlacement:
+    """The placement of a model's decoder layers, wherever they lie.
 
     Args:
         model: in memory, or dispatched by accelerate.
@@ -158,12 +159,14 @@ def homes_of(
         asked: `device` was asked for, and is no default.
     """
     if is_dispatched(model):
-        return DispatchedHomes(model, layers, device, asked)
-    return Homes(layers, device)
+        return DispatchedPlacement(model, layers, device, asked)
+    return LayerPlacement(layers, device)
 
 
 @contextmanager
-def whole_at_work(model: nn.Module, layers: nn.ModuleList, device: torch.device) -> Iterator[None]:
+def whole_on_device(
+    model: nn.Module, layers: nn.ModuleList, device: torch.device
+) -> Iterator[None]:
     """The whole model computes on `device` inside the context, and then is where it was.
 
     Where its weights fill too much of the device's free memory, the last of its decoder layers
@@ -176,14 +179,14 @@ def whole_at_work(model: nn.Module, layers: nn.ModuleList, device: torch.device)
     """
     home = next(model.parameters()).device
     sizes = [bytes_of(layer) for layer in layers]
-    excess = 0.0 if home == device else bytes_of(model) - WEIGHTS_SHARE * free_bytes(device)
-    guests = len(sizes)
-    while guests and excess > 0:
-        if guests == len(sizes):
+    excess = 0.0 if home == device else bytes_of(model) - WEIGHTS_SHARE * devices.free_bytes(device)
+    visiting = len(sizes)
+    while visiting and excess > 0:
+        if visiting == len(sizes):
             excess += max(sizes)  # one of those that stay is there too
-        guests -= 1
-        excess -= sizes[guests]
-    staying = list(layers)[guests:]
+        visiting -= 1
+        excess -= sizes[visiting]
+    staying = list(layers)[visiting:]
     hooks = []
     try:
         for layer in staying:
@@ -192,11 +195,11 @@ def whole_at_work(model: nn.Module, layers: nn.ModuleList, device: torch.device)
                 layer.register_forward_hook(lambda layer, *_: move_(layer, home), always_call=True),
             ]
         try:
-            for index in range(guests, len(sizes)):
+            for index in range(visiting, len(sizes)):
                 layers[index] = nn.Identity()
             model.to(device)
         finally:
-            for index, layer in enumerate(staying, guests):
+            for index, layer in enumerate(staying, visiting):
                 layers[index] = layer
         yield
     finally:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from grail_hf.runtime.meter import Meter
 from grail_hf.runtime.placement import HiddenStates
-from grail_hf.runtime.transfer import Courier
+from grail_hf.runtime.transfer import Transfer
 
 
-class Homes:
+class LayerPlacement:
     """Decoder layers that lie in the model itself: each goes to a device to work, and comes home.
 
     Attributes:
@@ -28,12 +28,12 @@ class Homes:
     def __init__(self, layers: nn.ModuleList, device: torch.device) -> None:
         self.layers = layers
         self.device = device
-        self.courier = Courier()
+        self.transfer = Transfer()
         self.meter = Meter(device)
         self._read_ahead: list[Tensor] = []
 
     @contextmanager
-    def surroundings(self) -> Iterator[None]:
+    def rest_of_model(self) -> Iterator[None]:
         """All of the model but its decoder layers has its weights inside the context."""
         yield
 
@@ -41,7 +41,7 @@ class Homes:
         """Give the batches, which have hidden states in front of layer 0, those of `first`."""
 
     @contextmanager
-    def at_work(self, index: int) -> Iterator[torch.device]:
+    def on_device(self, index: int) -> Iterator[torch.device]:
         """The layer has its weights, on the device that this gives; it goes home as it then is.
 
         The next layer's weights are read meanwhile, where a CUDA device waits for them.
@@ -52,10 +52,10 @@ class Homes:
         layer.to(self.device)
         if index + 1 < len(self.layers):
             # Kept, not looked up again when they arrive: what layers share is on the device now.
-            self._read_ahead = self._at_home(index + 1)
+            self._read_ahead = self._offloaded_tensors(index + 1)
             size = sum(tensor.nbytes for tensor in self._read_ahead)
             reads = [tensor.detach for tensor in self._read_ahead]
-            self.courier.send(index + 1, reads, size, self.device)
+            self.transfer.send(index + 1, reads, size, self.device)
         try:
             yield self.device
         finally:
@@ -64,11 +64,11 @@ class Homes:
     def _receive_(self, index: int) -> None:
         """Give the layer's tensors the values that were read ahead, if any were."""
         tensors, self._read_ahead = self._read_ahead, []
-        if brought := self.courier.receive(index):
+        if brought := self.transfer.receive(index):
             for tensor, values in zip(tensors, brought, strict=True):
                 tensor.data = values
 
-    def _at_home(self, index: int) -> list[Tensor]:
+    def _offloaded_tensors(self, index: int) -> list[Tensor]:
         """The layer's tensors that lie in host memory."""
         layer = self.layers[index]
         return [t for t in (*layer.parameters(), *layer.buffers()) if t.device.type == "cpu"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grail_hf.config import AUTO
-from grail_hf.runtime.devices import free_bytes
+from grail_hf.runtime import devices
 
 # Smaller tensors are not worth a file.
 _LEAST_MAPPED = 2**20
@@ -93,10 +93,12 @@ def choose_place(
     """
     host = torch.device("cpu")
     if wanted == AUTO:
-        if accelerator.type != "cpu" and size <= ACCELERATOR_SHARE * free_bytes(accelerator):
+        if accelerator.type != "cpu" and size <= ACCELERATOR_SHARE * devices.free_bytes(
+            accelerator
+        ):
             wanted = "accelerator"
         else:
-            wanted = "host" if size <= HOST_SHARE * free_bytes(host) else "disk"
+            wanted = "host" if size <= HOST_SHARE * devices.free_bytes(host) else "disk"
     if wanted == "disk":
         return Place(host, folder or Path(tempfile.gettempdir()))
     return Place(accelerator if wanted == "accelerator" else host)

@@ -8,12 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from grail_hf.runtime.devices import free_bytes, with_index
+from grail_hf.runtime import devices
+from grail_hf.runtime.devices import with_index
 
 AHEAD_SHARE = 1 / 8
 
 
-class Courier:
+class Transfer:
     """Brings tensors to a CUDA device while it computes: in a thread, and a stream of its own.
 
     They go through pinned memory, from which the device reads at full speed. Nothing is brought to
@@ -29,7 +30,7 @@ class Courier:
     ) -> None:
         """Begin to read tensors, of `size` bytes together, and to bring them to the device."""
         device = with_index(device)  # another thread has another current device
-        if device.type == "cuda" and reads and size <= AHEAD_SHARE * free_bytes(device):
+        if device.type == "cuda" and reads and size <= AHEAD_SHARE * devices.free_bytes(device):
             self._thread = self._thread or ThreadPoolExecutor(1, "read-ahead")
             self._under_way[label] = self._thread.submit(_bring, reads, device)
 
@@ -42,7 +43,7 @@ class Courier:
             return []
         tensors = self._under_way.pop(label).result()
         for tensor in tensors:
-            # They were allocated for the courier's stream, which might else reuse them too early.
+            # They were allocated for the transfer's stream, which might else reuse them too early.
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return tensors
 
