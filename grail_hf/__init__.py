@@ -7,11 +7,12 @@ report.save("out")
 
 from importlib.metadata import version
 
-from grail_hf.compress import PartlyCompressedError, compress
+from grail_hf.compress import compress
 from grail_hf.config import GrailConfig
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.exports.export import Export, export
+from grail_hf.job import PartlyCompressedError
 from grail_hf.methods.allocation import ALLOCATIONS
 from grail_hf.methods.selectors import SELECTORS
 from grail_hf.models.architectures import ARCHITECTURES

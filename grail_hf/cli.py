@@ -39,12 +39,13 @@ from grail_hf.checkpoints.sources import (
     meta_model,
     processor_folder,
 )
-from grail_hf.compress import PartlyCompressedError, compress
+from grail_hf.compress import compress
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.disk_to_disk import StoppedError, compress_checkpoint
 from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.exports.export import FORMATS, export
 from grail_hf.exports.gguf import TYPES, ExportError
+from grail_hf.job import PartlyCompressedError
 from grail_hf.methods.allocation import ALLOCATIONS
 from grail_hf.methods.selectors import SELECTORS
 from grail_hf.models.architectures import architectures_table, find_architecture

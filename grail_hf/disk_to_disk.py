@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.calibration.sampling import SELF
+from grail_hf.calibration.stream import Stream
 from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibration
 from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.folders import check_room, claimed, empty, put_in_place, stopped_there
@@ -29,8 +31,9 @@ from grail_hf.checkpoints.sources import (
     meta_model,
     small_files,
 )
-from grail_hf.compress import fail, narrow_layers_, settle
+from grail_hf.compress import narrow_layers_
 from grail_hf.config import GrailConfig
+from grail_hf.job import Job, fail
 from grail_hf.methods.linalg import full_fp32_products
 from grail_hf.models.decoder import causal_lm_name, decoder_layers
 from grail_hf.models.schema import Architecture
@@ -39,7 +42,6 @@ from grail_hf.planning.plan import Plan, plan_compression
 from grail_hf.report import REPORT_FILE, CompressionReport, check_output, versions
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import choose_device
-from grail_hf.runtime.meter import Meter
 from grail_hf.runtime.placement import Place, choose_place
 
 if TYPE_CHECKING:
@@ -54,7 +56,6 @@ class StoppedError(RuntimeError):
 
 
 @torch.no_grad()
-@full_fp32_products()
 def compress_checkpoint(
     source: str | Path,
     output: str | Path,
@@ -101,113 +102,103 @@ def compress_checkpoint(
             the activations of the first layer.
         StoppedError: a failure after the first layer was written, from where the run can go on.
     """
-    from transformers import AutoTokenizer
-
     config = GrailConfig.resolve(config, **overrides)
-    output = Path(output)
     processes.silence_copies()
     progress = progress and processes.is_first()
+    output = Path(output)
     # Everything that can be refused is refused before weights are fetched from a hub.
     check_revision(source, revision)
     processes.once(partial(check_output, output, overwrite or resume), _OUTPUT)
     model = meta_model(source, revision)
-    device = choose_device(model, config.device)
-    config = config.resolved_on(device)
+    config = config.resolved_on(choose_device(model, config.device))
     plan_compression(model, config, architecture)
-    if isinstance(calibration, str) and calibration == SELF:
-        raise ValueError(
-            f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
-            "give texts or tokens, or use compress"
-        )
+    _check_not_sampled(calibration)
     folder, commit = small_files(source, revision)
-    if tokenizer is None and has_tokenizer(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer or _tokenizer_of(folder)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
-    with processes.first_within(claimed(output), _OUTPUT) as work:
+    with processes.first_within(claimed(output), _OUTPUT) as work, full_fp32_products():
         identity = _identity(config, model, tokens)
-        stopped = processes.once(partial(_stopped, work), _OUTPUT)
-        if stopped and not resume:
-            raise stopped_there(work)
-        if stopped:
-            stopped.check_identity(identity)
+        journal = _stopped_run(work, identity, resume)
         checkpoint = Checkpoint.open(source, commit)
         model = checkpoint.skeleton()
         plan = plan_compression(model, config, architecture)
         parts = Parts(checkpoint, model, decoder_layers(model, plan.architecture))
         digests = processes.once(partial(checkpoint.verify, progress), str(source))
         identity |= {f"sha256 of {name}": digest for name, digest in digests.items()}
-        if stopped:
-            stopped.check_identity(identity)
-            processes.once(stopped.check_files, _OUTPUT)
+        if journal:
+            journal.check_identity(identity)
+            processes.once(journal.check_files, _OUTPUT)
         else:
             ended = partial(_ended, output, config, digests, tokens)
             if resume and (report := processes.once(ended, _OUTPUT)):
                 return report
             processes.once(partial(check_output, output, overwrite), _OUTPUT)
             processes.once(partial(empty, work), _OUTPUT)
-        journal = stopped or Journal(work, identity)
-        costs = estimate(model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
-        place = choose_place(config.hidden_states, costs.hidden_bytes, device, journal.own)
-        processes.once(partial(_check_space, journal, costs, place), _OUTPUT)
+            journal = Journal(work, identity)
+        job = _forecast(parts, plan, tokens, config, journal, progress)
         with _says_how_to_go_on(journal):
-            meter = Meter(device)
-            with meter.on():
-                plan, report = _compress(
-                    parts, plan, tokens, config, device, place, journal, progress, meter
-                )
-            report.estimate = costs.phases_to_dict()
-            report.measured = meter.measured
+            report = _compress(job, parts, journal)
             report.source = digests
-            finish = partial(_finish, checkpoint, model, plan, tokenizer, report, journal, output)
+            finish = partial(_finish, checkpoint, model, report, tokenizer, journal, output)
             processes.once(finish, _OUTPUT)
             report.share()
     return report
 
 
-def _compress(
+def _forecast(
     parts: Parts,
     plan: Plan,
     tokens: TokenBatches,
     config: GrailConfig,
-    device: torch.device,
-    place: Place,
     journal: Journal,
     progress: bool,
-    meter: Meter,
-) -> tuple[Plan, CompressionReport]:
-    """Write the weights that the journal lacks: the plan that was carried out, and the report."""
-    model = parts.model
+) -> Job:
+    """The job, after a check that the disk has room for it."""
+    device = choose_device(parts.model, config.device)
+    costs = estimate(parts.model, plan, config, device, disk_to_disk=True, batches=tokens.batches)
+    place = choose_place(config.hidden_states, costs.hidden_bytes, device, journal.own)
+    processes.once(partial(_check_space, journal, costs, place), _OUTPUT)
+    stream = Stream(
+        *(parts.model, CheckpointPlacement(parts, device), plan.specs, tokens.batches, place),
+        seed=config.seed,
+        progress=progress,
+        dtype=config.torch_dtype,
+    )
+    return Job.forecast(config, plan, stream, tokens, costs)
+
+
+def _compress(job: Job, parts: Parts, journal: Journal) -> CompressionReport:
+    """Write the weights that the journal lacks; the skeleton gets the config to go with them."""
     start = time.perf_counter()
-    reading = CheckpointPlacement(parts, device)
-    reading.meter = meter
-    notes_of_earlier = journal.notes.get("report")
-    earlier = CompressionReport.from_dict(notes_of_earlier) if notes_of_earlier else None
-    plan, report = settle(model, plan, tokens, config, reading, place, progress, earlier)
+    reading, notes = job.stream.placement, journal.notes.get("report")
+    earlier = CompressionReport.from_dict(notes) if notes else None
+    with reading.meter.on():
+        job = job.measured(earlier)
+        report = job.report
 
-    def notes() -> dict[str, Any]:
-        report.seconds = time.perf_counter() - start + (earlier.seconds if earlier else 0.0)
-        return {"report": report.to_dict()}
+        def notes_so_far() -> dict[str, Any]:
+            report.seconds = time.perf_counter() - start + (earlier.seconds if earlier else 0.0)
+            return {"report": report.to_dict()}
 
-    writing = WritingPlacement(parts, device, journal, place, notes)
-    writing.meter = meter
-    writing.write_rest()
-    if plan.reduced and journal.layers < len(parts.layers):
-        narrow_layers_(model, plan, tokens, config, writing, place, report, progress)
-    else:
-        for index in range(writing.first, len(parts.layers)):
-            with writing.on_device(index):
-                pass
-            writing.done(index, [])
-    notes()
-    return plan, report
+        assert job.stream.place is not None
+        writing = WritingPlacement(parts, reading.device, journal, job.stream.place, notes_so_far)
+        writing.meter = reading.meter
+        writing.write_rest()
+        if job.plan.reduced and journal.layers < len(parts.layers):
+            narrow_layers_(replace(job, stream=replace(job.stream, placement=writing)))
+        else:
+            writing.copy_layers()
+        notes_so_far()
+    parts.model.config = job.plan.config
+    report.measured = reading.meter.measured
+    return report
 
 
 def _finish(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
-    plan: Plan,
-    tokenizer: PreTrainedTokenizerBase | None,
     report: CompressionReport,
+    tokenizer: PreTrainedTokenizerBase | None,
     journal: Journal,
     output: Path,
 ) -> None:
@@ -215,8 +206,9 @@ def _finish(
     from transformers import GenerationConfig
 
     journal.write_index()
-    plan.config.architectures = [causal_lm_name(model, plan.config)]
-    plan.config.save_pretrained(journal.folder)
+    config: Any = model.config
+    config.architectures = [causal_lm_name(model, config)]
+    config.save_pretrained(journal.folder)
     if model.can_generate():
         with suppress(OSError):  # the source has none of its own
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
@@ -226,6 +218,30 @@ def _finish(
     copy_processor(checkpoint.folder, journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
+
+
+def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
+
+
+def _check_not_sampled(calibration: Calibration | TokenBatches) -> None:
+    if isinstance(calibration, str) and calibration == SELF:
+        raise ValueError(
+            f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
+            "give texts or tokens, or use compress"
+        )
+
+
+def _stopped_run(work: Path, identity: dict[str, Any], resume: bool) -> Journal | None:
+    """The journal of a run like this one that was stopped; ValueError if it was another one."""
+    stopped = processes.once(partial(_stopped, work), _OUTPUT)
+    if stopped and not resume:
+        raise stopped_there(work)
+    if stopped:
+        stopped.check_identity(identity)
+    return stopped
 
 
 def _stopped(work: Path) -> Journal | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 import tempfile
@@ -13,8 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from grail_hf.calibration.refit import Refit
+from grail_hf.calibration.statistics import Statistics
 from grail_hf.card import (
     CARD_FILE,
     CAUSAL,
@@ -28,11 +29,10 @@ from grail_hf.card import (
 )
 from grail_hf.checkpoints.folders import check_replaceable
 from grail_hf.config import ATTENTION, AUTO, GrailConfig
-from grail_hf.methods.gram import GramStats
-from grail_hf.methods.ridge import Repair, reconstruction_error
+from grail_hf.methods.ridge import Repair
 from grail_hf.models.architectures import ARCHITECTURES
 from grail_hf.models.decoder import auto_class
-from grail_hf.models.experts import Expert
+from grail_hf.models.experts import SCARCE_DAMPING
 from grail_hf.models.groups import Group
 from grail_hf.models.schema import HEAD_DIM, OUTPUT_BIAS
 from grail_hf.planning.plan import Plan
@@ -41,6 +41,8 @@ from grail_hf.runtime import processes
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import PreTrainedModel
+logger = logging.getLogger(__name__)
+
 REPORT_FILE = "grail.json"
 
 
@@ -160,55 +162,53 @@ class CompressionReport:
             license=license_of(model.name_or_path),
         )
 
-    def add(
-        self,
-        layer: int,
-        group: Group | Expert,
-        weight: Tensor,
-        stats: GramStats,
-        repair: Repair,
-    ) -> None:
-        """Record what is left of a consumer's weight [O, K], and what a repair makes of it.
-
-        The statistics are of its inputs, with their cross moment.
-        """
-        pruned = reconstruction_error(weight, weight, stats)
-        repaired = repair.damping is not None
+    def add(self, left: Statistics, repair: Repair) -> None:
+        """Record what is left of a part, and what a repair makes of it."""
+        assert left.weight is not None and left.moments is not None
+        part = left.part
+        errors = {name: left.error(solution) for name, solution in left.solutions.items()}
+        pruned = left.error(Repair(left.weight))
         self.groups.append(
             GroupReport(
-                group.name,
-                layer,
-                group.kind,
-                group.num_units,
-                weight.shape[1] // group.columns,
+                part.name,
+                left.block.index,
+                part.kind,
+                part.num_units,
+                left.weight.shape[1] // part.columns,
                 pruned,
-                reconstruction_error(weight, repair.weight, stats, bias=repair.bias)
-                if repaired
-                else pruned,
+                pruned if repair.damping is None else left.error(repair),
                 repair.damping,
-                tokens=stats.count if isinstance(group, Expert) else None,
+                errors.get("measured"),
+                errors.get("linear"),
+                None if left.group.targeted else left.moments.count,
             )
         )
 
-    def fold(self, weight: Tensor, stats: GramStats, linear: Repair, used: bool) -> None:
-        """Add what the linear form of a fold leaves to the last group, which was `used` or not.
+    @property
+    def last(self) -> tuple[float, float | None]:
+        """The error and the damping of the last group that was repaired."""
+        return self.groups[-1].error, self.groups[-1].damping
 
-        Args:
-            weight: [O, K], the folded consumer without repair.
-            stats: measured behind the folded producers.
-            linear: the repair that the linear form gives.
-            used: the model holds it.
-        """
-        error = reconstruction_error(weight, linear.weight, stats, bias=linear.bias)
-        last = replace(self.groups[-1], error_measured=self.groups[-1].error, error_linear=error)
-        self.groups[-1] = replace(last, error=error, damping=linear.damping) if used else last
+    def refit(self, group: Group, refit: Refit) -> None:
+        """Add the outcome of a refit to the group's entries, which are the last ones."""
+        number = len(group.parts)
+        for index in range(len(self.groups) - number, len(self.groups)):
+            entry = replace(self.groups[index], refit=refit.outcome)
+            if refit.error is not None:
+                entry = replace(entry, error=refit.error, damping=refit.damping)
+            self.groups[index] = entry
 
-    def refit(self, outcome: str, refitted: tuple[float, Repair] | None = None) -> None:
-        """Add the outcome of a refit to the last group, and where it was done what is left now."""
-        self.groups[-1] = replace(self.groups[-1], refit=outcome)
-        if refitted:
-            error, repair = refitted
-            self.groups[-1] = replace(self.groups[-1], error=error, damping=repair.damping)
+    def warn_of_scarce_experts(self, layer: int) -> None:
+        """Warn of a layer's experts that saw fewer tokens than they keep channels."""
+        scarce = [g for g in self.groups if g.layer == layer and g.scarce and g.damping is not None]
+        if scarce:
+            name = scarce[0].name.rpartition(".")[0]
+            logger.warning(
+                "%s: experts %s saw fewer tokens than the %d channels that they keep, and are "
+                "repaired with damping %g or more: use more num_samples",
+                *(name, ", ".join(g.name.rpartition(".")[2] for g in scarce)),
+                *(scarce[0].width, SCARCE_DAMPING),
+            )
 
     def share(self) -> None:
         """Of several processes, have all reports say what the first one's does."""

@@ -144,14 +144,14 @@ def from_disk_to_disk(folder, output, **settings):
 
 def die_at(group):
     """The second process will be killed where this group's turn comes."""
-    collect = Block.collect
+    collect = Block.collect_parts
 
     def dying(self, of, *args, **kwargs):
         if of.name == group and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return collect(self, of, *args, **kwargs)
 
-    Block.collect = dying
+    Block.collect_parts = dying
 
 
 def save(folder, name, result):

@@ -38,9 +38,10 @@ from transformers import AutoModelForCausalLM
 import grail_hf
 from grail_hf import ARCHITECTURES, GrailConfig
 from grail_hf.calibration.refit import replaceable_weight, without_biases
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.config import ATTENTION, ATTENTION_UNITS, EXPERTS, MLP
 from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.ridge import Repair
 from grail_hf.methods.widths import TOLERANCE
 from grail_hf.models.architectures import architectures_table
 from grail_hf.models.configs import compressed_config
@@ -91,9 +92,9 @@ def narrower(model, **settings):
 
 
 def streamed(model, target="self"):
-    return stream(
+    return Stream(
         model, placement_of(model), all_specs_of(model), batches(), target=target, progress=False
-    )
+    ).blocks()
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
     for block in streamed(model, "residual"):
         *earlier, last = block.groups
         if last.spec.experts:
-            assert all(stats.cross is None for stats in block.collect_experts(last, last.experts))
+            assert all(stats.cross is None for stats in block.collect_parts(last, last.parts))
             continue
         assert last.kind != ATTENTION
         if block.index:
@@ -261,7 +262,9 @@ def test_the_linear_rows_are_and_no_others(case, unit):
     model = tiny_architecture(case)
     settings = {"target": "dense", "progress": False}
     block = next(
-        stream(model, placement_of(model), all_specs_of(model, unit), batches(), **settings)
+        Stream(
+            model, placement_of(model), all_specs_of(model, unit), batches(), **settings
+        ).blocks()
     )
     for group in block.groups:
         if group.spec.experts or not group.num_units:
@@ -405,13 +408,12 @@ def differing_(model):
     for index, group in groups_of(model):
         if group.spec.experts:
             chosen = []
-            for expert, twin in zip(group.experts, twins[index, group.kind].experts, strict=True):
+            for expert, twin in zip(group.parts, twins[index, group.kind].parts, strict=True):
                 scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(index))
                 chosen.append(Reduction.keep_top(scores.roll(expert.index), widths[EXPERTS][index]))
                 twin.weight[:, chosen[-1].removed] = 0
-            kept = [e.weight[:, r.kept] for e, r in zip(group.experts, chosen, strict=True)]
-            group.shrink_each_(chosen)
-            group.repair_each_(kept)
+            kept = [e.weight[:, r.kept] for e, r in zip(group.parts, chosen, strict=True)]
+            group.narrow_(*zip(chosen, map(Repair, kept), strict=True))
         elif group.spec.offered:
             scores = torch.rand(group.num_units, generator=torch.Generator().manual_seed(index))
             reduction = Reduction.keep_top(scores, widths[group.kind][index])
@@ -555,7 +557,9 @@ def test_the_readmes_example_adds_a_type(monkeypatch):
     """Fifteen lines at most; the type is not in the table."""
     assert "persimmon" not in ARCHITECTURES
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL
+    )
     assert len(example.split("\n\n")[1].splitlines()) <= 15
     monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
     exec(example, {})

@@ -139,7 +139,7 @@ def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
     seen = []
     skeleton = Checkpoint.skeleton
     monkeypatch.setattr(Checkpoint, "skeleton", lambda self: seen.append(skeleton(self)) or seen[0])
-    collect = grail_hf.calibration.block.Block.collect
+    collect = grail_hf.calibration.block.Block.collect_parts
     alive = []
 
     def look(block, *args, **kwargs):
@@ -147,7 +147,7 @@ def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
         alive.append({".".join(name.split(".")[:3]) for name in names} == {block.name})
         return collect(block, *args, **kwargs)
 
-    monkeypatch.setattr(grail_hf.calibration.block.Block, "collect", look)
+    monkeypatch.setattr(grail_hf.calibration.block.Block, "collect_parts", look)
     from_disk(source, tmp_path / "out", mlp_sparsity=0.3, attention_sparsity=0)
     assert alive and all(alive)
     assert all(parameter.is_meta for parameter in seen[0].parameters())

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from grail_hf.narrow_experts import SCARCE_DAMPING
 from test_architectures import groups_of, narrower, streamed
 from test_refit import Bar
 from tiny_models import (
@@ -31,12 +32,11 @@ from grail_hf.methods.selectors import wanda_plus_plus
 from grail_hf.methods.widths import EXPERTS_STEP
 from grail_hf.models.capture import captured_call
 from grail_hf.models.experts import ExpertsGroup
-from grail_hf.narrow_experts import SCARCE_DAMPING
 from grail_hf.planning.costs import estimate
 from grail_hf.planning.plan import plan_compression
 
 MIXTURES = [
-    case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].experts
+    case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].parts
 ]
 TIED = "deepseek_v2"
 
@@ -44,7 +44,7 @@ every_mixture = pytest.mark.parametrize("case", MIXTURES)
 
 
 def experts_of(model):
-    return [group for _, group in groups_of(model) if group.spec.experts]
+    return [group for _, group in groups_of(model) if group.spec.parts]
 
 
 def calls_of(model, module):
@@ -76,8 +76,8 @@ def test_what_is_read_of_an_expert_is_what_transformers_computes(case):
     model = tiny_architecture(case)
     (group, *_) = experts_of(model)
     x = torch.randn(7, model.config.get_text_config().hidden_size)
-    for expert in group.experts:
-        bias = getattr(group.consumer, "down_proj_bias", torch.zeros(group.spec.experts, 1))
+    for expert in group.parts:
+        bias = getattr(group.consumer, "down_proj_bias", torch.zeros(group.spec.parts, 1))
         inner = expert.inner(x)
         assert inner.shape == (7, group.num_units)
         expected = through(group, expert, x)
@@ -90,12 +90,12 @@ def test_an_experts_gram_is_that_of_the_tokens_routed_to_it(case):
     model = tiny_architecture(case)
     for block in streamed(model):
         for group in block.groups:
-            if not group.spec.experts:
+            if not group.spec.parts:
                 continue
             hidden, chosen = calls_of(model, group.consumer)
-            every = block.collect_experts(group, group.experts, hold_out=True)
+            every = block.collect_parts(group, group.parts, hold_out=True)
             assert sum(stats.count for stats in every) == chosen.numel()
-            for expert, stats in zip(group.experts, every, strict=True):
+            for expert, stats in zip(group.parts, every, strict=True):
                 own = hidden[[expert.index in row for row in chosen.tolist()]]
                 x = expert.inner(own).double()
                 assert stats.count == len(own) >= stats.held_out.count
@@ -110,14 +110,14 @@ def test_an_experts_gram_is_that_of_the_tokens_routed_to_it(case):
 
 def test_a_selector_is_told_each_units_producers():
     group = experts_of(tiny_architecture("mixtral"))[0]
-    gate, up = group.experts[2].producers
+    gate, up = group.parts[2].producers
     assert torch.equal(torch.cat([gate, up]), group.consumer.gate_up_proj[2])
     group = experts_of(tiny_architecture("gpt_oss"))[0]
-    (rows,) = group.experts[2].producers
+    (rows,) = group.parts[2].producers
     weight, bias = group.consumer.gate_up_proj[2], group.consumer.gate_up_proj_bias[2]
     side_by_side = torch.cat([weight, bias[None]]).T.reshape(group.num_units, -1)
     assert torch.equal(rows, side_by_side)
-    assert len({expert.seed for expert in group.experts}) == len(group.experts)
+    assert len({expert.seed for expert in group.parts}) == len(group.parts)
 
 
 # Repaired
@@ -130,7 +130,7 @@ def test_each_expert_is_fitted_to_its_own_tokens_by_least_squares(case):
     dense = experts_of(copy.deepcopy(model))[0]
     hidden, chosen = calls_of(model, experts_of(model)[0].consumer)
     narrower(model, ridge=1e-7, attention_sparsity=0.0)
-    for old, new in zip(dense.experts, experts_of(model)[0].experts, strict=True):
+    for old, new in zip(dense.parts, experts_of(model)[0].parts, strict=True):
         rows, left = old.producers[0], new.producers[0]
         kept = (rows[:, None] == left[None]).all(dim=-1).any(dim=1)
         x = old.inner(hidden[(chosen == old.index).any(dim=-1)]).double()
@@ -144,13 +144,13 @@ def test_each_expert_is_fitted_to_its_own_tokens_by_least_squares(case):
 def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
     together, in_turns = (tiny_architecture("mixtral") for _ in range(2))
     narrower(together, selector="gram", ridge=1e-4)
-    collect, numbers = Block.collect_experts, []
+    collect, numbers = Block.collect_parts, []
 
-    def counted(self, group, experts, hold_out):
-        numbers.append(len(experts))
-        return collect(self, group, experts, hold_out)
+    def counted(self, group, parts, *others):
+        numbers.append(len(parts) * (group.kind == EXPERTS))
+        return collect(self, group, parts, *others)
 
-    monkeypatch.setattr(Block, "collect_experts", counted)
+    monkeypatch.setattr(Block, "collect_parts", counted)
     monkeypatch.setattr(ExpertsGroup, "at_once", lambda self, item: at_once)
     bars = []
     monkeypatch.setattr(
@@ -161,7 +161,7 @@ def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
     (bar,) = bars
     assert bar.done == bar.total
     assert_state(in_turns, state_of(together))
-    total = len(experts_of(together)[0].experts)
+    total = len(experts_of(together)[0].parts)
     assert max(numbers) == at_once < total
     assert sum(numbers) == total * len(layers_of(together))
 
@@ -172,9 +172,9 @@ def test_no_more_grams_are_held_than_weights(case):
         weights = group.num_parameters * 4
         gram = group.num_units**2  # of fewer units than have a part of their own
         numbers = [group.at_once(item) for item in (1, 8, 10**9)]
-        assert numbers[0] == len(group.experts) and numbers[2] == 1
+        assert numbers[0] == len(group.parts) and numbers[2] == 1
         assert numbers[1] * 8 * gram <= weights < (numbers[1] + 1) * 8 * gram or (
-            numbers[1] == len(group.experts)
+            numbers[1] == len(group.parts)
         )
 
 
@@ -208,9 +208,9 @@ def test_experts_with_few_tokens_are_repaired_with_care_and_named(unbalanced, ri
     idle, rare, *others = (g for g in report.groups if g.layer == 0 and g.kind == EXPERTS)
     assert (idle.tokens, rare.tokens) == (0, 5)
     assert idle.damping == math.inf and rare.damping >= SCARCE_DAMPING
-    kept = experts_of(model)[0].experts[0].weight
-    strongest = magnitudes(dense.experts[0]).topk(idle.width).indices.sort().values
-    assert torch.equal(kept, dense.experts[0].weight[:, strongest])
+    kept = experts_of(model)[0].parts[0].weight
+    strongest = magnitudes(dense.parts[0]).topk(idle.width).indices.sort().values
+    assert torch.equal(kept, dense.parts[0].weight[:, strongest])
     assert {idle.name, rare.name} == {n for n in report.scarce_experts if "layers.0." in n}
     assert all(not group.scarce for group in others)
     assert idle.name in report.card() and rare.name in report.card()
@@ -240,7 +240,7 @@ def test_shared_experts_with_the_same_key_keep_the_same_fraction():
     assert [2 * width for width in widths[EXPERTS]] == list(widths[SHARED])
 
 
-@pytest.mark.parametrize("entry", ["shared_experts", "layers.1.mlp.experts"])
+@pytest.mark.parametrize("entry", ["shared_experts", "layers.1.mlp.parts"])
 def test_shared_experts_with_the_same_key_are_not_left_alone(entry):
     model = tiny_architecture(TIED)
     state = state_of(model)
@@ -294,7 +294,7 @@ def test_attention_of_a_mixture_may_be_folded():
 
 def test_experts_that_are_not_fused_are_refused(monkeypatch):
     model = tiny_architecture("mixtral")
-    monkeypatch.delattr(type(layers_of(model)[0].mlp.experts), "_apply_gate")
+    monkeypatch.delattr(type(layers_of(model)[0].mlp.parts), "_apply_gate")
     with pytest.raises(TypeError, match="does not hold all experts in gate_up_proj and down_proj"):
         grail_hf.compress(model, calibration=None, sparsity=0.3)
 

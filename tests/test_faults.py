@@ -6,7 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny_model
 
 import grail_hf
-from grail_hf import disk_to_disk
+from grail_hf import disk_to_disk, job
 from grail_hf.calibration import block, stream
 from grail_hf.checkpoints import folders, journal, layers, reader
 from grail_hf.checkpoints import folders as saving
@@ -97,8 +96,8 @@ PHASES = {
     "behind the first journal": (journal.Journal, "write", 1, True),
     "in the first embedding pass": (stream, "record_calls", 1, False),
     "in a dense pass": (stream, "_dense_pass", 2, False),
-    "in the first layer's Gram": (block.Block, "collect", 1, False),
-    "in the second layer's Gram": (block.Block, "collect", 5, True),
+    "in the first layer's Gram": (block.Block, "collect_parts", 1, False),
+    "in the second layer's Gram": (block.Block, "collect_parts", 5, True),
     "in a refit": (block.Block, "runs", 3, False),
     "in front of a layer's file": (journal.Journal, "add_shard", 3, False),
     "in a layer's file": (journal, "file_digest", 6, False),
@@ -215,7 +214,7 @@ def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
-    monkeypatch.setattr(sys.modules["grail_hf.compress"], "measured_plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(job, "measured_plan", lambda *_: 1 / 0)
     compress(source, tmp_path / "out", resume=True, **settings)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -237,7 +236,7 @@ def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkey
     at_work = layers.CheckpointPlacement.on_device
     monkeypatch.setattr(
         layers.CheckpointPlacement,
-        "at_work",
+        "on_device",
         lambda self, index: seen.append(index) or at_work(self, index),
     )
     compress(source, tmp_path / "out", resume=True)
@@ -308,7 +307,7 @@ def test_what_a_stopped_run_wrote_is_checked(pattern, spoil, source, tmp_path):
 def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(source, whole, tmp_path, capfd):
     def interrupted():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signalled_at(block.Block, "collect", 7, signal.SIGINT, False)
+        signalled_at(block.Block, "collect_parts", 7, signal.SIGINT, False)
         compress(source, tmp_path / "out")
 
     assert in_child(interrupted) == 130
@@ -332,7 +331,7 @@ def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path, m
 
 
 def interrupt_at(monkeypatch, call):
-    calls, collect = Counter(), block.Block.collect
+    calls, collect = Counter(), block.Block.collect_parts
 
     def interrupted(*args, **kwargs):
         calls["collect"] += 1
@@ -340,7 +339,7 @@ def interrupt_at(monkeypatch, call):
             raise KeyboardInterrupt
         return collect(*args, **kwargs)
 
-    monkeypatch.setattr(block.Block, "collect", interrupted)
+    monkeypatch.setattr(block.Block, "collect_parts", interrupted)
 
 
 def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_path, capfd):

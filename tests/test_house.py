@@ -27,7 +27,7 @@ ORDER = [
     "report",
     "evaluation",
     "exports",
-    "narrow_experts",
+    "job",
     "compress",
     "disk_to_disk",
     "__init__",

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import grail_hf
 from grail_hf import ALLOCATIONS
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP, GrailConfig
 from grail_hf.methods.allocation import error
 from grail_hf.methods.budget import Budget
@@ -43,10 +43,14 @@ from grail_hf.planning.profiling import held_out, profile, widths_to_measure
 MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.measures]
 
 
+def streamed(model, plan, inputs):
+    return Stream(model, placement_of(model), plan.specs, inputs, progress=False)
+
+
 def profiles_of(model, inputs, **settings):
     config = GrailConfig(**{"sparsity": 0.4, "multiple_of": 1, "allocation": "search"} | settings)
     plan = plan_compression(model, config)
-    (profiles,), _ = profile(model, [plan], inputs, config, placement_of(model), progress=False)
+    (profiles,), _ = profile(streamed(model, plan, inputs), [plan], config)
     return plan, profiles
 
 
@@ -113,7 +117,7 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     _, profiles = profiles_of(model, inputs, allocation="flap", selector="flap")
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
-    for block in stream(model, placement_of(model), plan.specs, inputs, progress=False):
+    for block in Stream(model, placement_of(model), plan.specs, inputs, progress=False).blocks():
         behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
         for group, spec in zip(block.groups, specs, strict=True):
             x = consumer_inputs(model, group.consumer, inputs)
@@ -136,7 +140,9 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
 def test_energies_are_the_stream_s_as_the_consumer_s_output_reaches_it(case):
     """A small change of the last consumer's output by a factor, and what the layer makes of it."""
     model, inputs = tiny_architecture(case), batches()
-    for block in stream(model, placement_of(model), all_specs_of(model), inputs, progress=False):
+    for block in Stream(
+        model, placement_of(model), all_specs_of(model), inputs, progress=False
+    ).blocks():
         _, energy = block.collect_all()[-1]
         consumer = block.groups[-1].consumer
         norm = block.groups[-1].spec.post_norm
@@ -293,9 +299,7 @@ def test_a_candidate_s_divergence_is_that_of_the_model_with_all_groups_reduced(c
     model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
     config = GrailConfig(sparsity=0.3, multiple_of=1, allocation="uniform-split")
     plan = plan_compression(model, config)
-    (profiles,), (found,) = profile(
-        model, [plan], inputs, config, placement_of(model), progress=False, candidates=[plan]
-    )
+    (profiles,), (found,) = profile(streamed(model, plan, inputs), [plan], config, [plan])
     fit, held = held_out(inputs, profiling.FEW_HELD_OUT_TOKENS)
     dense, variant = logits(model, held).log_softmax(-1), copy.deepcopy(model)
     for layer, specs in enumerate(plan.specs):
@@ -407,13 +411,15 @@ def test_widths_are_as_round_as_costs_nothing(
 def test_one_pass_gives_every_group_its_moments_and_the_next_layer_its_inputs(case):
     model, inputs = (tiny_model if case in CASES else tiny_architecture)(case), batches()
     following = None
-    for block in stream(model, placement_of(model), all_specs_of(model), inputs, progress=False):
+    for block in Stream(
+        model, placement_of(model), all_specs_of(model), inputs, progress=False
+    ).blocks():
         if following is not None:
             for batch, hidden in zip(block.batches, following, strict=True):
                 torch.testing.assert_close(batch.hidden, hidden, rtol=0, atol=0)
         expected = [block.collect(group) for group in block.groups]
         found = block.collect_all()
-        following = block.behind([batch.hidden for batch in block.batches])
+        following = block.after([batch.hidden for batch in block.batches])
         for one, (other, _) in zip(expected, found, strict=True):
             assert one.count == other.count
             for mine, theirs in zip(one.sums, other.sums, strict=True):

@@ -20,7 +20,7 @@ from tiny_models import (
 import grail_hf
 from grail_hf import GrailConfig
 from grail_hf.calibration.refit import in_wider_range, refit_
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.planning.plan import plan_compression, refits
 
 CPU = torch.device("cpu")
@@ -32,7 +32,9 @@ padded = pytest.mark.parametrize("padding", [False, True], ids=["plain", "left-p
 def first_group_and_block(model, kind, inputs, unit="kv_group"):
     """The first layer's group, with a residual target that its block misses by far."""
     options = {"target": "residual", "progress": False}
-    block = next(stream(model, placement_of(model), all_specs_of(model, unit), inputs, **options))
+    block = next(
+        Stream(model, placement_of(model), all_specs_of(model, unit), inputs, **options).blocks()
+    )
     (group,) = (group for group in block.groups if group.kind == kind)
     for producer in group.spec.producers:  # so that there is something to win back
         group.layer.get_submodule(producer.path).weight.data[::2] *= 0.5

@@ -19,7 +19,7 @@ from tiny_models import (
 )
 
 from grail_hf.calibration.calls import _Shared, held_out_tokens, record_calls
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.models.capture import takes_tuples
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 
 
 def blocks_of(model, inputs):
-    return stream(model, placement_of(model), all_specs_of(model), inputs, progress=False)
+    return Stream(model, placement_of(model), all_specs_of(model), inputs, progress=False).blocks()
 
 
 def hidden_of(block, inputs):
@@ -144,7 +144,9 @@ def test_every_group_has_a_name_and_a_seed_of_its_own():
     groups = [
         group
         for seed in (0, 1)
-        for block in stream(model, placement_of(model), specs, inputs, seed=seed, progress=False)
+        for block in Stream(
+            model, placement_of(model), specs, inputs, seed=seed, progress=False
+        ).blocks()
         for group in block.groups
     ]
     assert len({group.seed for group in groups}) == len(groups) == 2 * 3 * 2
@@ -205,7 +207,9 @@ def test_targets_lead_back_to_the_dense_model(case, target):
     specs, inputs = specs_of(model), batches()
     found = {}
     options = {"target": target, "progress": False}
-    for block in stream(model, placement_of(model), all_specs_of(model), inputs, **options):
+    for block in Stream(
+        model, placement_of(model), all_specs_of(model), inputs, **options
+    ).blocks():
         for group in block.groups:
             found[block.index, group.kind] = block.collect(group)
             if block.index == 0:  # from here on the two paths differ
@@ -284,7 +288,7 @@ def test_the_held_out_moments_are_those_of_the_held_out_samples_alone(padded, ta
     options = {"target": target, "progress": False}
     placement, specs = placement_of(model), all_specs_of(model)
     for blocks in zip(
-        *(stream(model, placement, specs, b, **options) for b in (inputs, held)),
+        *(Stream(model, placement, specs, b, **options).blocks() for b in (inputs, held)),
         strict=True,
     ):
         for group, same in zip(*(block.groups for block in blocks), strict=True):

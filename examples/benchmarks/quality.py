@@ -38,7 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 import grail_hf
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.calibration.tokens import TokenBatches, token_batches
 from grail_hf.calibration.windows import token_windows
 from grail_hf.config import GrailConfig
@@ -224,17 +224,15 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
     plan = plan_compression(model, config)
     model.eval()
     placement = LayerPlacement(decoder_layers(model, plan.architecture), device)
-    if plan.measures:
-        plan, _ = measured_plan(model, plan, tokens.batches, config, placement, progress=False)
-    for block in stream(
-        model,
-        placement,
-        plan.specs,
-        tokens.batches,
+    stream = Stream(
+        *(model, placement, plan.specs, tokens.batches),
         seed=config.seed,
         progress=False,
         dtype=config.torch_dtype,
-    ):
+    )
+    if plan.measures:
+        plan, _ = measured_plan(stream, plan, config)
+    for block in stream.blocks():
         moments = [block.collect(group) for group in block.groups]
         for group, stats in zip(block.groups, moments, strict=True):
             width = plan.widths[group.kind][block.index]

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from grail_hf.calibration.calls import MicroBatch, Run
-from grail_hf.config import widest_float
+from grail_hf.calibration.statistics import Statistics
+from grail_hf.config import GrailConfig, widest_float
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.selectors import RegionalGradient
 from grail_hf.models.capture import (
+    Call,
     captured_call,
     captured_calls,
     captured_input,
     captured_outputs,
     detached_output,
 )
-from grail_hf.models.experts import Expert, ExpertsGroup
-from grail_hf.models.groups import Group
+from grail_hf.models.groups import Group, Part
 from grail_hf.runtime import processes
 from grail_hf.runtime.meter import Meter
 from grail_hf.runtime.placement import Place
 from grail_hf.runtime.progress import Bar
-
-if TYPE_CHECKING:
-    pass
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,100 +50,92 @@ class Block:
     dtype: torch.dtype
     meter: Meter
 
-    @torch.no_grad()
     def collect(
         self, group: Group, hold_out: bool = False, targets: Sequence[Tensor] | None = None
     ) -> GramStats:
-        """Second moments of the inputs and targets of the group's consumer, as the layer is now.
+        """`collect_parts` of a group that is its only part."""
+        (stats,) = self.collect_parts(group, group.parts, hold_out, targets)
+        return stats
 
-        The layer runs up to the consumer and no further. Padding does not count.
+    @torch.no_grad()
+    def collect_parts(
+        self,
+        group: Group,
+        parts: Sequence[Part],
+        hold_out: bool = False,
+        targets: Sequence[Tensor] | None = None,
+    ) -> list[GramStats]:
+        """Second moments of what a group's consumers read and should put out, as the layer is now.
+
+        The layer runs up to the consumer and no further. Padding does not count; of an expert, only
+        the tokens that are routed to it do.
 
         Args:
             group: of this layer.
+            parts: of the group.
             hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too;
-                they lie where hidden states are kept.
+                they are kept where hidden states are.
             targets: other targets than the block's, as `outputs` gives them.
+
+        Returns:
+            The moments of each part.
 
         Raises:
             FloatingPointError: an input is NaN or Inf.
         """
         self.progress.set_postfix_str(f"{group.name} Gram")
-        consumer = group.consumer
-        outputs, channels = group.weight.shape
-        targeted = None if self.target == "self" and targets is None else outputs
-        stats = GramStats.zeros(channels, self.device, targeted, self.dtype)
-        if hold_out:
-            stats.held_out = GramStats.zeros(channels, self.device, targeted, self.dtype)
-        position = self.groups.index(group)
+        consumer, position = group.consumer, self.groups.index(group)
+        every = [self._zeros(group, part, hold_out, targets is not None) for part in parts]
         for number, batch in enumerate(self.batches):
             with (
                 captured_outputs([earlier.consumer for earlier in self.groups[:position]]) as seen,
-                captured_input(consumer) as inputs,
+                captured_call(consumer) as calls,
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
-            if targets is None:
-                target = self._target(batch, position, seen)
-            else:
+            target = None
+            if targets is not None:
                 target = self._widened(targets[number])
+            elif group.targeted:
+                target = self._target(batch, position, seen)
             if target is not None and group.bias is not None:
                 target = target - group.bias.float()  # the bias stays: the weight's part is left
-            stats.update_(batch.rows(inputs[0]), None if target is None else batch.rows(target))
-            if stats.held_out is not None:
-                stats.held_out.update_(
-                    batch.held_out_rows(inputs[0]),
-                    None if target is None else batch.held_out_rows(target),
-                )
-            self.progress.update()
-        _sum_statistics_([stats], group.name)
-        stats.check_finite(group.name)
-        if stats.held_out is not None:
-            # Only the choice of the damping reads them; until then, selection needs the memory.
-            keep = partial(self.place.keep, dtype=torch.float32)
-            stats.held_out = stats.held_out.moved(keep)
-        return stats.round_()
-
-    @torch.no_grad()
-    def collect_experts(
-        self, group: ExpertsGroup, experts: Sequence[Expert], hold_out: bool = False
-    ) -> list[GramStats]:
-        """Second moments of what each of some experts' consumers reads, as the layer is now.
-
-        An expert's tokens are those that are routed to it, padding not among them. Its target is
-        its own output: what a block's output lacks belongs to no one expert.
-
-        Args:
-            group: of this layer.
-            experts: of the group.
-            hold_out: as in `collect`.
-
-        Raises:
-            FloatingPointError: an input is NaN or Inf.
-        """
-        self.progress.set_postfix_str(f"{group.name} Grams")
-        channels = group.weight.shape[2]
-        every = [GramStats.zeros(channels, self.device, dtype=self.dtype) for _ in experts]
-        if hold_out:
-            for stats in every:
-                stats.held_out = GramStats.zeros(channels, self.device, dtype=self.dtype)
-        for batch in self.batches:
-            with captured_call(group.consumer) as calls:
-                batch.through(self.layer, self.index, batch.hidden, self.device)
-            hidden, chosen = group.routed(*calls[0])
-            held_out = batch.held_out.to(hidden.device)
-            for expert, stats in zip(experts, every, strict=True):
-                own = (chosen == expert.index).any(dim=-1)
-                if batch.tokens is not None:
-                    own &= batch.tokens.to(own.device)
-                x = expert.inner(hidden[own])
-                stats.update_(x)
-                if stats.held_out is not None:
-                    stats.held_out.update_(x[held_out[own]])
+            for part, stats in zip(parts, every, strict=True):
+                _add_(stats, part, calls[0], batch, target)
             self.progress.update()
         _sum_statistics_(every, group.name)
-        for expert, stats in zip(experts, every, strict=True):
-            stats.check_finite(expert.name)
+        for part, stats in zip(parts, every, strict=True):
+            stats.check_finite(part.name)
+            if stats.held_out is not None:
+                # Only the choice of the damping reads them; until then, selection needs the memory.
+                keep = partial(self.place.keep, dtype=torch.float32)
+                stats.held_out = stats.held_out.moved(keep)
             stats.round_()
         return every
+
+    def _zeros(self, group: Group, part: Part, hold_out: bool, given: bool) -> GramStats:
+        """Moments of no tokens; with a cross moment where there are targets."""
+        outputs, channels = part.weight.shape
+        targeted = given or (group.targeted and self.target != "self")
+        sizes = channels, self.device, outputs if targeted else None, self.dtype
+        stats = GramStats.zeros(*sizes)
+        if hold_out:
+            stats.held_out = GramStats.zeros(*sizes)
+        return stats
+
+    def statistics(self, group: Group, config: GrailConfig) -> Iterator[Statistics]:
+        """The statistics of each part of the group, as the layer is now.
+
+        Of a mixture, the layer runs once for as many experts as `Group.at_once` allows.
+        """
+        hold_out, parts = config.holds_out, group.parts
+        step = group.at_once(self.dtype.itemsize * (1 + hold_out))
+        for start in range(0, len(parts), step):
+            some = parts[start : start + step]
+            with self.meter.phase("gram"):
+                every = self.collect_parts(group, some, hold_out)
+            for part in some:
+                # Popped, so that nothing but the statistics holds the moments: they are used up.
+                yield Statistics(self, group, part, config, every.pop(0))
 
     def collect_folded(
         self, group: Group, reduction: Reduction, hold_out: bool = False
@@ -200,29 +188,6 @@ class Block:
         samples = sum(processes.gather(numbers, group.name))
         return RegionalGradient((squares / samples).sqrt(), samples)
 
-    def once(self, group: Group, function: Callable[[], T]) -> T:
-        """`processes.once`, where `function` may ask for the group's regional gradient.
-
-        That takes all processes. So the first one leaves off where it asks, all of them compute the
-        gradient, and it begins anew.
-        """
-        gradient = group.differentiate
-        if processes.count() == 1 or gradient is None:
-            return processes.once(function, group.name)
-
-        def wanted() -> RegionalGradient:
-            raise _GradientWanted
-
-        group.differentiate = wanted
-        try:
-            return processes.once(function, group.name)
-        except _GradientWanted:
-            found = gradient()
-            group.differentiate = lambda: found
-            return processes.once(function, group.name)
-        finally:
-            group.differentiate = gradient
-
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
         """The group's block as a function of its weights alone: its calls, and their targets."""
@@ -246,7 +211,7 @@ class Block:
         return runs
 
     @torch.no_grad()
-    def behind(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+    def after(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """What the layer makes of other hidden states: one tensor [b, T, D] a micro-batch."""
         return [
             self.place.keep(batch.through(self.layer, self.index, states, self.device))
@@ -341,6 +306,21 @@ class Block:
             self.progress.update()
 
 
+def _add_(
+    stats: GramStats, part: Part, call: Call, batch: MicroBatch, target: Tensor | None
+) -> None:
+    """Add a micro-batch's tokens to a part's moments: all that count, and the held-out ones."""
+    x, tokens = part.reads(call, batch.tokens)
+    stats.update_(x, None if target is None else batch.rows(target))
+    if stats.held_out is None:
+        return
+    held_out = batch.held_out.to(x.device)
+    stats.held_out.update_(
+        x[held_out if tokens is None else held_out[tokens.to(x.device)]],
+        None if target is None else batch.held_out_rows(target),
+    )
+
+
 def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
     """Add to statistics what the other processes' batches gave for them."""
     processes.sum_([sums for stats in every for sums in stats.sums], name)
@@ -349,7 +329,3 @@ def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
     totals = iter(processes.total(numbers, name))
     for part in parts:
         part.count, part.target_energy = int(next(totals)), next(totals)
-
-
-class _GradientWanted(Exception):
-    """A selector asks for the regional gradient, which all processes compute together."""

@@ -29,11 +29,12 @@ rounding does little harm, since the steps solve for a small change of the weigh
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ from grail_hf.methods.linalg import (
     damped_cholesky,
     sum_of_products,
 )
-from grail_hf.methods.ridge import Repair, reconstruction_error, ridge
+from grail_hf.methods.ridge import reconstruction_error, ridge
 from grail_hf.models.capture import captured_input
 from grail_hf.models.groups import Group, Projection, Rows
 from grail_hf.runtime import processes
@@ -76,14 +77,27 @@ def refit_batches(steps: int, number: int) -> int:
     return (steps + 3) * number + 1
 
 
+class Refit(NamedTuple):
+    """The outcome of a refit, as `GroupReport.refit` has it, and what it left if it was done.
+
+    Attributes:
+        outcome: "done", "undone", "not linear", "plain pruning" or "own output".
+        error: that is left, relative to the target's energy on the calibration tokens.
+        damping: that the consumer's repair took.
+    """
+
+    outcome: str
+    error: float | None = None
+    damping: float | None = None
+
+
 def refit_group_(
     block: Block,
     group: Group,
-    damping: float,
+    before: tuple[float, float | None],
     intercept: bool,
-    error: float,
     config: GrailConfig,
-) -> tuple[float, Repair] | None:
+) -> Refit:
     """Refit a repaired group's linear producer, and its consumer again to what that puts out.
 
     With the damping that the consumer took before: on tokens that the refit has seen, less would
@@ -92,26 +106,22 @@ def refit_group_(
 
     Args:
         block: the decoder layer and its calibration hidden states.
-        group: of it, shrunk and repaired.
-        damping: that the repair took.
+        group: of it, reduced and repaired.
+        before: the error that the repair left, and the damping that it took.
         intercept: the consumer has a bias that is fitted.
-        error: that the repair left, relative to the target's energy on the calibration tokens.
         config: the settings.
-
-    Returns:
-        The error that is left now, and what the consumer is; None where nothing was refitted.
     """
-    linear = group.linear
-    assert linear is not None
-    before = [
-        (module, name, getattr(module, name))
-        for module in (linear.projection.module, group.consumer)
-        for name in ("weight", "bias")
-    ]
-    stride = refit_stride(config.refit_steps)
-    part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
-    weight = group.weight.to(config.torch_dtype)
-    try:
+    error, damping = before
+    if not group.targeted:
+        return Refit("own output")  # there is nothing else to refit to
+    if group.spec.linear is None:
+        return Refit("not linear")
+    if damping is None or math.isinf(damping):
+        return Refit("plain pruning")  # nothing fitted to these tokens holds on others
+    with block.meter.phase("refit"), _kept_if_it_fails(group):
+        stride = refit_stride(config.refit_steps)
+        part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
+        weight = group.weight.to(config.torch_dtype)
         refit_(part, group, config.refit_steps)
         stats = block.collect(group)
         repair = processes.once(
@@ -123,12 +133,26 @@ def refit_group_(
         )
         if not left <= (1 + _SAME) * error:
             raise FloatingPointError(f"it leaves an error of {left:.4g}, up from {error:.4g}")
+        return Refit("done", left, repair.damping)
+    return Refit("undone")
+
+
+@contextmanager
+def _kept_if_it_fails(group: Group) -> Iterator[None]:
+    """After an ArithmeticError inside, the group is as it was, and a warning names it."""
+    linear = group.linear
+    assert linear is not None
+    before = [
+        (module, name, getattr(module, name))
+        for module in (linear.projection.module, group.consumer)
+        for name in ("weight", "bias")
+    ]
+    try:
+        yield
     except ArithmeticError as reason:
         logger.warning("%s is repaired but not refitted: %s", group.name, reason)
         for module, name, parameter in before:
             setattr(module, name, parameter)
-        return None
-    return left, repair
 
 
 @torch.no_grad()

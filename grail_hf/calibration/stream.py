@@ -10,7 +10,7 @@ accelerator: the hidden states in front of it are run through it and replaced by
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from grail_hf.calibration.block import Block
 from grail_hf.calibration.calls import record_calls
 from grail_hf.models.capture import captured_outputs
 from grail_hf.models.experts import group_in
+from grail_hf.models.groups import Group
 from grail_hf.models.schema import GroupSpec
 from grail_hf.runtime.devices import input_device
 from grail_hf.runtime.layers import LayerPlacement
@@ -30,82 +31,102 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.no_grad()
-def stream(
-    model: PreTrainedModel,
-    placement: LayerPlacement,
-    specs: Sequence[Sequence[GroupSpec]],
-    batches: Sequence[dict[str, Tensor]],
-    place: Place | None = None,
-    target: str = "self",
-    seed: int = 0,
-    progress: bool = True,
-    group_batches: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Iterator[Block]:
-    """Yield each decoder layer as a `Block` at work; what follows sees what it has become.
+@dataclass(frozen=True)
+class Stream:
+    """The calibration tokens' way through a model, one decoder layer at a time.
 
     Targets of the dense model ("dense", "residual") take a second set of hidden states, which runs
     through each layer before it is changed. Of several processes, each gets the hidden states of
     its own share of the batches, and the blocks' statistics are those of all.
 
-    Args:
+    Attributes:
         model: any decoder-only transformers model.
-        placement: where its decoder layers lie, and where they work.
+        placement: where its decoder layers are, and where they run.
         specs: of each layer, its groups in the order in which they run.
         batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         place: where hidden states are kept; by default where the model takes its inputs.
         target: of the statistics, see `GrailConfig.target`.
         seed: gives each group a seed of its own.
         progress: show a bar on standard error.
-        group_batches: batches that the caller will run for groups, in all layers together, for
-            the bar's estimate; by default all of them once for each group.
+        group_batches: batches that will be run for groups, in all layers together, for the bar's
+            estimate; by default all of them once for each group.
         dtype: in which the micro-batches' moments are summed. In fp32 the order of the batches
             decides between units that are alike, and so does what processes share them.
     """
-    layers = placement.layers
-    names = {id(module): name for name, module in model.named_modules()}
-    with placement.meter.phase("embed"), placement.rest_of_model():
-        place = place or Place(input_device(model))
-        micro_batches = record_calls(model, layers, batches, place)
-    placement.start(micro_batches)
-    left = range(placement.first, len(layers))
-    if group_batches is None:
-        group_batches = sum(len(specs[index]) for index in left) * len(micro_batches)
-    passes = len(left) * (1 + (target != "self")) - 1
-    with Bar(
-        total=group_batches + passes * len(micro_batches),
-        desc="Calibrating",
-        unit="batch",
-        shown=progress,
-        parts=len(left),
-    ) as bar:
-        for index in left:
-            layer, name = layers[index], names[id(layers[index])]
-            groups = tuple(
-                group_in(layer, spec, name, seed=(seed * 1_000_003 + index * 101 + number) % 2**63)
-                for number, spec in enumerate(specs[index])
-            )
-            with placement.on_device(index) as device:
-                block = Block(
-                    *(index, name, layer, groups, device, place, target, micro_batches, bar),
-                    *(dtype, placement.meter),
-                )
-                for group in groups:
-                    group.differentiate = partial(block.regional_gradient, group)
-                try:
-                    with placement.meter.phase("forward"):
-                        following = _dense_pass(block) if target != "self" else []
-                    yield block
-                    if index + 1 < len(layers):
-                        with placement.meter.phase("forward"):
+
+    model: PreTrainedModel
+    placement: LayerPlacement
+    specs: Sequence[Sequence[GroupSpec]]
+    batches: Sequence[dict[str, Tensor]]
+    place: Place | None = None
+    target: str = "self"
+    seed: int = 0
+    progress: bool = True
+    group_batches: int | None = None
+    dtype: torch.dtype = torch.float64
+
+    @torch.no_grad()
+    def blocks(self) -> Iterator[Block]:
+        """Yield each decoder layer on its device; what follows sees what it has become."""
+        placement, meter = self.placement, self.placement.meter
+        with meter.phase("embed"), placement.rest_of_model():
+            place = self.place or Place(input_device(self.model))
+            batches = record_calls(self.model, placement.layers, self.batches, place)
+        placement.start(batches)
+        with self._bar(len(batches)) as bar:
+            for index in range(placement.first, len(placement.layers)):
+                with placement.on_device(index) as device:
+                    block = Block(
+                        index,
+                        self._name(index),
+                        placement.layers[index],
+                        self._groups(index),
+                        device,
+                        place,
+                        self.target,
+                        batches,
+                        bar,
+                        self.dtype,
+                        meter,
+                    )
+                    following: list[Tensor] = []
+                    if self.target != "self":
+                        with meter.phase("forward"):
+                            following = _dense_pass(block)
+                    with meter.phase("solve"):  # but for what is another phase's
+                        yield block
+                    if index + 1 < len(placement.layers):
+                        with meter.phase("forward"):
                             block.advance()
-                finally:
-                    for group in groups:
-                        group.differentiate = None  # it holds the hidden states
-                for batch, hidden in zip(micro_batches, following, strict=False):
-                    batch.dense = hidden
-            placement.done(index, micro_batches)
+                    for batch, hidden in zip(batches, following, strict=False):
+                        batch.dense = hidden
+                placement.done(index, batches)
+
+    def _bar(self, batches: int) -> Bar:
+        left = range(self.placement.first, len(self.placement.layers))
+        group_batches = self.group_batches
+        if group_batches is None:
+            group_batches = sum(len(self.specs[index]) for index in left) * batches
+        passes = len(left) * (1 + (self.target != "self")) - 1
+        return Bar(
+            total=group_batches + passes * batches,
+            desc="Calibrating",
+            unit="batch",
+            shown=self.progress,
+            parts=len(left),
+        )
+
+    def _groups(self, index: int) -> tuple[Group, ...]:
+        layer, name, seed = self.placement.layers[index], self._name(index), self.seed * 1_000_003
+        return tuple(
+            group_in(layer, spec, name, seed=(seed + index * 101 + number) % 2**63)
+            for number, spec in enumerate(self.specs[index])
+        )
+
+    def _name(self, index: int) -> str:
+        layer = self.placement.layers[index]
+        names = (name for name, module in self.model.named_modules() if module is layer)
+        return str(next(names))
 
 
 def _dense_pass(block: Block) -> list[Tensor]:

@@ -76,6 +76,13 @@ class WritingPlacement(CheckpointPlacement):
                 self.journal.add_shard(name, self.parts.state(REST))
             self.journal.write()
 
+    def copy_layers(self) -> None:
+        """Write the layers that are left as they are."""
+        for index in range(self.first, len(self.layers)):
+            with self.on_device(index):
+                pass
+            self.done(index, [])
+
     def start(self, batches: Sequence[HiddenStates]) -> None:
         if self.first:
             self.journal.read_hidden_states(batches, self.place)

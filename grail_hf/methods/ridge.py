@@ -37,6 +37,10 @@ class Repair(NamedTuple):
     damping: float | None = None
     bias: Tensor | None = None
 
+    def stored_as(self, dtype: torch.dtype) -> Repair:
+        """The same with the weight in the dtype in which the model holds it."""
+        return self._replace(weight=self.weight.to(dtype))
+
 
 def ridge(
     weight: Tensor,

@@ -325,3 +325,13 @@ def check_clusters(reduction: object, group: Units, width: int, name: str) -> Re
         f"{units} labels with {width} clusters, as many in each of {group.partitions} partitions "
         "and none in two of them"
     )
+
+
+def needs_gradient(s: Selector) -> bool:
+    from grail_hf.config import unwrapped
+
+    return unwrapped(s) is wanda_plus_plus
+
+
+def folds(s: Selector) -> bool:
+    return isinstance(s, Folding)

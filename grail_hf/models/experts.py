@@ -18,17 +18,24 @@ from torch import Tensor, nn
 
 from grail_hf.methods.linalg import half_square
 from grail_hf.methods.reduction import Reduction
+from grail_hf.methods.ridge import Repair
 from grail_hf.methods.selectors import RegionalGradient
-from grail_hf.models.groups import Group, parameter_like, reduced_rows
+from grail_hf.models.capture import Call
+from grail_hf.models.groups import Group, parameter_like, reduced_rows, required_gradient
 from grail_hf.models.schema import GroupSpec, Producer
 
+# With fewer tokens than channels an expert's Gram is singular, and any small damping fits noise.
+SCARCE_DAMPING = 0.1
 
-@dataclass(frozen=True)
+
+@dataclass
 class Expert:
-    """One expert: the units in front of its consumer."""
+    """One expert of a layer: the units upstream of its consumer."""
 
     group: ExpertsGroup
     index: int
+    gradient: RegionalGradient | None = None
+    scarce_damping: ClassVar[float] = SCARCE_DAMPING
     columns: ClassVar[int] = 1
     partitions: ClassVar[int] = 1
 
@@ -63,8 +70,24 @@ class Expert:
         return tuple(part.reshape(self.num_units, -1) for part in torch.split(rows, sizes))
 
     def regional_gradient(self) -> RegionalGradient:
-        """Raises ValueError: it is not computed for experts."""
-        raise ValueError(f"{self.name} has no regional gradient: choose another selector")
+        """Raises RuntimeError: it is not computed for experts."""
+        return required_gradient(self)
+
+    def reads(self, call: Call, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the expert's consumer reads for the tokens that are routed to it.
+
+        Args:
+            call: of the experts' module.
+            tokens: [b * T] bool, those that count; None where all do.
+
+        Returns:
+            [n, I], and which of the b * T tokens they are.
+        """
+        hidden, chosen = self.group.routed(*call)
+        own = (chosen == self.index).any(dim=-1)
+        if tokens is not None:
+            own &= tokens.to(own.device)
+        return self.inner(hidden[own]), own
 
     def inner(self, x: Tensor) -> Tensor:
         """[n, D] to [n, I]: what the consumer reads for these tokens."""
@@ -79,10 +102,15 @@ class Expert:
 
 
 class ExpertsGroup(Group):
-    """All experts of a layer. Its `consumer` is the module that holds them.
+    """All experts of a layer: each is a part. Its `consumer` is the module that holds them.
+
+    An expert has its own output as its target: what a block's output lacks belongs to no one of
+    them.
 
     Raises TypeError where that module does not hold fused, gated experts.
     """
+
+    targeted = False
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         super().__init__(layer, spec, layer_name, seed)
@@ -101,7 +129,7 @@ class ExpertsGroup(Group):
         return self.layer.get_submodule(self.spec.name)
 
     @property
-    def experts(self) -> tuple[Expert, ...]:
+    def parts(self) -> tuple[Expert, ...]:
         return tuple(Expert(self, index) for index in range(self.spec.experts))
 
     def at_once(self, item: int) -> int:
@@ -158,11 +186,18 @@ class ExpertsGroup(Group):
         return hidden, chosen
 
     @torch.no_grad()
-    def shrink_each_(self, reductions: Sequence[Reduction]) -> None:
-        """Slice every expert's producers to its own kept units, equally many in each.
+    def narrow_(self, *solutions: tuple[Reduction, Repair]) -> None:
+        """Slice every expert to its own kept units, equally many, and repair its consumer.
 
-        The consumers are left for `repair_each_`.
+        Raises:
+            FloatingPointError: a weight does not fit the model's dtype.
         """
+        reductions, repairs = zip(*solutions, strict=True)
+        self._shrink_each_(reductions)
+        self._repair_each_([repair.weight for repair in repairs])
+
+    def _shrink_each_(self, reductions: Sequence[Reduction]) -> None:
+        """Slice every expert's producers to its own kept units."""
         rows = (
             reduced_rows(own, self.producer, reduction)
             for own, reduction in zip(self.stacked("gate_up_proj"), reductions, strict=True)
@@ -177,13 +212,8 @@ class ExpertsGroup(Group):
         self._put_("gate_up_proj", self._stored(rows))
         self._show_width_(reductions[0].kept.numel())
 
-    @torch.no_grad()
-    def repair_each_(self, weights: Sequence[Tensor]) -> None:
-        """Give every expert's consumer its new weight [D, K].
-
-        Raises:
-            FloatingPointError: a weight does not fit the model's dtype.
-        """
+    def _repair_each_(self, weights: Sequence[Tensor]) -> None:
+        """Give every expert's consumer its new weight [D, K]."""
         dtype = self.weight.dtype
         fitting = [weight.to(dtype) for weight in weights]
         for index, weight in enumerate(fitting):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from grail_hf.methods.reduction import Reduction
-from grail_hf.methods.selectors import RegionalGradient
+from grail_hf.methods.ridge import Repair
+from grail_hf.methods.selectors import RegionalGradient, Units
+from grail_hf.models.capture import Call
 from grail_hf.models.modeling_grail import LayerConfig, names_read_after_init
 from grail_hf.models.schema import GroupSpec, Producer
 
@@ -88,16 +90,39 @@ class Rows:
         self.projection.put_(whole)
 
 
-class Group:
-    """All units in front of one consumer of a live decoder layer.
+class Part(Units, Protocol):
+    """What is reduced by itself: a group, or an expert of one."""
 
-    Methods that end in an underscore change the layer's weights.
+    gradient: RegionalGradient | None
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def num_units(self) -> int: ...
+
+    @property
+    def scarce_damping(self) -> float: ...
+
+    def reads(self, call: Call, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Group:
+    """All units upstream of one consumer of a live decoder layer.
+
+    Methods that end in an underscore change the layer's weights. A group is reduced part by part,
+    each with statistics of its own: a plain group is its only part, a mixture's experts are parts
+    of theirs (`experts.ExpertsGroup`).
 
     Attributes:
-        differentiate: gives the regional gradient; set where there are calibration hidden states.
+        gradient: the regional gradient, while a selector that needs it chooses.
     """
 
-    differentiate: Callable[[], RegionalGradient] | None = None
+    gradient: RegionalGradient | None = None
+    # The least damping of a repair that is fitted to fewer tokens than there are kept channels.
+    scarce_damping: ClassVar[float] = 0.0
+    # Whether the dense model's output is a target for each part.
+    targeted: ClassVar[bool] = True
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         self.layer = layer
@@ -108,9 +133,41 @@ class Group:
 
     def in_units_of(self, spec: GroupSpec) -> Group:
         """The same block, its channels divided into other units."""
-        group = type(self)(self.layer, spec, self.layer_name, self.seed)
-        group.differentiate = self.differentiate
-        return group
+        return type(self)(self.layer, spec, self.layer_name, self.seed)
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """What is reduced by itself, each with its own statistics."""
+        return (self,)
+
+    def at_once(self, item: int) -> int:
+        """Parts whose Grams, of `item` bytes a number, are held at a time."""
+        return 1
+
+    def reads(self, call: Call, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What the consumer reads in a call of it.
+
+        Args:
+            call: the arguments of `consumer`.
+            tokens: [b * T] bool, those that count; None where all do.
+
+        Returns:
+            [n, H], of the tokens that count, and which of all b * T they are, as `tokens`.
+        """
+        (x, *_), _ = call
+        x = x.reshape(-1, x.shape[-1])
+        return (x if tokens is None else x[tokens.to(x.device)]), tokens
+
+    @torch.no_grad()
+    def narrow_(self, *solutions: tuple[Reduction, Repair]) -> None:
+        """Reduce each part to its units, and give its consumer the repaired weight.
+
+        Raises:
+            FloatingPointError: a weight or a bias does not fit the model's dtype.
+        """
+        ((reduction, repair),) = solutions
+        self.shrink_(reduction)
+        self.repair_(repair.weight, repair.bias)
 
     @property
     def kind(self) -> str:
@@ -139,10 +196,8 @@ class Group:
         return self.projection(self.spec.consumer).weight
 
     def regional_gradient(self) -> RegionalGradient:
-        """By the consumer's weight, computed when asked for: a pass forward and one back."""
-        if self.differentiate is None:
-            raise RuntimeError(f"{self.name} has no calibration hidden states to differentiate at")
-        return self.differentiate()
+        """By the consumer's weight. Raises RuntimeError where it is not computed."""
+        return required_gradient(self)
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
@@ -327,6 +382,20 @@ class Group:
             for state, attributes, parameters in before:
                 state.update(attributes)
                 state["_parameters"].update(parameters)
+
+
+def required_gradient(part: Part) -> RegionalGradient:
+    """The regional gradient of a part.
+
+    Raises:
+        RuntimeError: it was not computed; only selectors that declare it get one.
+    """
+    if part.gradient is None:
+        raise RuntimeError(
+            f"the regional gradient of {part.name} is not computed: pass your selector as "
+            "Selector(function, needs_gradient=True)"
+        )
+    return part.gradient
 
 
 def reduced_rows(rows: Tensor, producer: Producer, reduction: Reduction) -> Tensor:

@@ -126,6 +126,10 @@ class Plan:
             if self.widths[spec.kind][index] < spec.num_units or (index, spec.kind) in self.mended
         )
 
+    def changes(self, layer: int, kind: str) -> bool:
+        """Whether a layer's group loses units, or is mended."""
+        return any((index, spec.kind) == (layer, kind) for index, spec in self.repaired)
+
     def runs(self, spec: GroupSpec) -> int:
         """Passes that a group's Grams take: of a mixture, as many as hold all experts in turns."""
         return -(-spec.experts // self.experts_at_once) if spec.experts else 1

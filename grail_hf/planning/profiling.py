@@ -21,23 +21,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from grail_hf.calibration.block import Block
 from grail_hf.calibration.refit import replaceable_weight
-from grail_hf.calibration.stream import stream
+from grail_hf.calibration.stream import Stream
 from grail_hf.config import ATTENTION, GrailConfig
 from grail_hf.methods.allocation import expected_loss, find_allocation
 from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
 from grail_hf.methods.ridge import error_curve, ridge
-from grail_hf.methods.selectors import Folding, Scoring, check_scores, gram
+from grail_hf.methods.selectors import (
+    Selector,
+    check_scores,
+    find_selector,
+    folds,
+    needs_gradient,
+)
 from grail_hf.methods.widths import splits
 from grail_hf.models.capture import as_returned, forwards_replaced, takes_tuples
 from grail_hf.models.groups import Group
 from grail_hf.planning.plan import Plan, plan_compression
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import input_device
-from grail_hf.runtime.layers import LayerPlacement
-from grail_hf.runtime.placement import Place
 from grail_hf.runtime.progress import Bar
 
 if TYPE_CHECKING:
@@ -72,23 +77,23 @@ class _Variant:
 
 
 def measured_plan(
-    model: PreTrainedModel,
-    forecast: Plan,
-    batches: Batches,
-    config: GrailConfig,
-    placement: LayerPlacement,
-    place: Place | None = None,
-    progress: bool = True,
+    stream: Stream, forecast: Plan, config: GrailConfig
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan with the widths, and the attention unit, that its rule finds best.
 
-    Takes the arguments of `profile`. The second value is what was measured of each split between
-    attention and MLP, as `CompressionReport.splits` has it.
+    Args:
+        stream: of the dense model; its targets do not count.
+        forecast: the plan so far.
+        config: the settings.
+
+    Returns:
+        The plan, and what was measured of each split between attention and MLP, as
+        `CompressionReport.splits` has it.
     """
 
     def planned(unit: str, profiles: Profiles | None = None, widths: Widths | None = None) -> Plan:
         settings = replace(config, attention_unit=unit)
-        return plan_compression(model, settings, forecast.architecture, profiles, widths)
+        return plan_compression(stream.model, settings, forecast.architecture, profiles, widths)
 
     plans = {unit: planned(unit) for unit in forecast.attention_units}
     candidates: list[Plan] = []
@@ -98,9 +103,7 @@ def measured_plan(
                 whole = max(widths[ATTENTION]) == plan.budgets[ATTENTION].num_units
                 if unit == forecast.attention_unit or not whole:  # the same in any unit
                     candidates.append(planned(unit, widths=widths))
-    found, divergences = profile(
-        model, list(plans.values()), batches, config, placement, place, progress, candidates
-    )
+    found, divergences = profile(stream, list(plans.values()), config, candidates)
     profiles = dict(zip(plans, found, strict=True))
     if not candidates:
         settled = [planned(unit, own) for unit, own in profiles.items()]
@@ -123,147 +126,161 @@ def measured_plan(
     return planned(unit, profiles[unit], best.widths), ways
 
 
+@torch.no_grad()
 def profile(
-    model: PreTrainedModel,
-    plans: Sequence[Plan],
-    batches: Batches,
-    config: GrailConfig,
-    placement: LayerPlacement,
-    place: Place | None = None,
-    progress: bool = True,
-    candidates: Sequence[Plan] = (),
+    stream: Stream, plans: Sequence[Plan], config: GrailConfig, candidates: Sequence[Plan] = ()
 ) -> tuple[list[Profiles], list[float]]:
     """Measure every group that may lose units. The model is as it was afterwards.
 
     Args:
-        model: the dense model.
+        stream: of the dense model; its targets do not count.
         plans: forecasts, which give the groups and their budgets. They differ in nothing but what
             an attention unit is; all are measured on the same moments.
-        batches: of `{input_ids [b, T], attention_mask [b, T] (optional)}`.
         config: the settings; the divergences of single groups are measured near the widths of its
             sparsity.
-        placement: where the decoder layers lie, and where they work.
-        place: where hidden states are kept; by default where the model takes its inputs.
-        progress: show a bar on standard error.
         candidates: plans with widths, for the model's divergence with all of them in place.
 
     Returns:
         The profiles of each plan, and the divergence of each candidate: KL(dense || candidate) of
         the next token, nats a token.
     """
-    with placement.meter.phase("profile", whole=True):
-        return _profile(model, plans, batches, config, placement, place, progress, candidates)
-
-
-@torch.no_grad()
-def _profile(
-    model: PreTrainedModel,
-    plans: Sequence[Plan],
-    batches: Batches,
-    config: GrailConfig,
-    placement: LayerPlacement,
-    place: Place | None,
-    progress: bool,
-    candidates: Sequence[Plan],
-) -> tuple[list[Profiles], list[float]]:
-    first = plans[0]
-    rule = find_allocation(first.allocation)
-    held: list[dict[str, Tensor]] = []
-    fit = list(batches)
-    if rule.divergences or rule.sensitivities or candidates:
-        fit, held = held_out(batches, HELD_OUT_TOKENS if rule.divergences else FEW_HELD_OUT_TOKENS)
-    parts, is_held = _in_turns(fit if rule.divergences else enough(fit, plans), held)
-    # Folding has no scores: what it can spare is taken to be what greedy elimination can.
-    score = gram if isinstance(first.select, Folding) else first.select
-    profiles: dict[Slot, Profile] = {}
-    variants: list[_Variant] = []
-    finals: list[Tensor] = []
-    layers = placement.layers
-    blocks = stream(
-        model,
-        placement,
-        first.specs,
-        parts,
-        place,
-        seed=config.seed,
-        progress=False,
-        dtype=config.torch_dtype,
-    )
-    for block in Bar(
-        blocks,
-        total=len(layers),
-        desc="Profiling",
-        unit="layer",
-        shown=progress,
-        parts=len(layers),
-    ):
-        index = block.index
-        fitted, watched = (
-            replace(block, batches=[b for b in block.batches if is_held[b.number] == held])
-            for held in (False, True)
-        )
-        if not index:
-            whole = [batch.hidden for batch in watched.batches]
-            variants = [_Variant(None, 0, whole, candidate) for candidate in candidates]
-        for variant in variants:
-            if variant.slot:
-                variant.hidden = watched.behind(variant.hidden)
-        moments = fitted.collect_all()
-        repaired: dict[tuple[Slot, int], Tensor] = {}
-        for position, group in enumerate(block.groups):
-            stats, energy = moments.pop(0)
-            if index in first.budgets[group.kind].ignored:
-                continue
-            for plan in plans:
-                own = group.in_units_of(plan.specs[index][position])
-                slot = (own.kind, own.num_units, index)
-                if slot in profiles:
-                    continue
-                measure = partial(_measured, own, stats, energy, score, config.selector_name)
-                found = profiles[slot] = fitted.once(own, measure)
-                for width in _widths_of(slot, candidates):
-                    repaired[slot, width] = _repaired(own, stats, found, width)
-                widths: list[int] = []
-                if rule.divergences or (rule.sensitivities and plan is first):
-                    widths = widths_to_measure(
-                        plan.budgets[own.kind], plan.sparsity, 3 if rule.divergences else 1
-                    )
-                for width in widths:
-                    with _in_place([(own, _repaired(own, stats, found, width))]):
-                        hidden = watched.behind([batch.hidden for batch in watched.batches])
-                    variants.append(_Variant(slot, width, hidden))
-            del stats
-        for variant in variants:
-            if variant.plan:
-                chosen = zip(block.groups, variant.plan.specs[index], strict=True)
-                keys = [
-                    (group, ((s.kind, s.num_units, index), variant.plan.widths[s.kind][index]))
-                    for group, s in chosen
-                ]
-                with _in_place([(g, repaired[key]) for g, key in keys if key in repaired]):
-                    variant.hidden = watched.behind(variant.hidden)
-        if variants and index + 1 == len(layers):
-            finals = watched.behind([batch.hidden for batch in watched.batches])
-    own_batches = [parts[batch.number] for batch in watched.batches]
-    with placement.rest_of_model():
-        divergences = _divergences(model, layers, own_batches, finals, variants)
-    for variant, divergence in zip(variants, divergences, strict=True):
-        if variant.slot:
-            known = profiles[variant.slot]
-            measured = {**known.divergences, variant.width: divergence}
-            profiles[variant.slot] = replace(known, divergences=measured)
+    with stream.placement.meter.phase("profile", whole=True):
+        profiling = _Profiling(stream, plans, config, candidates)
+        profiling.measure()
+    rule = find_allocation(plans[0].allocation)
     if rule.sensitivities:
-        _set_sensitivities(profiles)
-    of_plans: list[Profiles] = [
+        _set_sensitivities(profiling.profiles)
+    found: list[Profiles] = [
         {
-            (spec.kind, index): profiles[spec.kind, spec.num_units, index]
+            (spec.kind, index): profiling.profiles[spec.kind, spec.num_units, index]
             for index, layer in enumerate(plan.specs)
             for spec in layer
-            if (spec.kind, spec.num_units, index) in profiles
+            if (spec.kind, spec.num_units, index) in profiling.profiles
         }
         for plan in plans
     ]
-    return of_plans, divergences[: len(candidates)]
+    return found, profiling.divergences
+
+
+class _Profiling:
+    """A profile under way.
+
+    Attributes:
+        profiles: of each group in each kind of units.
+        divergences: of each candidate, when all layers are measured.
+    """
+
+    def __init__(
+        self, stream: Stream, plans: Sequence[Plan], config: GrailConfig, candidates: Sequence[Plan]
+    ) -> None:
+        self.plans, self.config, self.candidates = plans, config, candidates
+        self.rule = find_allocation(plans[0].allocation)
+        fit = list(stream.batches)
+        held: list[dict[str, Tensor]] = []
+        if self.rule.divergences or self.rule.sensitivities or candidates:
+            wanted = HELD_OUT_TOKENS if self.rule.divergences else FEW_HELD_OUT_TOKENS
+            fit, held = held_out(fit, wanted)
+        fit = fit if self.rule.divergences else enough(fit, plans)
+        self.batches, self.is_held = _in_turns(fit, held)
+        self.shown = stream.progress
+        self.stream = replace(
+            stream, specs=plans[0].specs, batches=self.batches, target="self", progress=False
+        )
+        self.profiles: dict[Slot, Profile] = {}
+        self.divergences: list[float] = []
+        self.variants: list[_Variant] = []
+
+    def measure(self) -> None:
+        layers = self.stream.placement.layers
+        finals: list[Tensor] = []
+        for block in Bar(
+            self.stream.blocks(),
+            total=len(layers),
+            desc="Profiling",
+            unit="layer",
+            shown=self.shown,
+            parts=len(layers),
+        ):
+            fitted, watched = (
+                replace(block, batches=[b for b in block.batches if self.is_held[b.number] == held])
+                for held in (False, True)
+            )
+            self._measure_layer(fitted, watched)
+            if self.variants and block.index + 1 == len(layers):
+                finals = watched.after([batch.hidden for batch in watched.batches])
+        own = [self.batches[batch.number] for batch in watched.batches]
+        with self.stream.placement.rest_of_model():
+            found = _divergences(self.stream.model, layers, own, finals, self.variants)
+        for variant, divergence in zip(self.variants, found, strict=True):
+            if variant.slot:
+                known = self.profiles[variant.slot]
+                measured = {**known.divergences, variant.width: divergence}
+                self.profiles[variant.slot] = replace(known, divergences=measured)
+        self.divergences = found[: len(self.candidates)]
+
+    def _measure_layer(self, fitted: Block, watched: Block) -> None:
+        """Measure the layer's groups, and bring the variants of the model past the layer."""
+        before = [batch.hidden for batch in watched.batches]
+        if not fitted.index:
+            self.variants = [_Variant(None, 0, before, plan) for plan in self.candidates]
+        for variant in self.variants:
+            if variant.slot:
+                variant.hidden = watched.after(variant.hidden)
+        moments = fitted.collect_all()
+        repaired: dict[tuple[Slot, int], Tensor] = {}
+        for position, group in enumerate(fitted.groups):
+            stats, energy = moments.pop(0)
+            if fitted.index not in self.plans[0].budgets[group.kind].ignored:
+                for plan in self.plans:
+                    own = group.in_units_of(plan.specs[fitted.index][position])
+                    slot = (own.kind, own.num_units, fitted.index)
+                    if slot not in self.profiles:
+                        found = self.profiles[slot] = self._measured(fitted, own, stats, energy)
+                        for width in _widths_of(slot, self.candidates):
+                            repaired[slot, width] = _repaired(own, stats, found, width)
+                        for width in self._single_widths(plan, own.kind):
+                            with _in_place([(own, _repaired(own, stats, found, width))]):
+                                hidden = watched.after(before)
+                            self.variants.append(_Variant(slot, width, hidden))
+            del stats
+        for variant in self.variants:
+            if variant.plan:
+                with _in_place(_of_candidate(variant.plan, fitted, repaired)):
+                    variant.hidden = watched.after(variant.hidden)
+
+    def _single_widths(self, plan: Plan, kind: str) -> list[int]:
+        """Widths at which the model's divergence is measured with one group cut alone."""
+        rule, budget = self.rule, plan.budgets[kind]
+        if rule.divergences:
+            return widths_to_measure(budget, plan.sparsity)
+        if rule.sensitivities and plan is self.plans[0]:
+            return widths_to_measure(budget, plan.sparsity, 1)
+        return []
+
+    def _measured(self, block: Block, group: Group, stats: GramStats, energy: float) -> Profile:
+        """The scores that the selector gives, and the error at every width."""
+        select = self.plans[0].select
+        # Folding has no scores: what it can spare is taken to be what greedy elimination can.
+        select = find_selector("gram") if folds(select) else select
+        if needs_gradient(select):
+            group.gradient = block.regional_gradient(group)
+        measure = partial(_measured, group, stats, energy, select, self.config.selector_name)
+        try:
+            return processes.once(measure, group.name)
+        finally:
+            group.gradient = None
+
+
+def _of_candidate(
+    plan: Plan, block: Block, repaired: Mapping[tuple[Slot, int], Tensor]
+) -> list[tuple[Group, Tensor]]:
+    """The layer's groups that a candidate cuts, with their repaired consumers."""
+    index = block.index
+    keys = [
+        (group, ((spec.kind, spec.num_units, index), plan.widths[spec.kind][index]))
+        for group, spec in zip(block.groups, plan.specs[index], strict=True)
+    ]
+    return [(group, repaired[key]) for group, key in keys if key in repaired]
 
 
 def _widths_of(slot: Slot, candidates: Sequence[Plan]) -> list[int]:
@@ -349,9 +366,11 @@ def held_out(
     return fit, held
 
 
-def _measured(group: Group, stats: GramStats, energy: float, score: Scoring, name: str) -> Profile:
+def _measured(
+    group: Group, stats: GramStats, energy: float, select: Selector, name: str
+) -> Profile:
     """The scores that the selector of this name gives, and the error at every width."""
-    scores = check_scores(score(group, stats), group, name)
+    scores = check_scores(select(group, stats), group, name)
     weight = group.weight.to(stats.dtype)
     order = expand_units(best_first(scores, group.partitions), group.columns)
     errors = error_curve(weight, stats, order, _DAMPING, group.name)
