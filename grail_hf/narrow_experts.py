@@ -13,7 +13,7 @@ from grail_hf.config import GrailConfig
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.ridge import Repair, ridge_within
-from grail_hf.methods.selectors import choose, magnitude
+from grail_hf.methods.selectors import SELECTORS, choose
 from grail_hf.models.experts import Expert, ExpertsGroup
 from grail_hf.planning.plan import Plan
 from grail_hf.report import CompressionReport
@@ -74,7 +74,7 @@ def _narrowed(
     report: CompressionReport,
 ) -> tuple[Reduction, Tensor]:
     """The units that an expert keeps, and its consumer's new weight, in the model's dtype."""
-    select = plan.select if stats.count else magnitude
+    select = plan.select if stats.count else SELECTORS["magnitude"]
     reduction = processes.once(
         partial(choose, select, expert, stats, width, config.selector_name), expert.name
     )

@@ -6,18 +6,15 @@ from tiny_models import (
     UNUSUAL,
     all_specs_of,
     batches,
-    layers_of,
     placement_of,
     relative_error,
-    specs_of,
     tiny_architecture,
     tiny_model,
 )
 
 import grail_hf
-from grail_hf.calibration.block import Block
+from grail_hf import SELECTORS, Selector
 from grail_hf.calibration.stream import stream
-from grail_hf.models.groups import Group
 
 
 def blocks_of(model, inputs, unit="kv_group"):
@@ -70,7 +67,7 @@ def check_gradients(model, inputs):
                     norm = (behind[0] if isinstance(behind, tuple) else behind).norm()
                     (gradient,) = torch.autograd.grad(norm, group.consumer.weight)
                 expected += gradient.square() / len(calls)
-            found = group.regional_gradient()
+            found = block.regional_gradient(group)
             assert found.samples == len(calls) == 15
             expected = expected.T if group.spec.transposed else expected
             assert relative_error(found.rms, expected.sqrt()) < 1e-4
@@ -84,7 +81,7 @@ def test_it_is_the_quotient_of_small_differences():
     for block in blocks_of(model, [{"input_ids": sample}]):
         ((args, kwargs),) = calls_of(model, block.layer, [{"input_ids": sample}])
         for group in block.groups:
-            gradient, weight = group.regional_gradient().rms, group.consumer.weight
+            gradient, weight = block.regional_gradient(group).rms, group.consumer.weight
             for place in gradient.flatten().topk(3).indices.tolist():
                 i, j = divmod(place, gradient.shape[1])
                 norms = []
@@ -103,7 +100,7 @@ def test_how_samples_are_batched_does_not_matter():
     ]
     for whole, single in zip(blocks_of(model, inputs), blocks_of(model, rows), strict=True):
         for one, other in zip(whole.groups, single.groups, strict=True):
-            found, expected = one.regional_gradient(), other.regional_gradient()
+            found, expected = whole.regional_gradient(one), single.regional_gradient(other)
             assert found.samples == expected.samples
             assert relative_error(found.rms, expected.rms) < 1e-4
 
@@ -128,33 +125,30 @@ def test_no_parameter_keeps_a_gradient(unit):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-def test_it_is_computed_for_those_who_ask_alone(monkeypatch):
-    asked = []
-    ask = Block.regional_gradient
-    monkeypatch.setattr(
-        Block,
-        "regional_gradient",
-        lambda block, group: asked.append(group.name) or ask(block, group),
+def compress(selector):
+    return grail_hf.compress(
+        tiny_model("qwen2"),
+        calibration=batches(),
+        sparsity=0.3,
+        multiple_of=1,
+        allocation="uniform",
+        selector=selector,
+        progress=False,
     )
-    for selector, times in (("wanda", 0), ("wanda++", 1)):
-        report = grail_hf.compress(
-            tiny_model("qwen2"),
-            calibration=batches(),
-            sparsity=0.3,
-            multiple_of=1,
-            allocation="uniform",
-            selector=selector,
-            progress=False,
-        )
-        assert asked == times * [group.name for group in report.groups]
 
 
-def test_without_hidden_states_there_is_none():
-    """A group of no stream, and one whose layer the stream has left."""
-    model = tiny_model("llama")
-    groups = [Group(layers_of(model)[0], specs_of(model)[0], "layers.0")]
-    for block in blocks_of(model, batches()):
-        groups += block.groups
-    for group in groups:
-        with pytest.raises(RuntimeError, match=f"{group.name} has no calibration hidden states"):
-            group.regional_gradient()
+def test_a_selector_that_needs_it_finds_it_computed():
+    seen = []
+
+    def mine(group, stats):
+        seen.append((group.name, group.regional_gradient.rms.shape == group.weight.shape))
+        return SELECTORS["wanda++"](group, stats)
+
+    report = compress(Selector(mine, needs_gradient=True))
+    assert seen == [(group.name, True) for group in report.groups]
+
+
+def test_a_selector_that_does_not_say_so_is_told_how():
+    """A plain function, for which nothing is computed that it might not read."""
+    with pytest.raises(RuntimeError, match=r"layers\.0.*Selector\(function, needs_gradient=True\)"):
+        compress(lambda group, stats: group.regional_gradient.rms.sum(dim=0))

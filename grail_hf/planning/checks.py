@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from grail_hf.config import ATTENTION, MLP, GrailConfig, unwrapped
+from grail_hf.config import ATTENTION, MLP, GrailConfig
 from grail_hf.methods.allocation import find_allocation
-from grail_hf.methods.selectors import RANKS, Folding, Selector, wanda_plus_plus
+from grail_hf.methods.selectors import Selector
 from grail_hf.models.groups import Group
 from grail_hf.models.schema import GroupSpec
 
@@ -56,12 +56,12 @@ def check_experts(
         )
     if config.mlp_sparsity == 0:
         return
-    if isinstance(select, Folding):
+    if select.folds:
         raise ValueError(
             f"selector={config.selector_name!r} folds units together, which is not offered for "
             "experts: choose a selector that removes them, or mlp_sparsity=0"
         )
-    if unwrapped(select) is wanda_plus_plus:
+    if select.needs_gradient:
         raise ValueError(
             f"selector={config.selector_name!r} needs a gradient, which is not computed for "
             "experts: choose another selector, for example 'wanda', or mlp_sparsity=0"
@@ -70,9 +70,7 @@ def check_experts(
 
 def check_comparable(select: Selector, config: GrailConfig) -> None:
     """Raise ValueError where the allocation compares scores of groups, and they only order one."""
-    if find_allocation(config.allocation).compares_scores and (
-        isinstance(select, Folding) or unwrapped(select) in RANKS
-    ):
+    if find_allocation(config.allocation).compares_scores and (select.folds or select.ranks_only):
         raise ValueError(
             f"allocation={config.allocation!r} compares the scores of all groups, and "
             f"selector={config.selector_name!r} only orders the units of each: use "

@@ -29,7 +29,7 @@ from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
 from grail_hf.methods.ridge import error_curve, ridge
-from grail_hf.methods.selectors import Folding, Scoring, check_scores, gram
+from grail_hf.methods.selectors import SELECTORS, Selector, check_scores
 from grail_hf.methods.widths import splits
 from grail_hf.models.capture import as_returned, forwards_replaced, takes_tuples
 from grail_hf.models.groups import Group
@@ -174,7 +174,7 @@ def _profile(
         fit, held = held_out(batches, HELD_OUT_TOKENS if rule.divergences else FEW_HELD_OUT_TOKENS)
     parts, is_held = _in_turns(fit if rule.divergences else enough(fit, plans), held)
     # Folding has no scores: what it can spare is taken to be what greedy elimination can.
-    score = gram if isinstance(first.select, Folding) else first.select
+    score = SELECTORS["obs"] if first.select.folds else first.select
     profiles: dict[Slot, Profile] = {}
     variants: list[_Variant] = []
     finals: list[Tensor] = []
@@ -214,13 +214,15 @@ def _profile(
             stats, energy = moments.pop(0)
             if index in first.budgets[group.kind].ignored:
                 continue
+            if score.needs_gradient:
+                group.gradient = block.regional_gradient(group)
             for plan in plans:
                 own = group.in_units_of(plan.specs[index][position])
                 slot = (own.kind, own.num_units, index)
                 if slot in profiles:
                     continue
                 measure = partial(_measured, own, stats, energy, score, config.selector_name)
-                found = profiles[slot] = fitted.once(own, measure)
+                found = profiles[slot] = processes.once(measure, own.name)
                 for width in _widths_of(slot, candidates):
                     repaired[slot, width] = _repaired(own, stats, found, width)
                 widths: list[int] = []
@@ -349,7 +351,7 @@ def held_out(
     return fit, held
 
 
-def _measured(group: Group, stats: GramStats, energy: float, score: Scoring, name: str) -> Profile:
+def _measured(group: Group, stats: GramStats, energy: float, score: Selector, name: str) -> Profile:
     """The scores that the selector of this name gives, and the error at every width."""
     scores = check_scores(score(group, stats), group, name)
     weight = group.weight.to(stats.dtype)
