@@ -257,9 +257,12 @@ def repair_(
     with block.meter.phase("gram"):
         stats = block.collect(group, hold_out)
     with block.meter.phase("select"):
-        reduction = block.once(
-            group, partial(choose, plan.select, group, stats, width, config.selector_name)
+        if plan.select.needs_gradient and width < group.num_units:
+            group.gradient = block.regional_gradient(group)
+        reduction = processes.once(
+            partial(choose, plan.select, group, stats, width, config.selector_name), group.name
         )
+        group.gradient = None  # the solve needs the memory
     weight, kept = group.weight, reduction.kept_channels(group.columns)
     linear = None
     if reduction.folds:

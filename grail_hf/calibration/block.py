@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from grail_hf.runtime.progress import Bar
 
 if TYPE_CHECKING:
     pass
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -200,29 +199,6 @@ class Block:
         samples = sum(processes.gather(numbers, group.name))
         return RegionalGradient((squares / samples).sqrt(), samples)
 
-    def once(self, group: Group, function: Callable[[], T]) -> T:
-        """`processes.once`, where `function` may ask for the group's regional gradient.
-
-        That takes all processes. So the first one leaves off where it asks, all of them compute the
-        gradient, and it begins anew.
-        """
-        gradient = group.differentiate
-        if processes.count() == 1 or gradient is None:
-            return processes.once(function, group.name)
-
-        def wanted() -> RegionalGradient:
-            raise _GradientWanted
-
-        group.differentiate = wanted
-        try:
-            return processes.once(function, group.name)
-        except _GradientWanted:
-            found = gradient()
-            group.differentiate = lambda: found
-            return processes.once(function, group.name)
-        finally:
-            group.differentiate = gradient
-
     @torch.no_grad()
     def runs(self, group: Group) -> list[Run]:
         """The group's block as a function of its weights alone: its calls, and their targets."""
@@ -349,7 +325,3 @@ def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:
     totals = iter(processes.total(numbers, name))
     for part in parts:
         part.count, part.target_energy = int(next(totals)), next(totals)
-
-
-class _GradientWanted(Exception):
-    """A selector asks for the regional gradient, which all processes compute together."""

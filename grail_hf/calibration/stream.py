@@ -10,7 +10,6 @@ accelerator: the hidden states in front of it are run through it and replaced by
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,18 +90,12 @@ def stream(
                     *(index, name, layer, groups, device, place, target, micro_batches, bar),
                     *(dtype, placement.meter),
                 )
-                for group in groups:
-                    group.differentiate = partial(block.regional_gradient, group)
-                try:
+                with placement.meter.phase("forward"):
+                    following = _dense_pass(block) if target != "self" else []
+                yield block
+                if index + 1 < len(layers):
                     with placement.meter.phase("forward"):
-                        following = _dense_pass(block) if target != "self" else []
-                    yield block
-                    if index + 1 < len(layers):
-                        with placement.meter.phase("forward"):
-                            block.advance()
-                finally:
-                    for group in groups:
-                        group.differentiate = None  # it holds the hidden states
+                        block.advance()
                 for batch, hidden in zip(micro_batches, following, strict=False):
                     batch.dense = hidden
             placement.done(index, micro_batches)

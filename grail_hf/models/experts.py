@@ -62,6 +62,7 @@ class Expert:
         sizes = [self.num_units * per_unit for per_unit in self.group.producer.rows]
         return tuple(part.reshape(self.num_units, -1) for part in torch.split(rows, sizes))
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
         """Raises ValueError: it is not computed for experts."""
         raise ValueError(f"{self.name} has no regional gradient: choose another selector")

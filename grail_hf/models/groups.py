@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,10 +94,10 @@ class Group:
     Methods that end in an underscore change the layer's weights.
 
     Attributes:
-        differentiate: gives the regional gradient; set where there are calibration hidden states.
+        gradient: by the consumer's weight, once it has been computed for a selector that needs it.
     """
 
-    differentiate: Callable[[], RegionalGradient] | None = None
+    gradient: RegionalGradient | None = None
 
     def __init__(self, layer: nn.Module, spec: GroupSpec, layer_name: str, seed: int = 0) -> None:
         self.layer = layer
@@ -109,7 +109,7 @@ class Group:
     def in_units_of(self, spec: GroupSpec) -> Group:
         """The same block, its channels divided into other units."""
         group = type(self)(self.layer, spec, self.layer_name, self.seed)
-        group.differentiate = self.differentiate
+        group.gradient = self.gradient
         return group
 
     @property
@@ -138,11 +138,15 @@ class Group:
         """[O, H], the consumer's weight, detached."""
         return self.projection(self.spec.consumer).weight
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
-        """By the consumer's weight, computed when asked for: a pass forward and one back."""
-        if self.differentiate is None:
-            raise RuntimeError(f"{self.name} has no calibration hidden states to differentiate at")
-        return self.differentiate()
+        """By the consumer's weight. Raises RuntimeError where it has not been computed."""
+        if self.gradient is None:
+            raise RuntimeError(
+                f"the regional gradient of {self.name} has not been computed: pass the selector "
+                "as Selector(function, needs_gradient=True)"
+            )
+        return self.gradient
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
