@@ -383,7 +383,9 @@ def _sayable(
     if (moves and may_move) or budget.ignored > budget.absent:
         return budget
     return replace(
-        budget, said=said_widths(model_config, specs), remedy="rehome=True" if moves else ""
+        budget,
+        representable=said_widths(model_config, specs),
+        remedy="rehome=True" if moves else "",
     )
 
 
