@@ -1,7 +1,7 @@
 """The main job on the bundled model: compress, evaluate, save, reload; a table and a picture.
 
 A small trained Llama loses part of its decoder blocks' parameters by plain Wanda pruning, by Wanda
-with GRAIL's repair, and by grail_hf's own `gram` selector with repair. Perplexity is measured on
+with GRAIL's repair, and by grail_hf's own `obs` selector with repair. Perplexity is measured on
 text that calibration has not seen. Run it with `make demo`; results go to build/demo/.
 """
 
@@ -36,7 +36,7 @@ METHODS = {
         (0.3, 0.5, 0.7),
     ),
     "Wanda + GRAIL": ({"selector": "wanda"}, (SHOWN,)),
-    "gram + GRAIL": ({"selector": "gram"}, (0.3, 0.5, 0.7)),
+    "obs + GRAIL": ({"selector": "obs"}, (0.3, 0.5, 0.7)),
 }
 PROMPT = "hacker /n./ [originally, someone who makes furniture with an axe] 1. A person who"
 

@@ -14,7 +14,7 @@ from grail_hf.evaluation import evaluate, perplexity
 from grail_hf.exports.export import Export, export
 from grail_hf.job import PartlyCompressedError
 from grail_hf.methods.allocation import ALLOCATIONS
-from grail_hf.methods.selectors import SELECTORS
+from grail_hf.methods.selectors import SELECTORS, Selector
 from grail_hf.models.architectures import ARCHITECTURES
 from grail_hf.models.infer import infer_architecture
 from grail_hf.models.modeling_grail import install_hook
@@ -31,6 +31,7 @@ __all__ = [
     "Export",
     "GrailConfig",
     "PartlyCompressedError",
+    "Selector",
     "StoppedError",
     "architecture_source",
     "compress",

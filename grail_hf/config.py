@@ -35,7 +35,8 @@ class GrailConfig:
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
             of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
-            units of highest score stay. JSON gives a function's name.
+            units of highest score stay. A `grail_hf.Selector` holds a function with what it needs.
+            JSON gives a function's name.
         allocation: a name in `grail_hf.ALLOCATIONS`: how the kept parameters are shared out.
             "uniform-split": one width per kind for all layers, at the split between attention and
             MLP with the least divergence from the dense model, each kind of attention unit tried;
@@ -120,7 +121,7 @@ class GrailConfig:
     sparsity: float | None = None
     mlp_sparsity: float | None = None
     attention_sparsity: float | None = None
-    selector: str | Callable[[Any, Any], torch.Tensor] = "gram"
+    selector: str | Callable[..., Any] = "obs"
     allocation: str = AUTO
     compensate: bool = True
     target: str = "residual"
@@ -256,7 +257,7 @@ class GrailConfig:
         """The selector's name; `module:qualname` of a function that was passed as one."""
         if isinstance(self.selector, str):
             return self.selector
-        function = unwrapped(self.selector)
+        function = unwrapped(getattr(self.selector, "function", self.selector))
         named = function if hasattr(function, "__qualname__") else type(function)
         return f"{named.__module__}:{named.__qualname__}"
 

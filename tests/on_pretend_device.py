@@ -21,7 +21,7 @@ import grail_hf
 from grail_hf.config import widest_float
 from grail_hf.methods.linalg import Symmetric
 from grail_hf.methods.reduction import Reduction
-from grail_hf.methods.selectors import Folding
+from grail_hf.methods.selectors import Selector
 from grail_hf.runtime import devices, dispatched
 
 
@@ -61,7 +61,7 @@ THOROUGH = [
     {"selector": "slimgpt", "allocation": "search", "refit": 3},
     {"selector": "flap", "allocation": "flap"},
     {"selector": "random", "allocation": "error"},
-    {"selector": Folding(folded_on_the_host)},
+    {"selector": Selector(folded_on_the_host, folds=True)},
 ]
 
 

@@ -120,14 +120,16 @@ def test_both_kinds_keep_about_the_same_fraction(budgets, wanted):
 @pytest.mark.parametrize("rule", [name for name, r in ALLOCATIONS.items() if not r.per_layer])
 @given(budgets(), fractions, st.data())
 @few
-def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, wanted, data):
+def test_only_attention_widths_that_the_config_can_represent_are_taken(rule, budgets, wanted, data):
     every = possible(budgets[ATTENTION])
-    said = frozenset(data.draw(st.sets(st.sampled_from(every)))) | {every[-1]}
-    limited = budgets | {ATTENTION: dataclasses.replace(budgets[ATTENTION], said=said)}
+    representable = frozenset(data.draw(st.sets(st.sampled_from(every)))) | {every[-1]}
+    limited = budgets | {
+        ATTENTION: dataclasses.replace(budgets[ATTENTION], representable=representable)
+    }
     config = settled(sparsity=wanted, allocation=rule)
     reach = [
         sparsity_of(budgets, {ATTENTION: heads, MLP: width})
-        for heads in said
+        for heads in representable
         for width in possible(budgets[MLP])
     ]
     gap = min(abs(value - wanted) for value in reach)
@@ -137,20 +139,23 @@ def test_only_attention_widths_that_the_config_can_say_are_taken(rule, budgets, 
             allocate(limited, config)
         offers = listed(str(error.value))
         assert all(min(abs(value - offer) for value in reach) <= 1e-4 for offer in offers)
-        kept = f"the config can keep {', '.join(map(str, sorted(said)))};"
-        assert (kept in str(error.value)) == (len(said) < len(every))
+        kept = f"the config can keep {', '.join(map(str, sorted(representable)))};"
+        assert (kept in str(error.value)) == (len(representable) < len(every))
         return
     widths = uniform(limited, config)
-    assert widths[ATTENTION] in said
+    assert widths[ATTENTION] in representable
     assert abs(sparsity_of(budgets, widths) - wanted) <= TOLERANCE
     with suppress(ValueError):
         free = uniform(budgets, config)
-        assert widths == free or free[ATTENTION] not in said
+        assert widths == free or free[ATTENTION] not in representable
 
 
 @pytest.mark.parametrize(("share", "heads"), [(0.2, 7), (0.3, 7), (0.4, 4), (0.7, 2), (0.95, 1)])
-def test_a_kind_s_own_sparsity_is_rounded_to_what_the_config_can_say(share, heads):
-    layer = {ATTENTION: Budget(8, 100, said=frozenset({1, 2, 4, 7, 8})), MLP: Budget(100, 10)}
+def test_a_kind_s_own_sparsity_is_rounded_to_what_the_config_can_represent(share, heads):
+    layer = {
+        ATTENTION: Budget(8, 100, representable=frozenset({1, 2, 4, 7, 8})),
+        MLP: Budget(100, 10),
+    }
     config = settled(mlp_sparsity=0.5, attention_sparsity=share)
     assert uniform(layer, config) == {ATTENTION: heads, MLP: 50}
 
@@ -181,7 +186,9 @@ def test_a_kind_s_own_sparsity_gives_the_nearest_width(budgets, attention, mlp):
     }
     whole = [kind for kind in asked if asked[kind] and nearest[kind] == budgets[kind].num_units]
     if whole:
-        with pytest.raises(ValueError, match=f"{whole[0]}_sparsity.*(rounded to|cannot be had)"):
+        with pytest.raises(
+            ValueError, match=f"{whole[0]}_sparsity.*(rounded to|cannot be reached)"
+        ):
             uniform(budgets, config)
     else:
         assert uniform(budgets, config) == nearest
@@ -226,7 +233,7 @@ def test_a_kind_s_own_sparsity_that_removes_nothing_says_what_would(total, rule,
 
 
 @pytest.mark.parametrize("rule", ALLOCATIONS)
-def test_units_that_cannot_go_singly_are_said(rule):
+def test_units_that_cannot_be_removed_singly_are_refused(rule):
     budgets = {ATTENTION: Budget(1, 100, layers=2), MLP: Budget(100, 30, layers=2)}
     config = settled(attention_sparsity=0.5, mlp_sparsity=0.3, allocation=rule)
     with pytest.raises(ValueError, match="can have fewer than its 1 units"):
@@ -401,13 +408,17 @@ def test_layers_of_their_own_widths_reach_the_sparsity(rule, case, wanted):
 @pytest.mark.parametrize("rule", PER_LAYER)
 @given(profiled(), st.floats(0, 0.8), st.data())
 @few
-def test_the_widest_layer_s_attention_is_one_that_the_config_can_say(rule, case, wanted, data):
+def test_the_widest_layer_s_attention_is_one_that_the_config_can_represent(
+    rule, case, wanted, data
+):
     """The layers below it are as free as ever, and all of them where it was one already."""
     budgets, profiles = case
     attention = dataclasses.replace(budgets[ATTENTION], ignored=frozenset())
-    said = frozenset(data.draw(st.sets(st.sampled_from(attention.widths)))) | {attention.num_units}
+    representable = frozenset(data.draw(st.sets(st.sampled_from(attention.widths)))) | {
+        attention.num_units
+    }
     budgets[ATTENTION] = attention
-    limited = budgets | {ATTENTION: dataclasses.replace(attention, said=said)}
+    limited = budgets | {ATTENTION: dataclasses.replace(attention, representable=representable)}
     some = next(profile for (kind, _), profile in profiles.items() if kind == ATTENTION)
     profiles = {(ATTENTION, layer): some for layer in range(LAYERS)} | profiles
     config = settled(sparsity=wanted, allocation=rule)
@@ -416,25 +427,26 @@ def test_the_widest_layer_s_attention_is_one_that_the_config_can_say(rule, case,
             free, widths = allocate(budgets, config, measured), allocate(limited, config, measured)
         except ValueError:
             assume(False)
-        assert max(widths[ATTENTION]) in said
+        assert max(widths[ATTENTION]) in representable
         assert abs(sparsity_by_layer(budgets, widths) - wanted) <= TOLERANCE
-        assert widths == free or max(free[ATTENTION]) not in said
+        assert widths == free or max(free[ATTENTION]) not in representable
 
 
-@pytest.mark.parametrize("said", [{5}, {1, 5}, {2, 5}, {1, 2, 5}, {2, 4, 5}])
-def test_whatever_is_left_to_choose_from_has_a_widest_that_can_be_said(said):
-    """All choices from the curves, after all widths that cannot be said."""
+@pytest.mark.parametrize("representable", [{5}, {1, 5}, {2, 5}, {1, 2, 5}, {2, 4, 5}])
+def test_whatever_is_left_to_choose_from_has_a_representable_widest(representable):
+    """All choices from the curves, after all widths that are not representable."""
     curve = dict.fromkeys(range(1, 6), 0.0)
     curves = {(kind, layer): curve for kind in (ATTENTION, MLP) for layer in range(3)}
     for widths in product(curve, repeat=3):
-        if max(widths) in said:
+        if max(widths) in representable:
             continue
-        left = with_representable_widest(curves, widths, frozenset(said))
+        left = with_representable_widest(curves, widths, frozenset(representable))
         choices = [left[ATTENTION, layer] for layer in range(3)]
-        assert {max(choice) for choice in product(*choices)} <= said
+        assert {max(choice) for choice in product(*choices)} <= representable
         assert all(5 in choice for choice in choices)
         assert any(
-            max(choice) == min(w for w in said if w > max(widths)) for choice in product(*choices)
+            max(choice) == min(w for w in representable if w > max(widths))
+            for choice in product(*choices)
         )
         assert all(left[MLP, layer] == curve for layer in range(3))
 
@@ -517,7 +529,7 @@ def test_infinite_scores_cannot_be_standardised(value):
         allocate(budgets, config, profiles)
 
 
-def test_flap_takes_alike_scores_to_say_nothing():
+def test_equal_scores_have_no_loss_under_flap():
     budget = Budget(8, 3)
     assert set(flap(Profile(torch.ones(8), torch.zeros(9)), budget).values()) == {0.0}
 

@@ -433,7 +433,7 @@ def test_layers_may_differ_in_width_or_say_why_not(case, tmp_path):
         pytest.skip("nothing is offered")
     if entry.per_layer:
         for settings in ({"ignore": (0,)}, {"allocation": "flap"}):
-            with pytest.raises(ValueError, match=r"differ, which a .* cannot say because"):
+            with pytest.raises(ValueError, match=r"differ, which a .* cannot represent because"):
                 narrower(model, **settings)
         return
     masked = differing_(model)
@@ -493,7 +493,7 @@ def test_what_is_not_offered_is_refused_with_the_reason(case):
     for kind in (kind for kind in SHARES if not shares(model)[f"{kind}_sparsity"]):
         (other,) = SHARES.keys() - {kind}
         reason = next(g.spec.refusal for _, g in groups_of(model) if g.kind == kind)
-        with pytest.raises(ValueError, match=f"^{kind}_sparsity=0.3 cannot be had") as error:
+        with pytest.raises(ValueError, match=f"^{kind}_sparsity=0.3 cannot be reached") as error:
             grail_hf.compress(
                 model, calibration=None, **{f"{kind}_sparsity": 0.3, f"{other}_sparsity": 0.0}
             )
@@ -502,7 +502,7 @@ def test_what_is_not_offered_is_refused_with_the_reason(case):
 
 
 def test_a_type_that_offers_nothing_is_refused_with_every_reason():
-    with pytest.raises(ValueError, match=r"sparsity=0.2 cannot be had.*heads.*four times"):
+    with pytest.raises(ValueError, match=r"sparsity=0.2 cannot be reached.*heads.*four times"):
         grail_hf.compress(tiny_architecture("bloom"), calibration=None, sparsity=0.2)
 
 

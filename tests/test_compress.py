@@ -24,7 +24,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf import SELECTORS
+from grail_hf import SELECTORS, Selector
 from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
 from grail_hf.methods.linalg import full_fp32_products
 
@@ -84,7 +84,7 @@ def always(monkeypatch, scores_of):
     def fixed(group, stats):
         return scores_of(group, stats.energy.numel() // group.columns)
 
-    monkeypatch.setitem(SELECTORS, "fixed", fixed)
+    monkeypatch.setitem(SELECTORS, "fixed", Selector(fixed))
 
 
 # Nothing to remove
@@ -168,8 +168,8 @@ def test_units_that_are_copies_of_others_go_without_loss(case, kind):
     sparsity = {"sparsity": None, "attention_sparsity": 0, "mlp_sparsity": 0}
     sparsity[f"{kind}_sparsity"] = 0.5
     repaired, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
-    report = compress(repaired, selector="gram", ridge=1e-8, **sparsity)
-    compress(pruned, selector="gram", compensate=False, **sparsity)
+    report = compress(repaired, selector="obs", ridge=1e-8, **sparsity)
+    compress(pruned, selector="obs", compensate=False, **sparsity)
     assert set(report.widths[kind]) == {report.units[kind] / 2}
     expected = logits(dense, batches())
     assert relative_error(logits(repaired, batches()), expected) < 1e-4
@@ -383,7 +383,7 @@ def test_selection_and_solve_are_in_the_dtype_of_the_config(monkeypatch, dtype, 
         solved.append(stats.gram.dtype)
         return SELECTORS["wanda"](group, stats)
 
-    monkeypatch.setitem(SELECTORS, "seen", seen)
+    monkeypatch.setitem(SELECTORS, "seen", Selector(seen))
     report = compress(tiny_model("qwen2"), selector="seen", dtype=dtype)
     expected = widest if dtype == "auto" else dtype
     assert solved == [getattr(torch, expected)] * len(report.groups)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grail_hf import Selector
 from grail_hf.config import (
     ATTENTION_UNITS,
     FOLDS,
@@ -258,6 +259,7 @@ class Scorer:
         (mine, f"{__name__}:mine"),
         (functools.partial(functools.partial(mine, power=2)), f"{__name__}:mine"),
         (Scorer(), f"{__name__}:Scorer"),
+        (Selector(functools.partial(mine, power=2)), f"{__name__}:mine"),
         (Scorer().score, f"{__name__}:Scorer.score"),
     ],
 )

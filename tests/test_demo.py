@@ -28,7 +28,7 @@ def excess_losses(tiny_llama_dir, tokenizer, jargon_train, jargon_test):
     for name, settings in {
         "pruned": {"selector": "wanda", "compensate": False},
         "wanda": {"selector": "wanda", "refit": 0},
-        "gram": {"selector": "gram", "refit": 0},
+        "obs": {"selector": "obs", "refit": 0},
     }.items():
         model = load()
         grail_hf.compress(
@@ -82,4 +82,4 @@ def test_repair_helps_every_selector(selector, small_loss):
 
 
 def test_greedy_elimination_beats_wanda(excess_losses):
-    assert 0 < excess_losses["gram"] <= 0.95 * excess_losses["wanda"]
+    assert 0 < excess_losses["obs"] <= 0.95 * excess_losses["wanda"]

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import grail_hf
-from grail_hf import SELECTORS, PartlyCompressedError
+from grail_hf import SELECTORS, PartlyCompressedError, Selector
 from grail_hf.methods.widths import TOLERANCE
 
 
@@ -363,7 +363,7 @@ def test_an_interrupt_stays_an_interrupt_and_is_logged_once_the_model_has_change
             raise KeyboardInterrupt
         return SELECTORS["wanda"](group, stats)
 
-    monkeypatch.setitem(SELECTORS, "interrupted", interrupted)
+    monkeypatch.setitem(SELECTORS, "interrupted", Selector(interrupted))
     model = tiny_model("qwen2").train()
     with caplog.at_level(logging.ERROR), pytest.raises(KeyboardInterrupt):
         compress(model, selector="interrupted")

@@ -143,7 +143,7 @@ def test_each_expert_is_fitted_to_its_own_tokens_by_least_squares(case):
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
     together, in_turns = (tiny_architecture("mixtral") for _ in range(2))
-    narrower(together, selector="gram", ridge=1e-4)
+    narrower(together, selector="obs", ridge=1e-4)
     collect, numbers = Block.collect_parts, []
 
     def counted(self, group, parts, *others):
@@ -157,7 +157,7 @@ def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
         "grail_hf.calibration.stream.Bar",
         lambda **options: bars.append(Bar(options["total"])) or bars[-1],
     )
-    narrower(in_turns, selector="gram", ridge=1e-4)
+    narrower(in_turns, selector="obs", ridge=1e-4)
     (bar,) = bars
     assert bar.done == bar.total
     assert_state(in_turns, state_of(together))

@@ -25,13 +25,13 @@ from tiny_models import (
 )
 
 import grail_hf
-from grail_hf import SELECTORS
+from grail_hf import Selector
 from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
 from grail_hf.methods.clustering import k_means
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.linalg import Symmetric
 from grail_hf.methods.reduction import Reduction
-from grail_hf.methods.selectors import Folding, choose, fold
+from grail_hf.methods.selectors import choose, find_selector, fold
 from grail_hf.models.groups import Group
 
 few = settings(max_examples=25, deadline=None)
@@ -55,6 +55,9 @@ def in_turns(group, stats, width):
     units, per_run = stats.energy.numel() // group.columns, width // group.partitions
     dealt = torch.arange(units // group.partitions) % per_run
     return Reduction.fold(torch.cat([dealt + 7 * per_run * run for run in range(group.partitions)]))
+
+
+IN_TURNS = Selector(in_turns, folds=True)
 
 
 # k-means
@@ -151,7 +154,7 @@ def test_clusters_stay_in_their_partition(partitions):
     group = Group(layers_of(model)[0], spec, "layers.0", seed=3)
     group.layer.self_attn.q_proj.weight.data[:] = 1  # nothing to tell the units by
     for width in range(partitions, 12, partitions):
-        reduction = choose(fold, group, GramStats.zeros(120), width, "fold")
+        reduction = choose(find_selector("fold"), group, GramStats.zeros(120), width, "fold")
         runs = reduction.labels.reshape(partitions, -1)
         assert [len(run.unique()) for run in runs] == [width // partitions] * partitions
         assert len(reduction.labels.unique()) == width
@@ -237,7 +240,7 @@ def test_what_does_not_fold_each_partition_is_refused(given, words):
     model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
     group = Group(layers_of(model)[0], specs_of(model, "query_head")[0], "layers.0")
     with pytest.raises(ValueError) as error:
-        choose(Folding(lambda *_: given), group, GramStats.zeros(40), 2, "mine")
+        choose(Selector(lambda *_: given, folds=True), group, GramStats.zeros(40), 2, "mine")
     for part in (words, "'mine'", "layers.0.self_attn", "4 labels with 2 clusters"):
         assert part in str(error.value)
 
@@ -246,12 +249,11 @@ def test_what_does_not_fold_each_partition_is_refused(given, words):
 
 
 @pytest.mark.parametrize(("case", "unit"), CASES_AND_UNITS)
-def test_folding_is_giving_every_unit_of_a_cluster_its_mean_producers(monkeypatch, case, unit):
+def test_folding_is_giving_every_unit_of_a_cluster_its_mean_producers(case, unit):
     """Rotary embeddings, biases, masks and grouped heads included."""
-    monkeypatch.setitem(SELECTORS, "in turns", Folding(in_turns))
     model = tiny_model(case)
     full = copy.deepcopy(model)
-    report = compress(model, unit, selector="in turns", compensate=False)
+    report = compress(model, unit, selector=IN_TURNS, compensate=False)
     for layer in layers_of(full):
         for spec in specs_of(full, unit):
             group, width = Group(layer, spec, ""), report.widths[spec.kind][0]
@@ -268,12 +270,11 @@ def test_folding_is_giving_every_unit_of_a_cluster_its_mean_producers(monkeypatc
 
 @pytest.mark.parametrize("unit", ATTENTION_UNITS)
 @pytest.mark.parametrize("case", UNUSUAL)
-def test_each_section_of_a_producer_is_averaged(monkeypatch, case, unit):
+def test_each_section_of_a_producer_is_averaged(case, unit):
     """And the norms that shrink with it; what is behind the sections stays."""
-    monkeypatch.setitem(SELECTORS, "in turns", Folding(in_turns))
     model = tiny_architecture(case)
     full = copy.deepcopy(model)
-    report = narrower(model, attention_unit=unit, selector="in turns", compensate=False)
+    report = narrower(model, attention_unit=unit, selector=IN_TURNS, compensate=False)
     for index, group in groups_of(full, unit):
         width = report.widths[group.kind][index]
         if width == group.num_units:

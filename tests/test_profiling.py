@@ -33,7 +33,7 @@ from grail_hf.methods.gram import GramStats
 from grail_hf.methods.linalg import Symmetric
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.ridge import ridge
-from grail_hf.methods.selectors import gram
+from grail_hf.methods.selectors import obs
 from grail_hf.methods.widths import TOLERANCE
 from grail_hf.models.capture import captured_input, captured_outputs
 from grail_hf.planning import profiling
@@ -165,7 +165,7 @@ def test_a_measured_allocation_is_reached_saved_and_reloaded(rule, tmp_path):
         model,
         calibration=inputs,
         sparsity=0.3,
-        selector="flap" if ALLOCATIONS[rule].compares_scores else "gram",
+        selector="flap" if ALLOCATIONS[rule].compares_scores else "obs",
         allocation=rule,
         multiple_of=1,
         progress=False,
@@ -216,7 +216,7 @@ def test_a_fold_s_widths_follow_from_elimination():
 
 @pytest.mark.parametrize(
     ("selector", "name"),
-    [("gram", "gram"), ("random", "random"), ("fold", "fold"), (partial(gram, damping=1), "gram")],
+    [("obs", "obs"), ("random", "random"), ("fold", "fold"), (partial(obs, damping=1), "obs")],
 )
 def test_scores_that_only_order_one_group_are_not_compared_with_another_s(selector, name):
     config = GrailConfig(sparsity=0.3, allocation="flap", selector=selector)

@@ -37,7 +37,7 @@ def test_keep_top_is_the_best_of_each_partition(selection):
 
 
 def test_integer_scores_rank_like_any():
-    """The `gram` selector's are steps."""
+    """The `obs` selector's are steps."""
     assert Reduction.keep_top(torch.tensor([3, 0, 2, 1]), 2).kept.tolist() == [0, 2]
 
 

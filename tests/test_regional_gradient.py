@@ -6,24 +6,20 @@ from tiny_models import (
     UNUSUAL,
     all_specs_of,
     batches,
-    layers_of,
     placement_of,
     relative_error,
-    specs_of,
     tiny_architecture,
     tiny_model,
 )
 
 import grail_hf
-from grail_hf.calibration.block import Block
+from grail_hf import SELECTORS, Selector
 from grail_hf.calibration.stream import Stream
-from grail_hf.models.groups import Group
 
 
 def blocks_of(model, inputs, unit="kv_group"):
-    return Stream(
-        model, placement_of(model), all_specs_of(model, unit), inputs, progress=False
-    ).blocks()
+    specs = all_specs_of(model, unit)
+    return Stream(model, placement_of(model), specs, inputs, progress=False).blocks()
 
 
 def one_by_one(inputs):
@@ -130,28 +126,30 @@ def test_no_parameter_keeps_a_gradient(unit):
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-def test_it_is_computed_for_those_who_ask_alone(monkeypatch):
-    asked = []
-    ask = Block.regional_gradient
-    monkeypatch.setattr(
-        Block,
-        "regional_gradient",
-        lambda block, group: asked.append(group.name) or ask(block, group),
+def compress(selector):
+    return grail_hf.compress(
+        tiny_model("qwen2"),
+        calibration=batches(),
+        sparsity=0.3,
+        multiple_of=1,
+        allocation="uniform",
+        selector=selector,
+        progress=False,
     )
-    for selector, times in (("wanda", 0), ("wanda++", 1)):
-        report = grail_hf.compress(
-            tiny_model("qwen2"),
-            calibration=batches(),
-            sparsity=0.3,
-            multiple_of=1,
-            allocation="uniform",
-            selector=selector,
-            progress=False,
-        )
-        assert asked == times * [group.name for group in report.groups]
 
 
-def test_a_group_has_none_that_was_not_asked_for():
-    group = Group(layers_of(tiny_model("llama"))[0], specs_of(tiny_model("llama"))[0], "layers.0")
-    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn is not computed.*needs_gradient"):
-        group.regional_gradient()
+def test_a_selector_that_needs_it_finds_it_computed():
+    seen = []
+
+    def mine(group, stats):
+        seen.append((group.name, group.regional_gradient.rms.shape == group.weight.shape))
+        return SELECTORS["wanda++"](group, stats)
+
+    report = compress(Selector(mine, needs_gradient=True))
+    assert seen == [(group.name, True) for group in report.groups]
+
+
+def test_a_selector_that_does_not_say_so_is_told_how():
+    """A plain function, for which nothing is computed that it might not read."""
+    with pytest.raises(RuntimeError, match=r"layers\.0.*Selector\(function, needs_gradient=True\)"):
+        compress(lambda group, stats: group.regional_gradient.rms.sum(dim=0))

@@ -2,31 +2,33 @@
 
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
-from grail_hf.methods import elimination
-from grail_hf.methods.elimination import elimination_order_
+from grail_hf.methods.elimination import PANEL, elimination_order_
 from grail_hf.methods.gram import GramStats
-from grail_hf.methods.linalg import Symmetric
+from grail_hf.methods.linalg import Symmetric, cholesky_inverse_, damped_cholesky
 from grail_hf.methods.selectors import (
+    ALIASES,
     SELECTORS,
-    Folding,
     RegionalGradient,
+    Selector,
     check_scores,
     choose,
     find_selector,
+    wanda_plus_plus,
 )
 
-DAMPING = 1e-4  # The `gram` selector's default.
+DAMPING = 1e-4  # The `obs` selector's default.
 
 
 @dataclass
 class Units:
-    """What a selector may ask of a group, and the tokens behind it."""
+    """What a selector may read of a group, and the tokens that make its statistics."""
 
     weight: Tensor
     x: Tensor
@@ -39,6 +41,7 @@ class Units:
     def __post_init__(self):
         self.producers = (self.weight.T.reshape(-1, self.columns * self.weight.shape[0]),)
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
         generator = torch.Generator().manual_seed(9)
         return RegionalGradient(torch.rand(self.weight.shape, generator=generator), 3)
@@ -113,7 +116,7 @@ def test_wanda_is_the_mean_weight_times_the_input_norm(columns):
 @pytest.mark.parametrize("columns", [1, 4])
 def test_wanda_plus_plus_adds_the_gradient_to_the_input_norm_of_a_sample(columns):
     group = problem(6, columns)
-    gradient, samples = group.regional_gradient()
+    gradient, samples = group.regional_gradient
     for unit, score in enumerate(SELECTORS["wanda++"](group, group.stats())):
         own = range(unit * columns, (unit + 1) * columns)
         expected = sum(
@@ -220,7 +223,7 @@ def test_every_selector_chooses_for_every_unit(name, dtype, columns, partitions)
     select = find_selector(name)
     reduction = choose(select, group, stats, 3, name)
     assert len(set(reduction.kept.tolist())) == 3
-    if not isinstance(select, Folding):
+    if not select.folds:
         scores = select(group, stats)
         assert scores.shape == (6,)
         assert torch.isfinite(scores).all()
@@ -236,28 +239,33 @@ def test_every_selector_takes_channels_that_are_all_dead(name):
     assert choose(find_selector(name), group, group.stats(), 3, name).kept.shape == (3,)
 
 
+def elimination_order(group: Units, panel: int) -> Tensor:
+    factor, _ = damped_cholesky(group.stats().moments.dense, DAMPING, group.name)
+    weight, inverse = group.weight.clone(), cholesky_inverse_(factor)
+    return elimination_order_(weight, inverse, group.columns, group.partitions, panel)
+
+
 @pytest.mark.parametrize("panel", [1, 4, 5, 128])
 @pytest.mark.parametrize(
     ("units", "columns", "partitions"),
     [(14, 1, 1), (13, 1, 1), (6, 3, 1), (12, 1, 3), (8, 2, 2), (8, 2, 8), (1, 4, 1), (3, 1, 3)],
 )
-def test_gram_is_greedy_elimination(units, columns, partitions, panel, monkeypatch):
-    """The step at which a unit goes, across panels whole, part-filled, and of one unit."""
-    monkeypatch.setattr(elimination, "PANEL", panel)
+def test_obs_is_greedy_elimination(units, columns, partitions, panel):
+    """The step at which a unit is removed, across full panels, partial ones, and of one unit."""
     for seed in range(2):
         group = problem(units, columns, partitions, seed)
-        scores = SELECTORS["gram"](group, group.stats())
-        assert scores.argsort().tolist() == greedy_by_refitting(group)
+        order = greedy_by_refitting(group)
+        assert elimination_order(group, panel).tolist() == order
+        scores = SELECTORS["obs"](group, group.stats())
+        assert scores.argsort().tolist() == order
         assert sorted(scores.tolist()) == list(range(units))
 
 
-def test_gram_is_greedy_elimination_over_the_real_panel():
-    """Against the panel of one, which is optimal brain surgeon step by step."""
-    group = problem(2 * elimination.PANEL + 20)
-    scores = SELECTORS["gram"](group, group.stats())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(elimination, "PANEL", 1)
-        assert torch.equal(SELECTORS["gram"](group, group.stats()), scores)
+def test_obs_is_greedy_elimination_over_several_panels():
+    """Against panels of one unit, which is optimal brain surgeon step by step."""
+    group = problem(2 * PANEL + 20)
+    scores = SELECTORS["obs"](group, group.stats())
+    assert torch.equal(scores.argsort(), elimination_order(group, panel=1))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -266,7 +274,7 @@ def test_greedy_is_close_to_the_best_subset(units, columns, seed):
     """At every width, within twice the error of the best of all subsets."""
     group = problem(units, columns, seed=seed)
     gram = damped_gram(group)
-    order = SELECTORS["gram"](group, group.stats()).argsort().tolist()
+    order = SELECTORS["obs"](group, group.stats()).argsort().tolist()
     for width in range(1, units):
         found = error_of(group, gram, order[units - width :])
         best = min(error_of(group, gram, kept) for kept in combinations(range(units), width))
@@ -279,7 +287,7 @@ def test_greedy_is_optimal_where_channels_know_nothing_of_each_other(columns):
     group = problem(7, columns)
     group.x = torch.linalg.qr(group.x).Q * torch.arange(1, 7 * columns + 1)
     gram = damped_gram(group)
-    order = SELECTORS["gram"](group, group.stats()).argsort().tolist()
+    order = SELECTORS["obs"](group, group.stats()).argsort().tolist()
     assert order == sorted(range(7), key=lambda unit: error_of(group, gram, set(range(7)) - {unit}))
     for width in range(1, 7):
         best = min(combinations(range(7), width), key=lambda kept: error_of(group, gram, kept))
@@ -291,7 +299,7 @@ def test_of_two_like_channels_one_stays():
     group = problem(5)
     group.x = group.x[:, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]
     group.weight = problem(10).weight
-    kept = SELECTORS["gram"](group, group.stats()).argsort().tolist()[5:]
+    kept = SELECTORS["obs"](group, group.stats()).argsort().tolist()[5:]
     assert sorted(unit % 5 for unit in kept) == list(range(5))
 
 
@@ -306,6 +314,12 @@ def test_elimination_that_lost_its_precision_is_refused():
 @pytest.mark.parametrize("name", SELECTORS)
 def test_a_selector_is_found_by_its_name(name):
     assert find_selector(name) is SELECTORS[name]
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_earlier_name_still_finds_its_selector(name):
+    assert name not in SELECTORS
+    assert find_selector(name) is SELECTORS[ALIASES[name]]
 
 
 def test_an_unknown_selector_is_refused_with_the_nearest_and_all_names():
@@ -323,11 +337,26 @@ def test_a_selector_like_no_other_is_refused_in_whole_sentences():
 # A user's own function
 
 
-def test_a_function_is_its_own_selector():
+def test_a_function_becomes_a_selector_that_needs_nothing():
     def mine(group, stats):
         return stats.energy
 
+    assert find_selector(mine) == Selector(mine)
+
+
+def test_a_selector_is_its_own():
+    mine = Selector(lambda group, stats, width: None, folds=True)
     assert find_selector(mine) is mine
+
+
+@pytest.mark.parametrize("known", SELECTORS.values(), ids=SELECTORS)
+def test_a_function_of_the_table_needs_what_it_does_there(known):
+    assert find_selector(known.function) == known
+
+
+def test_other_arguments_change_nothing_of_what_a_function_of_the_table_needs():
+    select = partial(wanda_plus_plus, alpha=10)
+    assert find_selector(select) == Selector(select, needs_gradient=True)
 
 
 def test_the_name_of_a_function_is_refused_with_what_to_do():

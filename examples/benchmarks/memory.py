@@ -370,7 +370,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=32)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--selector", default="gram")
+    parser.add_argument("--selector", default="obs")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--ridge", type=float, help="by default chosen for each block")
     parser.add_argument("--refit", type=int, default=2)

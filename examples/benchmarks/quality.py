@@ -238,6 +238,8 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
             width = plan.widths[group.kind][block.index]
             if width == group.num_units:
                 continue
+            if plan.select.needs_gradient:
+                group.gradient = block.regional_gradient(group)
             reduction = choose(plan.select, group, stats, width, config.selector_name)
             weight = group.weight.to(config.torch_dtype)
             kept = reduction.kept_channels(group.columns)

@@ -1,4 +1,4 @@
-"""Time of greedy elimination, the `gram` selector: blocked against one update a step.
+"""Time of greedy elimination, the `obs` selector: blocked against one update a step.
 
     python examples/benchmarks/selection.py                       # small sizes, on the CPU
     python examples/benchmarks/selection.py --device cuda --channels 4096 11008 14336
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from grail_hf.methods import elimination
+from grail_hf.methods.elimination import PANEL, elimination_order_
 from grail_hf.methods.linalg import cholesky_inverse_, damped_cholesky
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         outputs = arguments.outputs or 3 * channels // 8
         weight, inverse = problem(channels, outputs, arguments.device)
         single, order = timed(weight, inverse, panel=1)
-        blocked, other = timed(weight, inverse, panel=elimination.PANEL)
+        blocked, other = timed(weight, inverse, panel=PANEL)
         operations = 2 * channels**3 / 3 + outputs * channels**2
         table.add_row(
             f"{channels:,}",
@@ -58,13 +58,9 @@ def problem(channels: int, outputs: int, device: str) -> tuple[torch.Tensor, tor
 
 def timed(weight: torch.Tensor, inverse: torch.Tensor, panel: int) -> tuple[float, torch.Tensor]:
     weight, inverse = weight.clone(), inverse.clone()  # both are overwritten
-    usual, elimination.PANEL = elimination.PANEL, panel
-    try:
-        start = time.perf_counter()
-        order = elimination.elimination_order_(weight, inverse, columns=1).cpu()
-        return time.perf_counter() - start, order
-    finally:
-        elimination.PANEL = usual
+    start = time.perf_counter()
+    order = elimination_order_(weight, inverse, columns=1, panel=panel).cpu()
+    return time.perf_counter() - start, order
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How wide each group becomes: one function a rule, and the table `ALLOCATIONS`.
+"""How wide each group becomes: one loss function per rule, and the table `ALLOCATIONS`.
 
-A rule says what each width of a group would lose; the widths of least total loss at the wanted
-sparsity follow from that in the same way for all rules: `allocate`. Either every layer gets one
-width a kind, which any stock config can say, or each layer its own.
+A rule gives the loss of each width of a group; `allocate` finds the widths of least total loss at
+the wanted sparsity in the same way for all rules. Either all layers get one width per kind, which
+stock configs represent, or each layer gets its own.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from grail_hf.methods.widths import (
 
 logger = logging.getLogger(__name__)
 
-# What multiple_of="auto" tries, the largest first: what tensor cores and kernels like.
+# The candidates of multiple_of="auto", largest first: sizes that suit tensor cores and kernels.
 MLP_MULTIPLES = (128, 64, 32, 16, 8)
 
 
 def flap(profile: Profile, budget: Budget) -> Curve:
     """The sum of the removed units' scores, standardised within the group, times their parameters.
 
-    Least total loss then removes the units of lowest standardised score in the whole model (FLAP,
-    arXiv 2312.11983, its "AL-AM"). FLAP's own scores are `selector="flap"`.
+    Least total loss then removes the units of lowest standardised score in the whole model, which
+    is "AL-AM" of FLAP (arXiv 2312.11983). FLAP's own scores are `selector="flap"`.
     """
     scores = profile.scores.double().sort().values
     deviation = scores.std(correction=0)
@@ -44,19 +44,19 @@ def flap(profile: Profile, budget: Budget) -> Curve:
 
 
 def error(profile: Profile, budget: Budget) -> Curve:
-    """What repair leaves, relative to the energy of the residual stream, times the sensitivity.
+    """The error after repair, relative to the energy of the residual stream, times sensitivity.
 
     An error relative to the block's own output would spend width on blocks that hardly matter.
-    Relative to the stream it tells the widths of one group from each other; what an error is worth
-    in one layer beside another it does not tell, since a few tokens of massive activation may have
-    most of the stream's energy. So the model's divergence is measured at one width of each group.
+    Relative to the stream, errors compare the widths of one group. They do not compare layers,
+    because a few tokens with massive activations can hold most of the stream's energy. Therefore
+    the divergence of the model is measured at one width of each group.
     """
     errors = profile.errors.tolist()
     return {width: profile.sensitivity * errors[width] for width in budget.widths}
 
 
 def search(profile: Profile, budget: Budget) -> Curve:
-    """The measured KL divergence; between the widths measured, as the error goes.
+    """The measured KL divergence, interpolated between the measured widths by the error.
 
     The logarithm of divergence / error is interpolated linearly in the width.
     """
@@ -72,7 +72,7 @@ def search(profile: Profile, budget: Budget) -> Curve:
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Piecewise linear through `points`, ascending; constant beyond them, zero without any."""
+    """Piecewise linear through ascending `points`, constant beyond them; 0 if there are none."""
     if not points:
         return 0.0
     if x <= points[0][0]:
@@ -85,15 +85,15 @@ def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A rule.
+    """A rule that gives each group its width.
 
     Attributes:
-        loss: what each width of a group loses, from its profile; None where the rule needs none.
-        per_layer: each layer gets a width of its own.
-        divergences: whether the loss reads `Profile.divergences`, which takes longest to measure.
+        loss: the loss of each width of a group, from its profile; None if the rule needs none.
+        per_layer: whether each layer gets a width of its own.
+        divergences: whether the loss reads `Profile.divergences`, which take longest to measure.
         sensitivities: whether the loss reads `Profile.sensitivity`.
-        compares_scores: whether the loss reads `Profile.scores`, so that those of one group must
-            mean something beside another's.
+        compares_scores: whether the loss reads `Profile.scores`, so that the scores of different
+            groups have to be comparable.
         splits: whether the widths are the best of `splits`, by the divergence of the whole model.
     """
 
@@ -106,12 +106,12 @@ class Allocation:
 
     @property
     def measures(self) -> bool:
-        """Whether the widths depend on what is measured of the dense model."""
+        """Whether the widths depend on measurements of the dense model."""
         return self.loss is not None or self.splits
 
 
 def find_allocation(name: str) -> Allocation:
-    """The rule of a name. Raises ValueError with the nearest known one."""
+    """The rule of a name. Raises ValueError for an unknown name, with the nearest known one."""
     if name not in ALLOCATIONS:
         where = "ALLOCATIONS in grail_hf/methods/allocation.py"
         raise unknown_name("allocation", name, ALLOCATIONS, where)
@@ -121,12 +121,13 @@ def find_allocation(name: str) -> Allocation:
 def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = None) -> Widths:
     """The widths of least total loss at the wanted sparsity.
 
-    Without profiles, all layers are taken to lose alike: a forecast where the rule measures.
+    Without profiles, the same loss curve is assumed for all layers: if the rule measures, this is
+    a forecast.
 
     Raises:
-        ValueError: an unknown rule, infinite scores that it cannot compare, a kind's own sparsity
-            that removes nothing, or no widths come within `TOLERANCE`; lists the sparsities next to
-            the one asked.
+        ValueError: the rule is unknown, scores that it compares are infinite, the sparsity of one
+            kind removes nothing, or no widths come within `TOLERANCE` of the sparsity; the message
+            lists the nearest sparsities that can be reached.
     """
     rule = find_allocation(config.allocation)
     if rule.per_layer:
@@ -138,19 +139,20 @@ def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = 
                 (kind, layer): rule.loss(profile, budgets[kind])
                 for (kind, layer), profile in profiles.items()
             }
-        widths, said = widths_by_layer(budgets, config, curves), budgets[ATTENTION].said
-        if said is not None and max(widths[ATTENTION]) not in said:
-            curves = with_representable_widest(curves, widths[ATTENTION], said)
+        widths = widths_by_layer(budgets, config, curves)
+        representable = budgets[ATTENTION].representable
+        if representable is not None and max(widths[ATTENTION]) not in representable:
+            curves = with_representable_widest(curves, widths[ATTENTION], representable)
             widths = widths_by_layer(budgets, config, curves)
     else:
         widths = one_width_a_kind(budgets, config)
-    if profiles is None:  # once for a plan; what is measured moves units, and not their number
+    if profiles is None:  # once per plan: measurements only move units between layers
         _check_own_sparsities(budgets, widths, config)
     return widths
 
 
 def expected_loss(budgets: Budgets, widths: Widths, rule: str, profiles: Profiles) -> float:
-    """The sum over all groups of what they lose at `widths` by a rule that reads profiles."""
+    """The total loss of all groups at `widths`, by a rule that reads profiles."""
     loss = find_allocation(rule).loss
     assert loss is not None
     return sum(
@@ -171,7 +173,7 @@ def _check_finite(profiles: Profiles, config: GrailConfig) -> None:
 
 
 def _check_own_sparsities(budgets: Budgets, widths: Widths, config: GrailConfig) -> None:
-    """Warn where a kind's own sparsity is missed by far; raise ValueError where nothing goes."""
+    """Warn if a kind misses its own sparsity by far; raise ValueError if it loses no units."""
     for kind, asked in ((ATTENTION, config.attention_sparsity), (MLP, config.mlp_sparsity)):
         if not asked:
             continue
@@ -193,15 +195,15 @@ def _check_own_sparsities(budgets: Budgets, widths: Widths, config: GrailConfig)
 
 
 def _nothing_goes(kind: str, asked: float, budget: Budget, config: GrailConfig) -> str:
-    """Why a kind's own sparsity removes no unit of those of a budget."""
+    """Why a kind's own sparsity removes none of the units of a budget."""
     units, per_layer = budget.num_units, find_allocation(config.allocation).per_layer
     widths = budget.widths if per_layer else budget.uniform_widths
     narrower = [width for width in widths if width < units]
     if not narrower:
         return (
-            f"{kind}_sparsity={asked:g} cannot be had: with multiple_of={config.multiple_of} and "
-            f"attention_unit={config.attention_unit!r}, no layer's {kind} can have fewer than its "
-            f"{units} units; use {kind}_sparsity=0"
+            f"{kind}_sparsity={asked:g} cannot be reached: with multiple_of={config.multiple_of} "
+            f"and attention_unit={config.attention_unit!r}, no layer's {kind} can have fewer than "
+            f"its {units} units; use {kind}_sparsity=0"
         )
     apart = budget.layers - len(budget.ignored) if per_layer else 1
     least = (units - max(narrower)) / (units * apart)

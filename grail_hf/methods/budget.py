@@ -1,4 +1,4 @@
-"""What the units of a kind cost, and what was measured of each group."""
+"""`Budget`: what the units of one kind cost. `Profile`: what was measured of one group."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 Widths = dict[str, tuple[int, ...]]
-"""Kind -> units kept, one number a layer."""
+"""Kind -> units kept in each layer."""
 Curve = Mapping[int, float]
-"""Width -> loss, for every width there can be."""
+"""Width -> loss, for every possible width."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kind of group costs.
+    """What one kind of group costs, and the widths that it can have.
 
     Attributes:
-        num_units: units in a layer before.
-        unit_cost: projection parameters that one unit holds.
-        fixed_cost: projection parameters of a layer with units that stay whatever the width.
+        num_units: units per layer before the reduction.
+        unit_cost: projection parameters per unit.
+        fixed_cost: projection parameters per layer with units that do not depend on the width.
         step: widths are multiples of this.
-        layers: decoder layers.
-        ignored: of these, the ones that keep their width.
-        absent: of the ignored, the ones that have no such units; their width is 0.
+        layers: number of decoder layers.
+        ignored: layers that keep their width.
+        absent: those of the ignored layers that have no such units; their width is 0.
         whole_cost: projection parameters of the absent layers' blocks together.
-        said: widths that the config can say of all layers alike, with the full one; None: any.
-        remedy: setting with which it could say more; empty where there is none.
+        representable: widths that the config can represent as one width for all layers, the full
+            one included; None if it can represent any.
+        remedy: setting that makes more widths representable; empty if there is none.
     """
 
     num_units: int
@@ -38,43 +39,45 @@ class Budget:
     ignored: frozenset[int] = frozenset()
     absent: frozenset[int] = frozenset()
     whole_cost: int = 0
-    said: frozenset[int] | None = None
+    representable: frozenset[int] | None = None
     remedy: str = ""
 
     def cost(self, width: int) -> int:
-        """Projection parameters in all layers, of which those not ignored have `width` units."""
+        """Projection parameters in all layers if those not ignored have `width` units."""
         return self.cost_of(self.in_all_layers(width))
 
     def cost_of(self, widths: Sequence[int]) -> int:
-        """Projection parameters in all layers, with a width for each."""
+        """Projection parameters in all layers, given the width of each."""
         fixed = (self.layers - len(self.absent)) * self.fixed_cost
         return self.whole_cost + fixed + sum(widths) * self.unit_cost
 
     def in_all_layers(self, width: int) -> tuple[int, ...]:
-        """`width` in every layer that is not ignored."""
+        """The width of each layer if those not ignored have `width` units."""
         kept = {layer: self.num_units for layer in self.ignored} | dict.fromkeys(self.absent, 0)
         return tuple(kept.get(layer, width) for layer in range(self.layers))
 
     @property
     def free_cost(self) -> int:
-        """Projection parameters that the units hold in the layers that are not ignored."""
+        """Projection parameters of the units in the layers that are not ignored."""
         return (self.layers - len(self.ignored)) * self.num_units * self.unit_cost
 
     def nearest(self, fraction: float) -> int:
-        """The uniform width that is nearest to this fraction of the units."""
+        """The uniform width nearest to this fraction of the units."""
         return min(self.uniform_widths, key=lambda width: abs(width - fraction * self.num_units))
 
     @property
     def widths(self) -> list[int]:
-        """The widths there can be, ascending. The full width needs to be no multiple."""
+        """The possible widths, ascending. The full width need not be a multiple of `step`."""
         if len(self.ignored) == self.layers:
             return [self.num_units]
         return [*range(self.step, self.num_units, self.step), self.num_units]
 
     @property
     def uniform_widths(self) -> list[int]:
-        """The widths that all layers can have alike, ascending."""
-        return [width for width in self.widths if self.said is None or width in self.said]
+        """The widths that all layers can have together, ascending."""
+        if self.representable is None:
+            return self.widths
+        return [width for width in self.widths if width in self.representable]
 
 
 Budgets = Mapping[str, Budget]
@@ -85,14 +88,14 @@ class Profile:
     """What was measured of one group of the dense model.
 
     Attributes:
-        scores: [units], the selector's.
-        errors: [units + 1], the squared error of the repaired consumer with so many units kept,
-            relative to the energy of the residual stream behind the block.
-        divergences: width -> KL divergence from the dense model, nats a token, of the model in
-            which this group alone is reduced and repaired; measured for a few widths, where the
-            rule asks for it.
-        sensitivity: divergence in nats a token for an error of 1, from one such measurement; 1
-            where the rule does not ask for it.
+        scores: [units], the scores of the selector.
+        errors: [units + 1], entry k is the squared error of the repaired consumer with k units,
+            relative to the energy of the residual stream after the block.
+        divergences: width -> KL divergence from the dense model, in nats per token, of the model
+            in which only this group is reduced and repaired; a few widths, if the allocation reads
+            them.
+        sensitivity: divergence in nats per token for an error of 1, from one such measurement; 1
+            unless the allocation reads it.
     """
 
     scores: Tensor
@@ -102,4 +105,4 @@ class Profile:
 
 
 Profiles = Mapping[tuple[str, int], Profile]
-"""(kind, layer) -> profile, for every group that may lose units."""
+"""(kind, layer) -> profile, for every group that can lose units."""

@@ -1,23 +1,23 @@
-"""Which units to keep or to fold: one pure function a method, and the table `SELECTORS`.
+"""Which units to keep or to fold together: one pure function per method, and `SELECTORS`.
 
-A selector maps a group and the statistics of its consumer's inputs to a score for each unit,
-[units]; units of high score are kept. A `Folding` maps them and the width to a `Reduction` that
-makes clusters of units one. `choose` does with either. With W [O, H] the consumer's weight,
-X [N, H] its inputs over N tokens and W_j, X_j a channel's columns, a score of channels is summed
-over the channels that a unit owns.
+A selector maps a group and the statistics of its consumer's inputs to one score per unit, [units];
+the units of highest score are kept. A selector that folds maps them and the width to a `Reduction`
+that merges clusters of units. `choose` applies either kind. With W [O, H] the consumer's weight,
+X [N, H] its inputs over N tokens and W_j, X_j the columns of channel j, the scores of channels are
+summed over the channels that a unit owns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from grail_hf.config import unknown_name, widest_float
+from grail_hf.config import unknown_name, unwrapped, widest_float
 from grail_hf.methods.clustering import k_means
 from grail_hf.methods.elimination import diagonal_blocks, elimination_order_, gram_blocks, traces
 from grail_hf.methods.gram import GramStats
@@ -26,12 +26,12 @@ from grail_hf.methods.reduction import Reduction
 
 
 class RegionalGradient(NamedTuple):
-    """Root mean square over calibration samples of the gradient by a consumer's weight.
+    """Root mean square over calibration samples of a gradient by a consumer's weight.
 
     Attributes:
-        rms: [O, H] fp32, sqrt(mean over n of (d ||f(X_n)|| / d W_ij)^2), with f the decoder layer
-            that the consumer is in, alone, and X_n a sample's hidden states in front of it.
-        samples: how many.
+        rms: [O, H] fp32, sqrt(mean over n of (d ||f(X_n)|| / d W_ij)^2), where f is the one decoder
+            layer that holds the consumer, and X_n are the hidden states of a sample before it.
+        samples: the number of samples.
     """
 
     rms: Tensor
@@ -39,7 +39,7 @@ class RegionalGradient(NamedTuple):
 
 
 class Units(Protocol):
-    """What a selector may ask of a group."""
+    """What a selector may read of a group."""
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Units(Protocol):
 
     @property
     def producers(self) -> tuple[Tensor, ...]:
-        """Of each producer, [units, features]: a unit's weight rows and biases."""
+        """[units, features] for each producer: the weight rows and biases of each unit."""
 
     @property
     def columns(self) -> int:
@@ -59,43 +59,55 @@ class Units(Protocol):
 
     @property
     def partitions(self) -> int:
-        """Equal consecutive runs of units, each of which keeps equally many."""
+        """Equal consecutive runs of units; each run keeps the same number of units."""
 
     @property
     def seed(self) -> int:
-        """For selectors that draw: differs between groups."""
+        """For selectors that draw random numbers: differs between groups."""
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
-        """By the consumer's weight, computed when asked for: a pass forward and one back."""
+        """Gradient by the consumer's weight, for a `Selector` with `needs_gradient`.
+
+        Raises RuntimeError for any other selector.
+        """
 
 
 @dataclass(frozen=True)
-class Folding:
-    """A selector that folds units together instead of removing some.
+class Selector:
+    """A function that scores or folds the units of a group, and what it needs.
 
     Attributes:
-        clusters: (group, stats, width) -> `Reduction.fold` of labels [units]. There are `width`
-            labels, as many in each partition, and none in two of them.
+        function: (group, stats) -> scores [units], any real dtype; the highest are kept. With
+            `folds`, (group, stats, width) -> `Reduction.fold` of labels [units] with `width`
+            clusters, as many in each partition and none in two of them.
+        ranks_only: the scores order the units of one group, and cannot be compared with those of
+            another group.
+        needs_gradient: the function reads `group.regional_gradient`, which costs a forward and a
+            backward pass of the decoder layer.
+        inverts_gram: the function inverts the Gram matrix, which cost estimates count.
+        folds: the function folds units together instead of scoring them.
     """
 
-    clusters: Callable[[Units, GramStats, int], Reduction]
+    function: Callable[..., Any]
+    ranks_only: bool = False
+    needs_gradient: bool = False
+    inverts_gram: bool = False
+    folds: bool = False
 
-    def __call__(self, group: Units, stats: GramStats, width: int) -> Reduction:
-        return self.clusters(group, stats, width)
-
-
-Scoring = Callable[[Units, GramStats], Tensor]
-Selector = Scoring | Folding
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
+        return self.function(*arguments)
 
 
 def random(group: Units, stats: GramStats) -> Tensor:
-    """Uniform draws from the group's seed: the baseline that any selector must beat."""
+    """Uniform draws from the group's seed: the baseline for every other selector."""
     generator = torch.Generator().manual_seed(group.seed)
     return torch.rand(stats.energy.numel() // group.columns, generator=generator)
 
 
 def magnitude(group: Units, stats: GramStats) -> Tensor:
-    """||W_u||, the Frobenius norm of the unit's consumer columns. Reads no activations."""
+    """||W_u||, the Frobenius norm of the unit's consumer columns. Uses no activations."""
     return _by_unit(group.weight.to(stats.dtype).square().sum(dim=0), group).sqrt()
 
 
@@ -111,15 +123,15 @@ def wanda(group: Units, stats: GramStats) -> Tensor:
 def wanda_plus_plus(group: Units, stats: GramStats, alpha: float = 100.0) -> Tensor:
     """sum_j mean_i (alpha G_ij + ||X_j|| / sqrt(n)) |W_ij| over the unit's columns j, n samples.
 
-    Wanda++'s regional gradient score (arXiv 2503.04992), summed to channels as `wanda` is: G is the
-    root mean square over samples of the gradient of the norm of one decoder layer's output, taken
-    inside that layer alone. This is the one selector that uses automatic differentiation. G is
-    of a sample, so ||X_j|| is too: sums over all tokens are divided by n, as in Wanda's code, and
-    what alpha = 100 means does not depend on how many samples there are. Of Wanda++ this is the
-    score; its other half, steps of an optimiser that trains each layer's weights towards the dense
-    output, is not done here.
+    Wanda++'s regional gradient score (arXiv 2503.04992), summed to channels as `wanda` is. G is the
+    root mean square over samples of the gradient of the norm of one decoder layer's output with
+    respect to the weight, within that layer alone. This is the only selector that uses automatic
+    differentiation. G is an average over samples, so ||X_j|| is averaged too: as in Wanda's code,
+    sums over all tokens are divided by n, and the meaning of alpha = 100 does not depend on the
+    number of samples. Only the score of Wanda++ is implemented; its second half, which trains each
+    layer's weights towards the dense output, is not.
     """
-    gradient = group.regional_gradient()
+    gradient = group.regional_gradient
     weight = group.weight.to(stats.dtype)
     norms = (stats.energy / gradient.samples).sqrt()
     salience = ((alpha * gradient.rms.to(weight) + norms) * weight.abs()).mean(dim=0)
@@ -129,9 +141,9 @@ def wanda_plus_plus(group: Units, stats: GramStats, alpha: float = 100.0) -> Ten
 def flap(group: Units, stats: GramStats) -> Tensor:
     """sum_j var(X_j) ||W_j||^2 over the unit's columns j.
 
-    FLAP's WIFV, weighted input feature variance (arXiv 2312.11983): what a channel
-    puts out beyond its mean, which a bias could make up for. Nothing is standardised between
-    groups: that would be a matter of the allocation, and cannot change the order within a group.
+    FLAP's WIFV, weighted input feature variance (arXiv 2312.11983): what a channel contributes
+    beyond its mean, which a bias could replace. Scores are not standardised across groups: that is
+    left to the allocation, and would not change the order within a group.
     """
     energy = group.weight.to(stats.dtype).square().sum(dim=0)
     return _by_unit(_variance(stats) * energy, group)
@@ -140,14 +152,14 @@ def flap(group: Units, stats: GramStats) -> Tensor:
 def flap_wifn(group: Units, stats: GramStats) -> Tensor:
     """sum_j mean_i |W_ij| ||X_j|| / sqrt(N) over the unit's columns j.
 
-    FLAP's WIFN, weighted input feature norm (arXiv 2312.11983, and its code). Within a group it
-    orders the units as `wanda` does: only the scale differs.
+    FLAP's WIFN, weighted input feature norm (arXiv 2312.11983 and its code). Within a group it
+    orders the units as `wanda` does; only the scale differs.
     """
     return wanda(group, stats) / math.sqrt(max(stats.count, 1))
 
 
 def flap_ifv(group: Units, stats: GramStats) -> Tensor:
-    """sum_j var(X_j) over the unit's columns j. Reads no weights.
+    """sum_j var(X_j) over the unit's columns j. Uses no weights.
 
     FLAP's IFV, input feature variance (arXiv 2312.11983).
     """
@@ -157,27 +169,27 @@ def flap_ifv(group: Units, stats: GramStats) -> Tensor:
 def slimgpt(group: Units, stats: GramStats, damping: float = 0.01) -> Tensor:
     """tr(W_u (P_uu)^-1 W_u^T) with P = (G + damping * mean(diag G) * I)^-1.
 
-    The error that removing unit u alone adds when all other units are refitted: SlimGPT's (arXiv
-    2412.18110). Where a unit owns one column j, this is ||W_j||^2 / P_jj; an attention head is
-    scored as one block, not as a sum of its channels. One shot: units that can stand in for each
-    other all score low, which `gram` mends by eliminating one at a time.
+    SlimGPT's score (arXiv 2412.18110): the error that removing unit u alone adds when all other
+    units are refitted. For a unit of one column j this is ||W_j||^2 / P_jj; an attention head is
+    scored as one block, not as the sum of its channels. The scores are computed once: units that
+    can replace each other all score low, which `obs` avoids by eliminating one unit at a time.
     """
     factor, _ = damped_cholesky(stats.moments.dense, damping, group.name)
     blocks = diagonal_blocks(cholesky_inverse_(factor), group.columns)
     return traces(blocks, gram_blocks(group.weight.to(stats.dtype), group.columns))
 
 
-def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
-    """The step at which greedy elimination on the Gram removes the unit.
+def obs(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
+    """The step at which greedy elimination on the Gram matrix removes the unit.
 
-    Removing unit u from those left, and repairing the rest by least squares, adds the error
+    Optimal brain surgeon (Hassibi & Stork 1993) on whole units. Removing unit u from those left,
+    and repairing the others by least squares, adds the error
 
-        tr(W_u (P_uu)^-1 W_u^T),   P = (G + damping * mean(diag G) * I)^-1 over the units left,
+        tr(W_u (P_uu)^-1 W_u^T),   P = (G + damping * mean(diag G) * I)^-1 over the units left.
 
-    (optimal brain surgeon; Hassibi & Stork 1993). The cheapest unit goes, W and P are updated
-    exactly, and so on, from the weight that fits the target best. Unlike one-shot scores this
-    sees that two like units can stand in for each other, but not both go. Within partitions the
-    units go in turns.
+    The unit of least error is removed, W and P are updated exactly, and so on, starting from the
+    weight that fits the target best. Unlike scores that are computed once, this accounts for units
+    that can replace each other, of which one has to stay. Partitions lose units in turns.
     """
     missing = None if stats.cross is None else stats.missing_of(group.weight.to(stats.dtype))
     factor, _ = damped_cholesky(stats.moments.dense, damping, group.name)
@@ -192,19 +204,18 @@ def gram(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     return scores
 
 
-@Folding
 def fold(group: Units, stats: GramStats, width: int) -> Reduction:
     """Weighted k-means on the units' producer rows.
 
-    Model folding (arXiv 2502.10216): units whose producers are alike become one, whose producers
-    are their mean. Unlike there, a unit weighs what it puts out, sum_j ||W_j||^2 ||X_j||^2 over its
-    columns, in the clustering and in the mean: to move its producers costs as much, and one that
-    nothing reads moves none.
+    Model folding (arXiv 2502.10216): units with similar producers become one unit, whose producers
+    are their mean. Unlike in the paper, units are weighted by the energy of what they contribute,
+    sum_j ||W_j||^2 ||X_j||^2 over their columns, in the clustering and in the mean, because that is
+    the cost of moving their producers.
 
-    A unit is the point of all its producers' rows and biases together (a channel's gate and up; a
-    KV group's q, k and v), since it is like another only if it is in all of them. Each producer is
-    divided by the root of its total variance over the units, so that none decides by its scale or
-    by how many rows it has. Clusters stay within partitions.
+    The point of a unit is the concatenation of the rows and biases of all its producers (gate and
+    up of a channel; q, k and v of a KV group), so that similar units are similar in all of them.
+    Each producer is divided by the root of its total variance over the units, so that neither its
+    scale nor its number of rows matters. Clusters stay within partitions.
     """
     parts = []
     for rows in group.producers:
@@ -229,7 +240,7 @@ def fold(group: Units, stats: GramStats, width: int) -> Reduction:
 
 
 def _variance(stats: GramStats) -> Tensor:
-    """[H], the inputs' variance over the tokens; not negative, whatever the rounding."""
+    """[H], the variance of the inputs over the tokens, clamped at 0 against rounding."""
     centred = stats.energy - stats.total.square() / max(stats.count, 1)
     return centred.clamp(min=0) / max(stats.count - 1, 1)
 
@@ -239,39 +250,30 @@ def _by_unit(channel_scores: Tensor, group: Units) -> Tensor:
     return channel_scores.reshape(-1, group.columns).sum(dim=1)
 
 
-SELECTORS: dict[str, Selector] = {
-    "random": random,
-    "magnitude": magnitude,
-    "wanda": wanda,
-    "wanda++": wanda_plus_plus,
-    "flap": flap,
-    "flap-wifn": flap_wifn,
-    "flap-ifv": flap_ifv,
-    "slimgpt": slimgpt,
-    "gram": gram,
-    "fold": fold,
-}
-# Their scores say which of a group's units go first, and nothing of two groups.
-RANKS = (random, gram)
+def find_selector(selector: str | Callable[..., Any]) -> Selector:
+    """The `Selector` of a name in `SELECTORS` or `ALIASES`, or of a function.
 
-
-def find_selector(selector: str | Selector) -> Selector:
-    """The selector of a name; a function or a `Folding` is returned as it is.
-
-    Raises ValueError with the nearest known name.
+    A `Selector` is returned as it is. A function (group, stats) -> scores becomes one; a function
+    from the table, with or without arguments bound by `functools.partial`, keeps its attributes.
+    Raises ValueError for an unknown name, with the nearest known one.
     """
-    if not isinstance(selector, str):
+    if isinstance(selector, Selector):
         return selector
-    if selector not in SELECTORS:
+    if not isinstance(selector, str):
+        function = unwrapped(selector)
+        known = (one for one in SELECTORS.values() if one.function is function)
+        return replace(next(known, Selector(selector)), function=selector)
+    name = ALIASES.get(selector, selector)
+    if name not in SELECTORS:
         where = "SELECTORS in grail_hf/methods/selectors.py, or passed as a function"
-        raise unknown_name("selector", selector, SELECTORS, where)
-    return SELECTORS[selector]
+        raise unknown_name("selector", name, SELECTORS, where)
+    return SELECTORS[name]
 
 
 def check_scores(scores: object, group: Units, name: str) -> Tensor:
-    """Return what the selector `name` gave for `group` if it is a score for each unit.
+    """Return the scores that the selector `name` gave for `group`, if they are valid.
 
-    Raises ValueError for anything but a real tensor [units] without NaN; infinities count.
+    Raises ValueError for anything but a real tensor [units] without NaN; infinities are allowed.
     """
     units = group.weight.shape[1] // group.columns
     if not isinstance(scores, Tensor):
@@ -286,29 +288,29 @@ def check_scores(scores: object, group: Units, name: str) -> Tensor:
         return scores.detach().to(group.weight.device)
     raise ValueError(
         f"selector {name!r} returned {got} for {group.name}: it must return a real tensor of "
-        f"shape [{units}], a score for each unit, of which the highest are kept"
+        f"shape [{units}], one score per unit, of which the highest are kept"
     )
 
 
 def choose(select: Selector, group: Units, stats: GramStats, width: int, name: str) -> Reduction:
-    """The units of `group` to keep or to fold so that `width` are left.
+    """Keep or fold units of `group` so that `width` are left.
 
-    Raises ValueError, by the selector's `name`, where it does not give what it must.
+    Raises ValueError, naming the selector as `name`, if it returns anything invalid.
     """
     units = group.weight.shape[1] // group.columns
     if width == units:
         return Reduction(torch.arange(units, device=group.weight.device), units)
-    if isinstance(select, Folding):
+    if select.folds:
         return check_clusters(select(group, stats, width), group, width, name)
     scores = check_scores(select(group, stats), group, name)
     return Reduction.keep_top(scores, width, group.partitions)
 
 
 def check_clusters(reduction: object, group: Units, width: int, name: str) -> Reduction:
-    """Return what the folding selector `name` gave if it makes `width` clusters of the units.
+    """Return what the selector `name` gave, if it folds the units to `width` clusters.
 
     Raises ValueError for anything but a `Reduction` that folds, with as many clusters in each
-    partition, and none in two of them.
+    partition and none in two of them.
     """
     units = group.weight.shape[1] // group.columns
     if not isinstance(reduction, Reduction) or reduction.labels is None:
@@ -327,11 +329,17 @@ def check_clusters(reduction: object, group: Units, width: int, name: str) -> Re
     )
 
 
-def needs_gradient(s: Selector) -> bool:
-    from grail_hf.config import unwrapped
-
-    return unwrapped(s) is wanda_plus_plus
-
-
-def folds(s: Selector) -> bool:
-    return isinstance(s, Folding)
+SELECTORS: dict[str, Selector] = {
+    "random": Selector(random, ranks_only=True),
+    "magnitude": Selector(magnitude),
+    "wanda": Selector(wanda),
+    "wanda++": Selector(wanda_plus_plus, needs_gradient=True),
+    "flap": Selector(flap),
+    "flap-wifn": Selector(flap_wifn),
+    "flap-ifv": Selector(flap_ifv),
+    "slimgpt": Selector(slimgpt, inverts_gram=True),
+    "obs": Selector(obs, ranks_only=True, inverts_gram=True),
+    "fold": Selector(fold, folds=True),
+}
+# Earlier names, which saved configs still hold.
+ALIASES = {"gram": "obs"}

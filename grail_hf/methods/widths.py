@@ -1,4 +1,4 @@
-"""The widths of least total loss at a sparsity: one for all layers, or one for each."""
+"""The widths of least total loss at a sparsity: one for all layers, or one for each layer."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from itertools import pairwise, product
 from grail_hf.config import ATTENTION, EXPERTS, MLP, GrailConfig
 from grail_hf.methods.budget import Budget, Budgets, Curve, Widths
 
-# Largest distance between the sparsity asked for and the one reached.
+# Largest distance between the requested sparsity and the one reached.
 TOLERANCE = 0.005
-# transformers multiplies experts' weights in one grouped product, which asks for rows of a multiple
-# of 16 bytes: 8 channels in half precision, whatever precision the checkpoint is loaded in.
+# transformers multiplies experts' weights in one grouped product, which needs rows of a multiple of
+# 16 bytes: 8 channels in half precision, in which any checkpoint may be loaded.
 EXPERTS_STEP = 8
-# Ways to split the budget that are measured, for each kind of attention unit.
+# Most splits of the budget to measure, for each kind of attention unit.
 MOST_SPLITS = 6
 
 
 def leading_kind(budgets: Budgets) -> str:
-    """Of several kinds, the one that most can be removed of; a mixture's others go by it."""
+    """The kind with the most removable parameters, which other kinds of a mixture follow."""
     return max(budgets, key=lambda kind: budgets[kind].free_cost)
 
 
 def one_width_a_kind(budgets: Budgets, config: GrailConfig) -> Widths:
-    """One width per kind for all layers not ignored, so that both kinds keep about as much.
+    """One width per kind for all layers not ignored; both kinds keep about the same fraction.
 
-    Attention units are coarse, so their number is rounded to the nearest, and the MLP width takes
-    up the difference.
+    Attention units are coarse, so their number is rounded to the nearest, and the MLP width makes
+    up for the difference.
     """
     every = _reaching(budgets, config)
     if config.sparsity is None:
         return next(iter(every.values()))
     units, kept = budgets[ATTENTION].num_units, 1 - config.sparsity
-    # The least difference between the kinds' kept fractions; of equals, the wider attention.
+    # The least difference between the kept fractions; ties go to the wider attention.
     return every[min(every, key=lambda heads: (abs(heads / units - kept), -heads))]
 
 
 def splits(budgets: Budgets, config: GrailConfig) -> list[Widths]:
-    """At most `MOST_SPLITS` ways to split the budget between attention and MLP, to choose from.
+    """At most `MOST_SPLITS` candidates for the split of the budget between attention and MLP.
 
-    One width a kind, from whole attention to half of what the sparsity leaves of it. Where there
-    are many, every second, fourth, ... number of attention units: powers of two, as tensor
-    parallelism likes.
+    Each has one width per kind, from full attention down to half the fraction that the sparsity
+    keeps. If there are too many, only multiples of 2, 4, 8, ... attention units are candidates,
+    which suit tensor parallelism.
     """
     assert config.sparsity is not None
     units = budgets[ATTENTION].num_units
@@ -58,9 +58,9 @@ def splits(budgets: Budgets, config: GrailConfig) -> list[Widths]:
 def _reaching(budgets: Budgets, config: GrailConfig) -> dict[int, Widths]:
     """Attention width -> widths with the MLP width that comes nearest to the sparsity.
 
-    Those that come within `TOLERANCE`; without a sparsity of the whole, the one that the kinds' own
-    give. In a mixture, the MLP width is that of the blocks that hold most, and the others keep the
-    same fraction.
+    Only widths within `TOLERANCE` of the sparsity are included. Without a total sparsity, each kind
+    has its own, which gives one entry. In a mixture of experts, the MLP width is that of the
+    leading kind, and the other kinds keep the same fraction.
     """
     attention = budgets[ATTENTION]
     mlps = {kind: budget for kind, budget in budgets.items() if kind != ATTENTION}
@@ -108,7 +108,7 @@ def _reaching(budgets: Budgets, config: GrailConfig) -> dict[int, Widths]:
 
 
 def _own_widths(kind: str, budget: Budget, sparsity: float | None) -> list[int]:
-    """The widths to choose from: all, or the one nearest to the kind's own sparsity."""
+    """The candidate widths: all, or the one nearest to the kind's own sparsity."""
     if sparsity is None:
         return budget.uniform_widths
     _check_not_ignored(kind, budget, sparsity)
@@ -126,7 +126,7 @@ def _check_not_ignored(kind: str, budget: Budget, sparsity: float) -> None:
 def widths_by_layer(
     budgets: Budgets, config: GrailConfig, curves: Mapping[tuple[str, int], Curve]
 ) -> Widths:
-    """A width for each group: the marginal loss of a removed parameter is the same everywhere."""
+    """A width for each group, so that the marginal loss per parameter is the same everywhere."""
     total = sum(budget.cost(budget.num_units) for budget in budgets.values())
     widths = {
         kind: list(budget.in_all_layers(budget.num_units)) for kind, budget in budgets.items()
@@ -149,7 +149,7 @@ def widths_by_layer(
         wanted = (1 - config.sparsity) * total
 
         def missing() -> float:
-            """Parameters still to be removed."""
+            """Parameters that remain to be removed."""
             return sum(budgets[kind].cost_of(widths[kind]) for kind in budgets) - wanted
 
         shrink(together, missing())
@@ -165,20 +165,20 @@ def widths_by_layer(
 
 
 def with_representable_widest(
-    curves: Mapping[tuple[str, int], Curve], widths: Sequence[int], said: frozenset[int]
+    curves: Mapping[tuple[str, int], Curve], widths: Sequence[int], representable: frozenset[int]
 ) -> dict[tuple[str, int], Curve]:
-    """The curves without attention widths whose widest might be one that the config cannot say.
+    """The curves, restricted so that the config can represent the widest attention.
 
-    Only the widest layer's is the config's own value; the other layers have entries of theirs. So
-    the layer that is widest in `widths` gets the next width that can be said, or a wider one, and
-    the others one that can be said, or any that is narrower than that.
+    The width of the widest layer is the config's own value; narrower layers have entries of their
+    own. So the layer that is widest in `widths` is left the representable widths above its own, and
+    every other layer is left the representable widths and those below all that the first may have.
     """
-    first, least = widths.index(max(widths)), min(w for w in said if w > max(widths))
+    first, least = widths.index(max(widths)), min(w for w in representable if w > max(widths))
 
     def stays(slot: tuple[str, int], width: int) -> bool:
         if slot == (ATTENTION, first):
-            return width in said and width >= least
-        return slot[0] != ATTENTION or width in said or width < least
+            return width in representable and width >= least
+        return slot[0] != ATTENTION or width in representable or width < least
 
     return {
         slot: {width: loss for width, loss in curve.items() if stays(slot, width)}
@@ -192,11 +192,11 @@ def _spend(
     """Widths that remove about `parameters` at the least loss.
 
     The segments of the curves' lower convex hulls are taken in the order of their slopes, which is
-    optimal wherever they end. A segment that is too long is taken as far as it fits, and finer
-    ones that follow take what is left.
+    optimal at the end of each segment. A segment that is too long is taken as far as it fits, and
+    finer segments after it remove the rest.
     """
     widths = {slot: max(curve) for slot, curve in curves.items()}
-    if parameters <= 0:  # a step of less than half the finest would go all the same
+    if parameters <= 0:  # the rounding below would still take half of the finest step
         return widths
     segments = [
         (slot, wide, narrow) for slot, curve in curves.items() for wide, narrow in _hull(curve)
@@ -227,9 +227,9 @@ def _exchanged(
     widths: Mapping[tuple[str, int], int],
     left: float,
 ) -> dict[tuple[str, int], int]:
-    """Widths that remove `left` parameters more, where all steps that are left are too long.
+    """Widths that remove `left` more parameters when every remaining step is too long.
 
-    The step that costs least is taken all the same, and finer ones are taken back for it.
+    The step of least loss is taken anyway, and finer steps of other groups are undone in exchange.
     """
     widths = dict(widths)
     steps = [
@@ -255,7 +255,7 @@ def _exchanged(
 
 
 def _hull(curve: Curve) -> list[tuple[int, int]]:
-    """The lower convex hull of a curve: (wide, narrow) segments, from the full width down."""
+    """The lower convex hull of a curve as (wide, narrow) segments, from the full width down."""
     hull: list[int] = []
     for width in sorted(curve, reverse=True):
         while len(hull) > 1:
@@ -270,7 +270,7 @@ def _hull(curve: Curve) -> list[tuple[int, int]]:
 
 
 def all_layers_alike(budgets: Budgets) -> dict[tuple[str, int], Curve]:
-    """Curves by which every group keeps about the same fraction."""
+    """Curves for which every group keeps about the same fraction."""
     return {
         (kind, layer): {
             width: budget.unit_cost * (budget.num_units - width) ** 2 / budget.num_units
@@ -294,16 +294,16 @@ def _unreachable(
         remedies.append("a smaller multiple_of")
     if config.mlp_sparsity is not None or config.attention_sparsity is not None:
         remedies.append("drop mlp_sparsity or attention_sparsity")
-    said, attention = "", budgets[ATTENTION]
+    limits, attention = "", budgets[ATTENTION]
     if attention.uniform_widths != attention.widths:
         remedies += [attention.remedy] if attention.remedy else []
-        said = (
+        limits = (
             f", where of {attention.num_units} attention units a layer the config can keep "
             f"{', '.join(map(str, attention.uniform_widths))}"
         )
     return (
         f"sparsity={wanted:g} cannot be reached within {100 * TOLERANCE:g} points with "
         f"multiple_of={config.multiple_of}, attention_unit={config.attention_unit!r} and "
-        f"ignore={list(config.ignore)}{said}; reachable nearby: "
+        f"ignore={list(config.ignore)}{limits}; reachable nearby: "
         f"{', '.join(f'{value:.4f}' for value in below + above)}: {', or '.join(remedies)}"
     )

@@ -69,6 +69,7 @@ class Expert:
         sizes = [self.num_units * per_unit for per_unit in self.group.producer.rows]
         return tuple(part.reshape(self.num_units, -1) for part in torch.split(rows, sizes))
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
         """Raises RuntimeError: it is not computed for experts."""
         return required_gradient(self)

@@ -133,7 +133,9 @@ class Group:
 
     def in_units_of(self, spec: GroupSpec) -> Group:
         """The same block, its channels divided into other units."""
-        return type(self)(self.layer, spec, self.layer_name, self.seed)
+        group = type(self)(self.layer, spec, self.layer_name, self.seed)
+        group.gradient = self.gradient
+        return group
 
     @property
     def parts(self) -> Sequence[Part]:
@@ -195,6 +197,7 @@ class Group:
         """[O, H], the consumer's weight, detached."""
         return self.projection(self.spec.consumer).weight
 
+    @property
     def regional_gradient(self) -> RegionalGradient:
         """By the consumer's weight. Raises RuntimeError where it is not computed."""
         return required_gradient(self)

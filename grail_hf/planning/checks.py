@@ -1,22 +1,18 @@
-"""What is refused, and why, before a weight or a calibration token is read."""
+"""Refusals of settings, each with its reason, before weights or calibration tokens are read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from grail_hf.config import ATTENTION, MLP, GrailConfig, unwrapped
+from grail_hf.config import ATTENTION, MLP, GrailConfig
 from grail_hf.methods.allocation import find_allocation
-from grail_hf.methods.selectors import RANKS, Folding, Selector, wanda_plus_plus
+from grail_hf.methods.selectors import Selector
 from grail_hf.models.groups import Group
 from grail_hf.models.schema import GroupSpec
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: GrailConfig) -> None:
-    """Raise ValueError where what is asked for is what this model type does not offer."""
+    """Raise ValueError if the config narrows a kind of block that this model type keeps whole."""
     refused = {}
     for kind in (ATTENTION, MLP):
         of_kind = [
@@ -31,13 +27,13 @@ def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: Gr
         asked = getattr(config, f"{kind}_sparsity")
         if asked:
             raise ValueError(
-                f"{kind}_sparsity={asked:g} cannot be had: a stock {model_type} keeps its {kind} "
-                f"whole, because {reason}; use {kind}_sparsity=0, or sparsity alone"
+                f"{kind}_sparsity={asked:g} cannot be reached: a stock {model_type} keeps its "
+                f"{kind} whole, because {reason}; use {kind}_sparsity=0, or sparsity alone"
             )
     if config.sparsity and len(refused) == 2:
         raise ValueError(
-            f"sparsity={config.sparsity:g} cannot be had: a stock {model_type} can become narrower "
-            "nowhere; "
+            f"sparsity={config.sparsity:g} cannot be reached: no block of a stock {model_type} can "
+            "be narrowed; "
             + "; ".join(f"its {kind} stays whole because {why}" for kind, why in refused.items())
             + "; choose a model of another type"
         )
@@ -46,22 +42,22 @@ def check_offered(groups: Sequence[Sequence[Group]], model_type: str, config: Gr
 def check_experts(
     specs: Sequence[Sequence[GroupSpec]], select: Selector, config: GrailConfig
 ) -> None:
-    """Raise ValueError for settings that are not offered for a mixture of experts."""
+    """Raise ValueError for settings that a mixture of experts does not support."""
     if not any(spec.experts for layer in specs for spec in layer):
         return
     if find_allocation(config.allocation).measures:
         raise ValueError(
-            f"allocation={config.allocation!r} measures what each width of a block loses, which is "
-            "not known for experts, since each has tokens of its own: use allocation='uniform'"
+            f"allocation={config.allocation!r} measures the loss of each width of a block, which "
+            "is not defined for experts, since each has its own tokens: use allocation='uniform'"
         )
     if config.mlp_sparsity == 0:
         return
-    if isinstance(select, Folding):
+    if select.folds:
         raise ValueError(
             f"selector={config.selector_name!r} folds units together, which is not offered for "
             "experts: choose a selector that removes them, or mlp_sparsity=0"
         )
-    if unwrapped(select) is wanda_plus_plus:
+    if select.needs_gradient:
         raise ValueError(
             f"selector={config.selector_name!r} needs a gradient, which is not computed for "
             "experts: choose another selector, for example 'wanda', or mlp_sparsity=0"
@@ -69,10 +65,8 @@ def check_experts(
 
 
 def check_comparable(select: Selector, config: GrailConfig) -> None:
-    """Raise ValueError where the allocation compares scores of groups, and they only order one."""
-    if find_allocation(config.allocation).compares_scores and (
-        isinstance(select, Folding) or unwrapped(select) in RANKS
-    ):
+    """Raise ValueError if the allocation compares scores that only rank the units of one group."""
+    if find_allocation(config.allocation).compares_scores and (select.folds or select.ranks_only):
         raise ValueError(
             f"allocation={config.allocation!r} compares the scores of all groups, and "
             f"selector={config.selector_name!r} only orders the units of each: use "
@@ -81,7 +75,7 @@ def check_comparable(select: Selector, config: GrailConfig) -> None:
 
 
 def check_tied(groups: Sequence[Sequence[Group]], widths: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError where two blocks of a layer would need two values of one config key."""
+    """Raise ValueError if two blocks of a layer would need two values of one config key."""
     for index, layer in enumerate(groups):
         units = {group.kind: group.num_units for group in layer}
         for group in layer:
@@ -96,20 +90,21 @@ def check_tied(groups: Sequence[Sequence[Group]], widths: Mapping[str, Sequence[
 
 
 def check_one_width(config: GrailConfig, model_type: str, reason: str) -> None:
-    """Raise ValueError where the allocation gives each layer a width of its own."""
+    """Raise ValueError if the allocation gives each layer a width of its own."""
     if find_allocation(config.allocation).per_layer:
         raise ValueError(
             f"allocation={config.allocation!r} gives layers widths that differ, which a "
-            f"{model_type} cannot say because {reason}: use allocation='uniform'"
+            f"{model_type} cannot represent because {reason}: use allocation='uniform'"
         )
 
 
 def check_equal(widths: Mapping[str, Sequence[int]], model_type: str, reason: str) -> None:
+    """Raise ValueError if layers that have units of one kind differ in their number."""
     for kind, numbers in widths.items():
         different = sorted(set(numbers) - {0})
         if len(different) > 1:
             raise ValueError(
                 f"the layers' {kind} widths {different} differ, which a {model_type} "
-                f"cannot say because {reason}: give every layer the same width (no single layers "
-                "in ignore)"
+                f"cannot represent because {reason}: give every layer the same width (no "
+                "single layers in ignore)"
             )

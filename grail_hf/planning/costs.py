@@ -16,7 +16,6 @@ from grail_hf.methods.elimination import PANEL
 from grail_hf.methods.linalg import BLOCK, half_square
 from grail_hf.methods.ridge import DAMPINGS
 from grail_hf.methods.ridge import ROWS_TRIED as ROWS_TRIED
-from grail_hf.methods.selectors import Folding
 from grail_hf.methods.widths import MOST_SPLITS
 from grail_hf.models.decoder import decoder_layers
 from grail_hf.models.experts import ExpertsGroup, group_in
@@ -339,8 +338,8 @@ class _Work:
         held_out = config.holds_out
         runs = self.plan.runs(group.spec)
         refits = config.refit_steps > 0 and group.spec.linear is not None
-        folds = (1 if config.targeted else 2) * isinstance(self.plan.select, Folding)
-        eliminates = kept < inputs and config.selector in ("gram", "slimgpt")
+        folds = (1 if config.targeted else 2) * self.plan.select.folds
+        eliminates = kept < inputs and self.plan.select.inverts_gram
         collects, dampings = 1 + refits, len(DAMPINGS) * held_out
 
         passed = _parameters_per_token(group) - routed * inputs * outputs

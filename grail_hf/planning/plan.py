@@ -19,7 +19,7 @@ from grail_hf.calibration.refit import refit_batches, refit_stride
 from grail_hf.config import ATTENTION, ATTENTION_UNITS, AUTO, EXPERTS, GrailConfig
 from grail_hf.methods.allocation import MLP_MULTIPLES, allocate, expected_loss, find_allocation
 from grail_hf.methods.budget import Budget, Profiles, Widths
-from grail_hf.methods.selectors import Folding, Selector, find_selector
+from grail_hf.methods.selectors import Selector, find_selector
 from grail_hf.methods.widths import EXPERTS_STEP, TOLERANCE
 from grail_hf.models.architectures import find_architecture
 from grail_hf.models.configs import compressed_config, said_widths, switch_on_biases_
@@ -387,7 +387,9 @@ def _sayable(
     if (moves and may_move) or budget.ignored > budget.absent:
         return budget
     return replace(
-        budget, said=said_widths(model_config, specs), remedy="rehome=True" if moves else ""
+        budget,
+        representable=said_widths(model_config, specs),
+        remedy="rehome=True" if moves else "",
     )
 
 
@@ -418,7 +420,7 @@ def _step(group: Group, config: GrailConfig, units: float) -> int:
 def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) -> int:
     """Batches that are run for groups, from layer `first` on, with `number` of calibration."""
     folding = 0
-    if isinstance(plan.select, Folding):
+    if plan.select.folds:
         folding = 1 if config.targeted else 2
     total = 0
     for index, spec in plan.repaired:

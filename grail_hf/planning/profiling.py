@@ -30,13 +30,7 @@ from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
 from grail_hf.methods.ridge import error_curve, ridge
-from grail_hf.methods.selectors import (
-    Selector,
-    check_scores,
-    find_selector,
-    folds,
-    needs_gradient,
-)
+from grail_hf.methods.selectors import SELECTORS, Selector, check_scores
 from grail_hf.methods.widths import splits
 from grail_hf.models.capture import as_returned, forwards_replaced, takes_tuples
 from grail_hf.models.groups import Group
@@ -175,6 +169,8 @@ class _Profiling:
     ) -> None:
         self.plans, self.config, self.candidates = plans, config, candidates
         self.rule = find_allocation(plans[0].allocation)
+        # Folding has no scores: what it can spare is taken to be what greedy elimination can.
+        self.select = SELECTORS["obs"] if plans[0].select.folds else plans[0].select
         fit = list(stream.batches)
         held: list[dict[str, Tensor]] = []
         if self.rule.divergences or self.rule.sensitivities or candidates:
@@ -231,17 +227,20 @@ class _Profiling:
         for position, group in enumerate(fitted.groups):
             stats, energy = moments.pop(0)
             if fitted.index not in self.plans[0].budgets[group.kind].ignored:
+                if self.select.needs_gradient:
+                    group.gradient = fitted.regional_gradient(group)
                 for plan in self.plans:
                     own = group.in_units_of(plan.specs[fitted.index][position])
                     slot = (own.kind, own.num_units, fitted.index)
                     if slot not in self.profiles:
-                        found = self.profiles[slot] = self._measured(fitted, own, stats, energy)
+                        found = self.profiles[slot] = self._measured(own, stats, energy)
                         for width in _widths_of(slot, self.candidates):
                             repaired[slot, width] = _repaired(own, stats, found, width)
                         for width in self._single_widths(plan, own.kind):
                             with _in_place([(own, _repaired(own, stats, found, width))]):
                                 hidden = watched.after(before)
                             self.variants.append(_Variant(slot, width, hidden))
+            group.gradient = None
             del stats
         for variant in self.variants:
             if variant.plan:
@@ -257,18 +256,11 @@ class _Profiling:
             return widths_to_measure(budget, plan.sparsity, 1)
         return []
 
-    def _measured(self, block: Block, group: Group, stats: GramStats, energy: float) -> Profile:
+    def _measured(self, group: Group, stats: GramStats, energy: float) -> Profile:
         """The scores that the selector gives, and the error at every width."""
-        select = self.plans[0].select
-        # Folding has no scores: what it can spare is taken to be what greedy elimination can.
-        select = find_selector("gram") if folds(select) else select
-        if needs_gradient(select):
-            group.gradient = block.regional_gradient(group)
-        measure = partial(_measured, group, stats, energy, select, self.config.selector_name)
-        try:
-            return processes.once(measure, group.name)
-        finally:
-            group.gradient = None
+        name = self.config.selector_name
+        measure = partial(_measured, group, stats, energy, self.select, name)
+        return processes.once(measure, group.name)
 
 
 def _of_candidate(
