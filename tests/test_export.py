@@ -35,11 +35,14 @@ from grail_hf.exports.export import FORMATS, padded_units
 from grail_hf.exports.gguf import (
     PRE_TOKENIZERS,
     ExportError,
+    check_gguf,
     deinterleaved,
     interleaved,
+    plan_gguf,
     rotary_factors,
+    write_gguf,
 )
-from grail_hf.models.architectures import ARCHITECTURES
+from grail_hf.models.architectures import ARCHITECTURES, find_architecture
 from grail_hf.models.configs import ALLOW
 from grail_hf.models.modeling_grail import AUTO_MAP
 
@@ -324,14 +327,14 @@ def test_a_checkpoint_that_does_not_load_whole_is_refused(tmp_path):
 
 
 def test_a_result_that_is_another_function_is_not_put_in_place(tmp_path, monkeypatch):
-    narrowed("qwen3", "query_head")[0].save_pretrained(tmp_path / "in")
-    right = padded_units
-    monkeypatch.setattr(
-        "grail_hf.exports.export.padded_units", lambda *given: right(*given).roll(1, 0)
-    )
+    def other_function(config, architecture):
+        return type(config).from_dict(config.to_dict() | {"rms_norm_eps": 1.0})
+
+    monkeypatch.setitem(FORMATS, "wrong", replace(FORMATS["stock"], config=other_function))
+    tiny_model("qwen3").save_pretrained(tmp_path / "in")
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match="does not compute what"):
-        export(tmp_path / "in", tmp_path / "out", "padded")
+        export(tmp_path / "in", tmp_path / "out", "wrong")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
     assert not list((tmp_path / "out").iterdir())
 
@@ -398,7 +401,7 @@ def read_gguf(path):
 
 
 def byte_level(pattern, ignore_merges):
-    """A byte-level BPE of single bytes that cuts text by a pattern."""
+    """A byte-level BPE of single bytes that splits text by a pattern."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(alphabet)}
     merges = [("a", "b")]
@@ -457,9 +460,9 @@ def test_transformers_reads_the_gguf_back(tmp_path, with_tokenizer, case, sparsi
     assert result.parameters == sum(int(tensor.n_elements) for tensor in tensors)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     assert relative_error(logits(again, batches()), logits(model, batches())) < 1e-5
-    said = read_gguf(tmp_path / "out" / "model.gguf")
+    saved = read_gguf(tmp_path / "out" / "model.gguf")
     config = model.config
-    assert said["general.architecture"] == architecture
+    assert saved["general.architecture"] == architecture
     for key, value in {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
@@ -471,22 +474,22 @@ def test_transformers_reads_the_gguf_back(tmp_path, with_tokenizer, case, sparsi
         "rope.freq_base": 50.0,
         "attention.layer_norm_rms_epsilon": pytest.approx(1e-2),
     }.items():
-        assert said[f"{architecture}.{key}"] == value
+        assert saved[f"{architecture}.{key}"] == value
 
 
 def test_the_tokenizer_is_in_the_file(tmp_path, with_tokenizer, tokenizer, jargon_test):
     with_tokenizer("llama", vocab_size=4096)
     tokenizer.save_pretrained(tmp_path / "in")
     export(tmp_path / "in", tmp_path / "out", "gguf")
-    said = read_gguf(tmp_path / "out" / "model.gguf")
-    assert said["tokenizer.ggml.model"] == "gpt2"
-    assert said["tokenizer.ggml.pre"] == "gpt-2"
-    assert said["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(4096))
-    assert said["tokenizer.ggml.token_type"] == [3] + [1] * 4095
-    assert said["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
-    assert said["tokenizer.ggml.add_bos_token"] is False
+    saved = read_gguf(tmp_path / "out" / "model.gguf")
+    assert saved["tokenizer.ggml.model"] == "gpt2"
+    assert saved["tokenizer.ggml.pre"] == "gpt-2"
+    assert saved["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(4096))
+    assert saved["tokenizer.ggml.token_type"] == [3] + [1] * 4095
+    assert saved["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert saved["tokenizer.ggml.add_bos_token"] is False
     merges = json.loads((tmp_path / "in" / "tokenizer.json").read_text())["model"]["merges"]
-    assert said["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert saved["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
     again = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     text = jargon_test.read_text()[:2000]
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
@@ -551,13 +554,13 @@ def test_rotary_factors_give_the_models_own_frequencies(tmp_path, with_tokenizer
     assert "output.weight" not in tensors
 
 
-def test_linear_scaling_is_said(tmp_path, with_tokenizer):
+def test_linear_scaling_is_written(tmp_path, with_tokenizer):
     rope = {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}
     with_tokenizer("qwen3", rope_parameters=rope)
     export(tmp_path / "in", tmp_path / "out", "gguf")
-    said = read_gguf(tmp_path / "out" / "model.gguf")
-    assert said["qwen3.rope.scaling.type"] == "linear"
-    assert said["qwen3.rope.scaling.factor"] == 3.0
+    saved = read_gguf(tmp_path / "out" / "model.gguf")
+    assert saved["qwen3.rope.scaling.type"] == "linear"
+    assert saved["qwen3.rope.scaling.factor"] == 3.0
 
 
 def test_a_qwen2_of_fewer_heads_is_a_llama_with_biases(tmp_path, with_tokenizer):
@@ -570,19 +573,18 @@ def test_a_qwen2_of_fewer_heads_is_a_llama_with_biases(tmp_path, with_tokenizer)
     assert torch.equal(torch.tensor(tensors["blk.1.attn_q.bias"]), interleaved(bias, 4))
 
 
-@pytest.mark.parametrize("broken", ["interleaved", "_tensor_type"])
-def test_a_gguf_that_differs_is_not_put_in_place(tmp_path, with_tokenizer, monkeypatch, broken):
-    gguf = pytest.importorskip("gguf")
-    with_tokenizer("llama")
-    wrong = {
-        "interleaved": lambda rows, _: rows,
-        "_tensor_type": lambda *_: gguf.GGMLQuantizationType.F16,  # norms too: they are rounded
-    }
-    monkeypatch.setattr(f"grail_hf.exports.gguf.{broken}", wrong[broken])
-    monkeypatch.setattr("grail_hf.exports.gguf._rounding", lambda tensor, _: 0 * tensor)
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "input_layernorm"])
+def test_a_gguf_that_differs_is_found_out(tmp_path, with_tokenizer, name):
+    """By swapped rows of a rotary pair, say, or by a norm that is rounded."""
+    pytest.importorskip("gguf")
+    model, path = with_tokenizer("llama"), tmp_path / "model.gguf"
+    plan = plan_gguf(tmp_path / "in", model.config, find_architecture("llama"))
+    write_gguf(model, plan, path)
+    assert check_gguf(model, plan, path) == 0
+    weight = model.model.layers[1].get_submodule(name).weight.data
+    weight[:2] = weight[:2].flip(0) if weight.ndim == 2 else weight[:2].half() * 1.001
     with pytest.raises(ExportError, match=r"is not in model\.gguf as it is in the model"):
-        export(tmp_path / "in", tmp_path / "out", "gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+        check_gguf(model, plan, path)
 
 
 def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, with_tokenizer):
@@ -591,6 +593,7 @@ def test_numbers_that_f16_cannot_hold_are_refused(tmp_path, with_tokenizer):
     model.save_pretrained(tmp_path / "in")
     with pytest.raises(ExportError, match="65504"):
         export(tmp_path / "in", tmp_path / "out", "gguf", gguf_type="f16")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--format", "gguf"]
     result = CliRunner().invoke(app, ["export", *arguments, "--gguf-type", "f16"])
     assert result.exit_code == 1 and "65504" in result.stderr
@@ -601,30 +604,30 @@ def test_the_pre_tokenizer_is_named(tmp_path, with_tokenizer, pattern, ignore_me
     with_tokenizer("qwen3")
     byte_level(pattern, ignore_merges).save(str(tmp_path / "in" / "tokenizer.json"))
     export(tmp_path / "in", tmp_path / "out", "gguf")
-    said = read_gguf(tmp_path / "out" / "model.gguf")
-    assert said["tokenizer.ggml.pre"] == PRE_TOKENIZERS[pattern, ignore_merges]
-    assert said["tokenizer.ggml.tokens"][257:] == [f"[PAD{i}]" for i in range(257, 300)]
-    assert said["tokenizer.ggml.token_type"] == [1] * 257 + [5] * 43
+    saved = read_gguf(tmp_path / "out" / "model.gguf")
+    assert saved["tokenizer.ggml.pre"] == PRE_TOKENIZERS[pattern, ignore_merges]
+    assert saved["tokenizer.ggml.tokens"][257:] == [f"[PAD{i}]" for i in range(257, 300)]
+    assert saved["tokenizer.ggml.token_type"] == [1] * 257 + [5] * 43
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda said: said | {"model": said["model"] | {"byte_fallback": True}},
-        lambda said: said | {"model": said["model"] | {"type": "Unigram"}},
-        lambda said: said | {"model": said["model"] | {"ignore_merges": True}},
-        lambda said: said | {"normalizer": {"type": "Lowercase"}},
-        lambda said: said | {"pre_tokenizer": None},
-        lambda said: said | {"pre_tokenizer": {"type": "Whitespace"}},
-        lambda said: said | {"pre_tokenizer": said["pre_tokenizer"] | {"add_prefix_space": True}},
-        lambda said: said | {"pre_tokenizer": said["pre_tokenizer"] | {"use_regex": False}},
+        lambda file: file | {"model": file["model"] | {"byte_fallback": True}},
+        lambda file: file | {"model": file["model"] | {"type": "Unigram"}},
+        lambda file: file | {"model": file["model"] | {"ignore_merges": True}},
+        lambda file: file | {"normalizer": {"type": "Lowercase"}},
+        lambda file: file | {"pre_tokenizer": None},
+        lambda file: file | {"pre_tokenizer": {"type": "Whitespace"}},
+        lambda file: file | {"pre_tokenizer": file["pre_tokenizer"] | {"add_prefix_space": True}},
+        lambda file: file | {"pre_tokenizer": file["pre_tokenizer"] | {"use_regex": False}},
     ],
 )
 def test_other_tokenizers_are_refused(tmp_path, with_tokenizer, change):
     with_tokenizer("llama")
     file = tmp_path / "in" / "tokenizer.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
-    with pytest.raises(ValueError, match="no byte-level BPE that cuts text as gpt-2, llama-bpe"):
+    with pytest.raises(ValueError, match="not a byte-level BPE that splits text like gpt-2"):
         export(tmp_path / "in", tmp_path / "out", "gguf")
 
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf.methods import linalg
 from grail_hf.methods.gram import GramStats
-from grail_hf.methods.linalg import damped_cholesky
+from grail_hf.methods.linalg import BLOCK, Symmetric, damped_cholesky, half_square
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -53,47 +52,35 @@ def test_update_is_the_fp64_gram_up_to_fp32_rounding(dtype, device):
     st.integers(0, 2**31),
 )
 @settings(max_examples=25, deadline=None)
-def test_merge_is_concatenation(dtype, channels, sizes, seed):
+def test_updates_add_up_to_one_of_all_tokens(dtype, channels, sizes, seed):
     """Integers that half precision holds, so that every sum is exact."""
     chunks = [integers(size, channels, seed + i) for i, size in enumerate(sizes)]
-    merged = GramStats.zeros(channels)
-    for chunk in chunks:
-        merged.merge_(stats_of(chunk.to(dtype)))
     x = torch.cat(chunks)
-    for stats in (merged, stats_of(*(chunk.to(dtype) for chunk in chunks))):
-        assert torch.equal(stats.gram.long(), x.T @ x)
-        assert torch.equal(stats.total.long(), x.sum(0))
-        assert stats.count == x.shape[0]
+    stats = stats_of(*(chunk.to(dtype) for chunk in chunks))
+    assert torch.equal(stats.gram.long(), x.T @ x)
+    assert torch.equal(stats.total.long(), x.sum(0))
+    assert stats.count == x.shape[0]
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 9])
-def test_a_symmetric_matrix_in_block_rows_is_what_the_whole_is(monkeypatch, size):
-    """Integers, so exactly; blocks of three rows, the last one smaller."""
-    monkeypatch.setattr(linalg, "BLOCK", 3)
+@pytest.mark.parametrize("size", [1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+def test_a_symmetric_matrix_in_block_rows_is_what_the_whole_is(size):
+    """Integers, so exactly; one block and several, of which the last one is smaller."""
     x, other, weight = (integers(n, size, seed).double() for seed, n in enumerate((20, 7, 4)))
     whole = x.T @ x
-    held = linalg.Symmetric.zeros(size, dtype=torch.float64)
+    held = Symmetric.zeros(size, dtype=torch.float64)
     held.add_products_(x)
-    assert held.flat.numel() == linalg.half_square(size) <= size * (size + 3) / 2
+    assert held.flat.numel() == half_square(size) <= size * (size + BLOCK) / 2
     assert torch.equal(held.dense(), whole) and held.dense().dtype == torch.float64
     assert torch.equal(held.diagonal, whole.diagonal())
-    assert torch.equal(linalg.Symmetric.of(whole).dense(), whole)
+    assert torch.equal(Symmetric.of(whole).dense(), whole)
     assert torch.equal(held.times(weight), weight @ whole)
     assert held.quadratic(weight) == (weight @ whole * weight).sum()
-    minus = held.minus(linalg.Symmetric.of(other.T @ other))
+    minus = held.minus(Symmetric.of(other.T @ other))
     assert torch.equal(minus.dense(), whole - other.T @ other)
     for index in (torch.arange(0, size, 2), torch.arange(size - 1, size), torch.randperm(size)):
         chosen = held.restricted(index)
         assert torch.equal(chosen.dense(), whole[index[:, None], index])
         assert torch.equal(chosen.times(weight[:, index]), weight[:, index] @ chosen.dense())
-
-
-def test_merge_leaves_the_other_as_it_was():
-    mine, other = GramStats.zeros(3), stats_of(torch.ones(5, 3))
-    mine.merge_(other)
-    mine.update_(torch.ones(1, 3))
-    assert (mine.count, mine.gram[0, 0].item(), mine.total[0].item()) == (6, 6, 6)
-    assert (other.count, other.gram[0, 0].item(), other.total[0].item()) == (5, 5, 5)
 
 
 @pytest.mark.parametrize(("dtype", "same"), [(torch.float64, True), (torch.float32, False)])
@@ -230,27 +217,21 @@ def test_what_is_no_gram_is_refused(gram, damping):
 
 
 def test_targets_are_summed_beside_the_inputs():
-    """Integers, so exactly; and merged, as by another process."""
+    """Integers, so exactly."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 8, (30, 5), generator=generator).float()
     y = torch.randint(-8, 8, (30, 3), generator=generator).float()
-    first, second = GramStats.zeros(5, outputs=3), GramStats.zeros(5, outputs=3)
-    first.update_(x[:11], y[:11])
-    second.update_(x[11:], y[11:])
-    first.held_out, second.held_out = GramStats.zeros(5, outputs=3), GramStats.zeros(5, outputs=3)
-    first.held_out.update_(x[:4], y[:4])
-    second.held_out.update_(x[11:13], y[11:13])
-    first.merge_(second)
-    assert first.held_out.count == 6
-    assert torch.equal(first.held_out.gram, x[:4].T @ x[:4] + x[11:13].T @ x[11:13])
-    assert torch.equal(first.cross, y.T @ x)
-    assert torch.equal(first.target_total, y.sum(0))
-    assert torch.equal(first.gram, x.T @ x)
-    assert first.target_energy == y.square().sum().item()
+    stats = GramStats.zeros(5, outputs=3)
+    stats.update_(x[:11], y[:11])
+    stats.update_(x[11:], y[11:])
+    assert torch.equal(stats.cross, y.T @ x)
+    assert torch.equal(stats.target_total, y.sum(0))
+    assert torch.equal(stats.gram, x.T @ x)
+    assert stats.target_energy == y.square().sum().item()
     weight = torch.ones(3, 5)
-    assert torch.equal(first.cross_of(weight), y.T @ x)
-    first.cross = None
-    assert torch.equal(first.cross_of(weight), weight @ (x.T @ x))
+    assert torch.equal(stats.cross_of(weight), y.T @ x)
+    stats.cross = None
+    assert torch.equal(stats.cross_of(weight), weight @ (x.T @ x))
 
 
 @pytest.mark.parametrize("targeted", [False, True])

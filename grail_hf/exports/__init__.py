@@ -1,4 +1,4 @@
-"""A compressed checkpoint for other programs: another model type, padded layers, GGUF.
+"""Exports of checkpoints for other programs: another model type, padded layers, GGUF.
 
-Ordinary checkpoints need none of this: transformers loads them as they are.
+Checkpoints that transformers is to load need no export.
 """

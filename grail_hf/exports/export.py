@@ -1,7 +1,7 @@
-"""Export a checkpoint so that other programs load it: another type, padded layers, GGUF.
+"""Export a checkpoint for other programs: as another model type, with padded layers, or as GGUF.
 
-An export computes the same function as its source. That is checked on what has been written, and
-only then does it take the output folder's place.
+An export computes the same function as its source. This is checked on the files that have been
+written, before they are moved to the output folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from grail_hf.report import REPORT_FILE, CompressionReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-# Relative, of logits in fp32: two orders above the rounding of another order of summation.
+# Relative error of fp32 logits: two orders above the rounding of another order of summation.
 TOLERANCE = 1e-4
 _CONFIG_FILE = "config.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -47,8 +47,8 @@ class Export:
         source: the source folder's name.
         model_type: of the result; for GGUF the name of llama.cpp's architecture.
         error: relative error of the result's logits on random tokens, computed in fp32; for GGUF
-            the largest of a tensor, in the Frobenius norm.
-        parameters: of the result, with what was padded; tied ones once, as they are written.
+            the largest relative error of a tensor, in the Frobenius norm.
+        parameters: number of parameters of the result, padding included and tied ones once.
     """
 
     format: str
@@ -58,33 +58,52 @@ class Export:
     parameters: int
 
 
+@dataclass(frozen=True)
+class Format:
+    """An export format.
+
+    Attributes:
+        config: gives the config of the result. Raises ValueError if the format cannot hold it.
+        write: writes the result to a folder, see `_write_checkpoint`.
+        note: what the card says of the result.
+        usage: how the card says to load it.
+        has_types: whether `gguf_type` applies.
+    """
+
+    config: Callable[[PreTrainedConfig, Architecture], PreTrainedConfig]
+    write: Callable[[Path, Path, PreTrainedConfig, Architecture, str], tuple[str, float, int]]
+    note: str
+    usage: str = USAGE
+    has_types: bool = False
+
+
 def export(
     source: str | Path, output: str | Path, format: str = "stock", *, gguf_type: str = "auto"
 ) -> Export:
     """Write the checkpoint in folder `source` to folder `output` in another format.
 
-    "stock" is the checkpoint's own type, if its layers have one width. "mistral" and "granite"
-    are other types that compute the same function and whose configs can say more shapes. "padded"
-    fills every layer with zeros to the widest's shape. "gguf" is one file for llama.cpp. Tokenizer,
-    generation config and other small files are copied. The model is held in memory, in fp32 for the
-    check (4 bytes a parameter).
+    "stock" is the checkpoint's own type, if all its layers have the same width. "mistral" and
+    "granite" are other types that compute the same function, with configs that can represent more
+    shapes. "padded" pads every layer with zeros to the shape of the widest. "gguf" is one file for
+    llama.cpp. Tokenizer, generation config and other small files are copied. The model is held in
+    memory, in fp32 for the check (4 bytes per parameter).
 
     Args:
         source: a checkpoint folder, of grail_hf or any other of a known architecture.
         output: a folder that does not exist or is empty.
         format: a name in `FORMATS`.
-        gguf_type: of the matrices in a GGUF file: "f32", "f16", "bf16", "q8_0", or "auto", which
-            is the checkpoint's dtype. All but "auto" may round.
+        gguf_type: dtype of the matrices in a GGUF file: "f32", "f16", "bf16", "q8_0", or "auto",
+            which is the checkpoint's dtype. All but "auto" may round.
 
     Raises:
         OSError, ValueError, ImportError: the folders, the format or the model do not allow it;
             nothing has been written.
-        ExportError: the result is not the same function; nothing has been put in place.
+        ExportError: the result computes another function; the output folder is unchanged.
     """
     source, output = Path(source), Path(output)
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS, "FORMATS in grail_hf/exports/export.py")
-    if gguf_type != "auto" and FORMATS[format].write is not _write_gguf:
+    if gguf_type != "auto" and not FORMATS[format].has_types:
         raise ValueError(f"gguf_type={gguf_type!r} goes with format 'gguf', not {format!r}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder: choose another")
@@ -101,7 +120,10 @@ def export(
 
 
 def _read_config(source: Path) -> PreTrainedConfig:
-    """The config of a checkpoint folder. FileNotFoundError or ValueError where there is none."""
+    """The config of a checkpoint folder.
+
+    Raises FileNotFoundError or ValueError if it is not one that can be exported.
+    """
     from transformers import AutoConfig
 
     if not (source / _CONFIG_FILE).is_file():
@@ -120,7 +142,7 @@ def _read_config(source: Path) -> PreTrainedConfig:
 
 
 def check_own_decoder(config: PreTrainedConfig) -> None:
-    """Raise ValueError where the decoder is a part of another model."""
+    """Raise ValueError if the decoder is part of another model."""
     if config.get_text_config() is not config:
         raise ValueError(
             f"the text decoder of a {config.model_type} lies inside another model, which cannot be "
@@ -129,7 +151,7 @@ def check_own_decoder(config: PreTrainedConfig) -> None:
 
 
 def stock_config(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
-    """The config as it is. Raises ValueError where the layers have several widths."""
+    """The unchanged config. Raises ValueError if the layers have different widths."""
     differ = [
         f"{group[0].name} {sorted({spec.num_units * spec.columns for spec in group})}"
         for group in _differing(layer_groups(config, architecture))
@@ -137,15 +159,15 @@ def stock_config(config: PreTrainedConfig, architecture: Architecture) -> PreTra
     if differ:
         raise ValueError(
             f"the layers differ in width ({'; '.join(differ)} channels), which this format cannot "
-            "say: export as 'padded' first"
+            "represent: export as 'padded' first"
         )
     return uniform_config(config)
 
 
 def moved_config(config: PreTrainedConfig, architecture: Architecture, to: str) -> PreTrainedConfig:
-    """The config as another type that computes the same function.
+    """The config as the model type `to`, which computes the same function.
 
-    Raises ValueError where that type computes another, and says what differs.
+    Raises ValueError if it does not, naming what differs.
     """
     config = stock_config(config, architecture)
     move = architecture.exports.get(to, "it is not known to compute the same function")
@@ -161,9 +183,9 @@ def moved_config(config: PreTrainedConfig, architecture: Architecture, to: str) 
 def padded_config(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedConfig:
     """The config that gives every layer the shape of the widest.
 
-    Where layers have several numbers of KV groups and of query heads in a group, the widest has
-    the largest of both. Raises ValueError where no type can say the number of heads, and for a
-    mixture of experts.
+    If layers differ in their KV groups and in the query heads of a group, the widest shape has the
+    largest number of both. Raises ValueError if no type can represent the number of heads, and for
+    a mixture of experts.
     """
     edits: dict[str, Any] = {}
     specs = layer_groups(config, architecture)
@@ -182,13 +204,13 @@ def padded_config(config: PreTrainedConfig, architecture: Architecture) -> PreTr
 def layer_groups(
     config: PreTrainedConfig, architecture: Architecture
 ) -> list[tuple[GroupSpec, ...]]:
-    """The groups of each decoder layer, by whole KV groups, at the layer's own widths."""
+    """The groups of each decoder layer, in units of KV groups, at the layer's own widths."""
     layers = decoder_layers(_skeleton(config), architecture)
     return [architecture.groups(config, layer) for layer in layers]
 
 
 def _differing(specs: Sequence[Sequence[GroupSpec]]) -> list[list[GroupSpec]]:
-    """Of each kind of group whose shape differs between layers, those of the layers with units."""
+    """For each kind of group whose shape differs between layers, the groups that have units."""
     by_kind: dict[str, list[GroupSpec]] = {}
     for spec in (spec for layer in specs for spec in layer if spec.num_units):
         by_kind.setdefault(spec.kind, []).append(spec)
@@ -200,13 +222,13 @@ def _shape(spec: GroupSpec) -> tuple[int, int]:
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The config's causal LM on the meta device."""
+    """The causal LM of the config on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config),
-            dtype=dtype,  # it would be given the dtype
+            copy.deepcopy(config),  # from_config sets the dtype of its argument
+            dtype=dtype,
         )
     return model
 
@@ -218,11 +240,18 @@ def _write_checkpoint(
     architecture: Architecture,
     gguf_type: str,
 ) -> tuple[str, float, int]:
-    """A checkpoint of the config's type: its model type, the error of its logits, parameters."""
+    """Write a checkpoint of the config's type, padded if the config is wider than the source.
+
+    Returns:
+        Its model type, the relative error of its logits, and its number of parameters.
+
+    Raises:
+        ExportError: that error exceeds `TOLERANCE`.
+    """
     fitted = _fitted_model(_load(source, "auto"), config, architecture)
     fitted.save_pretrained(folder)
     parameters = fitted.num_parameters()
-    del fitted  # others are to be loaded
+    del fitted  # the check loads two models
     length = min(32, getattr(config, "max_position_embeddings", None) or 32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, length), generator=generator)
@@ -243,7 +272,12 @@ def _write_gguf(
     architecture: Architecture,
     gguf_type: str,
 ) -> tuple[str, float, int]:
-    """A GGUF file: llama.cpp's architecture, the largest error of a tensor, parameters."""
+    """Write a GGUF file.
+
+    Returns:
+        The name of llama.cpp's architecture, the largest relative error of a tensor, and the number
+        of parameters.
+    """
     plan = plan_gguf(source, config, architecture, gguf_type)
     model = _load(source, "auto")
     parameters = write_gguf(model, plan, folder / GGUF_FILE)
@@ -253,9 +287,9 @@ def _write_gguf(
 def _fitted_model(
     model: PreTrainedModel, config: PreTrainedConfig, architecture: Architecture
 ) -> PreTrainedModel:
-    """The stock causal LM of the config around the model's tensors, padded where it is wider.
+    """The stock causal LM of the config with the model's tensors, padded where it is wider.
 
-    Biases that the model does not have are zeros.
+    Biases that the model lacks are zeros.
     """
     fitted = _skeleton(config, model.dtype)
     state = model.state_dict()
@@ -276,7 +310,7 @@ def _fitted_model(
 
 
 def _pad_group_(state: dict[str, Tensor], prefix: str, old: GroupSpec, new: GroupSpec) -> None:
-    """Give a group's tensors the shape of `new`: zero rows and columns behind and inside units."""
+    """Pad a group's tensors in `state` to the shape of `new`, with zeros in and after its units."""
     before, after = ((*spec.producers, *spec.norms) for spec in (old, new))
     for narrow, wide in zip(before, after, strict=True):
         for kind in ("weight", "bias"):
@@ -303,16 +337,16 @@ def _pad_group_(state: dict[str, Tensor], prefix: str, old: GroupSpec, new: Grou
 
 
 def padded_units(tensor: Tensor, dim: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Zeros behind the channels of each unit, and behind the units.
+    """Append zeros to the channels of each unit, and units of zeros.
 
     Args:
         tensor: its dimension `dim` holds units x channels.
-        dim: the dimension.
-        old: (units, channels a unit) before.
-        new: the same after; none may be smaller.
+        dim: the padded dimension.
+        old: (units, channels per unit) before.
+        new: the same after, neither smaller.
 
     Returns:
-        The same tensor with new units x channels in `dim`: channel j of unit i is where it was.
+        The tensor with new units x channels in `dim`, in which unit i, channel j keeps its indices.
     """
     last = tensor.movedim(dim, -1)
     units = last.reshape(*last.shape[:-1], *old)
@@ -321,9 +355,11 @@ def padded_units(tensor: Tensor, dim: int, old: tuple[int, int], new: tuple[int,
 
 
 def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model in a folder. Raises ValueError where tensors are missing or left over.
+    """Load the model in a folder.
 
-    And OSError where a file is cut short or damaged.
+    Raises:
+        ValueError: tensors are missing or left over.
+        OSError: a file is truncated or damaged.
     """
     from transformers import AutoModelForCausalLM
 
@@ -341,13 +377,13 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 @torch.no_grad()
 def _logits(folder: Path, ids: Tensor) -> Tensor:
-    """[B, T, V] fp32, of a model computed in fp32 whatever dtype it is saved in."""
+    """[B, T, V] fp32, computed in fp32 for a model of any dtype."""
     logits: Tensor = _load(folder, torch.float32)(input_ids=ids, use_cache=False).logits
     return logits
 
 
 def _copy_other_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, licence and the like: all but weights, code and config."""
+    """Copy tokenizer, generation config, licence and others: all but weights, code and config."""
     own = {_CONFIG_FILE, REPORT_FILE, CARD_FILE}
     for path in source.iterdir():
         is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
@@ -356,7 +392,7 @@ def _copy_other_files(source: Path, folder: Path) -> None:
 
 
 def _write_card(source: Path, folder: Path, result: Export) -> None:
-    """Write the report and the card of the source, or only a card, that say the format."""
+    """Write the source's report and card, or only a card, with a section on the format."""
     format = FORMATS[result.format]
     settings = {
         **asdict(result),
@@ -370,16 +406,6 @@ def _write_card(source: Path, folder: Path, result: Export) -> None:
     text = card.read_text("utf-8").rstrip() if card.is_file() else f"# {result.source}"
     lines = [text, "## Format", settings["note"], format.usage]
     (folder / CARD_FILE).write_text("\n\n".join(lines) + "\n", "utf-8")
-
-
-@dataclass(frozen=True)
-class Format:
-    """A format: what config the result has, who writes it, and what its card says of its use."""
-
-    config: Callable[[PreTrainedConfig, Architecture], PreTrainedConfig]
-    write: Callable[..., tuple[str, float, int]]
-    note: str
-    usage: str = USAGE
 
 
 _ORDINARY = "an ordinary `{model_type}` checkpoint, which plain transformers loads"
@@ -407,5 +433,6 @@ FORMATS: Mapping[str, Format] = {
         _write_gguf,
         f"`{GGUF_FILE}` is for llama.cpp and whatever reads GGUF (architecture `{{model_type}}`).",
         f"```\nllama-cli -m {GGUF_FILE}\n```",
+        has_types=True,
     ),
 }

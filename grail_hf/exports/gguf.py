@@ -1,8 +1,8 @@
-"""Write a checkpoint as one GGUF file for llama.cpp, and compare what was written with it.
+"""Write a checkpoint as one GGUF file for llama.cpp, and check the file against the checkpoint.
 
-Needs the `gguf` package, which is imported when it is first used. The tensors' names and order are
-its own (`get_tensor_name_map`); what llama.cpp computes of them is said by `Gguf` entries in
-`architectures.py`.
+Needs the `gguf` package, which is imported when it is first used. It defines the names of the
+tensors (`get_tensor_name_map`); `Gguf` entries in `architectures.py` describe the function that
+llama.cpp computes from them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grail_hf.models.schema import Architecture, Gguf, head_dim
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 GGUF_FILE = "model.gguf"
-# Our name -> those of a matrix's type and of the file's. Vectors are F32, as llama.cpp wants them.
+# `gguf_type` -> gguf's names of a matrix's type and of the file's. Vectors are always F32.
 TYPES = {
     "f32": ("F32", "ALL_F32"),
     "f16": ("F16", "MOSTLY_F16"),
@@ -34,10 +34,10 @@ TYPES = {
 _OWN_TYPES: dict[Any, str] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ROTATED = ("self_attn.q_proj", "self_attn.k_proj")
 _ROPE_FACTORS = "rope_freqs.weight"
-# How a byte-level BPE cuts text before merging: the `Split` pattern in front of the `ByteLevel`
-# pre-tokenizer, None where the latter cuts by GPT-2's own, and whether a whole word that is in the
-# vocabulary is taken without merging -> what llama.cpp calls that. Its converter finds the name by
-# a hash of the ids of a test text, which holds for published vocabularies alone.
+# How a byte-level BPE splits text before merging -> llama.cpp's name for it. The key is the `Split`
+# pattern before the `ByteLevel` pre-tokenizer, None for GPT-2's own, and whether a whole word of
+# the vocabulary is taken without merging. llama.cpp's converter finds the name by a hash of the ids
+# of a test text, which works for published vocabularies only.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PRE_TOKENIZERS: dict[tuple[str | None, bool], str] = {
@@ -48,12 +48,20 @@ PRE_TOKENIZERS: dict[tuple[str | None, bool], str] = {
 
 
 class ExportError(RuntimeError):
-    """What was written is not what the source holds or computes."""
+    """The written export does not hold or compute what its source does."""
 
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """What will be written: llama.cpp's architecture, the model's config, folder and type."""
+    """What is going to be written.
+
+    Attributes:
+        gguf: entry of llama.cpp's architecture.
+        config: of the model.
+        folder: the checkpoint's, with its tokenizer.
+        type_name: a name in `TYPES`.
+        pre_tokenizer: llama.cpp's name for the way the tokenizer splits text.
+    """
 
     gguf: Gguf
     config: PreTrainedConfig
@@ -70,12 +78,12 @@ class GgufPlan:
 def plan_gguf(
     folder: Path, config: PreTrainedConfig, architecture: Architecture, type_name: str = "auto"
 ) -> GgufPlan:
-    """Settle how the checkpoint in `folder`, whose layers have one width, is written.
+    """Plan the GGUF file of the checkpoint in `folder`, whose layers all have one width.
 
     Raises:
         ImportError: gguf is not installed.
         ValueError: llama.cpp computes another function, the type is not known, or the tokenizer
-            is none that can be written.
+            cannot be written.
     """
     if type_name == "auto":
         type_name = _OWN_TYPES.get(config.dtype, "f32")
@@ -101,10 +109,10 @@ def plan_gguf(
 
 
 def write_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> int:
-    """Write the model and the tokenizer of the plan's folder to a GGUF file.
+    """Write the model, and the tokenizer in the plan's folder, to a GGUF file.
 
     Returns:
-        The number of parameters in it.
+        The number of parameters in the file.
     """
     import gguf
 
@@ -115,14 +123,14 @@ def write_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> int:
     for name, tensor in tensors.items():
         kind = _tensor_type(tensor, plan.type_name)
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
-        # As bytes, whose shape the writer turns back; it takes no others for a type of its own.
+        # The writer takes data of quantised types as bytes only, and restores the shape itself.
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors.values():
         kind = _tensor_type(tensor, plan.type_name)
-        with np.errstate(over="ignore"):  # `check_gguf` refuses what F16 cannot hold
+        with np.errstate(over="ignore"):  # `check_gguf` refuses overflows of F16
             data = gguf.quantize(tensor.float().numpy(), kind)
         writer.write_tensor_data(data.view(np.uint8))
     writer.close()
@@ -133,10 +141,11 @@ def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:
     """Read the file back and compare each tensor with the model's.
 
     Returns:
-        The largest relative error of a tensor: 0 unless the type rounds.
+        The largest relative error of a tensor, which is 0 unless the type rounds.
 
     Raises:
-        ExportError: a tensor is missing, left over, or further off than its type rounds.
+        ExportError: a tensor is missing, left over, or differs by more than the rounding of its
+            type.
     """
     import gguf
 
@@ -165,10 +174,10 @@ def check_gguf(model: PreTrainedModel, plan: GgufPlan, path: Path) -> float:
 
 
 def _rounding(tensor: Tensor, kind: str) -> Tensor:
-    """The largest difference that writing a tensor as `kind` makes, of each of its numbers.
+    """The largest rounding error of each element of a tensor that is written as `kind`.
 
-    Half a unit in the last place; for Q8_0 half a step of a block of 32, whose 127 steps reach its
-    largest number, and as much again as the step itself is rounded to fp16.
+    Half a unit in the last place. For Q8_0, half a step of a block of 32, whose 127 steps reach its
+    largest element, and some more because the step itself is rounded to fp16.
     """
     if kind == "Q8_0":
         steps = tensor.reshape(-1, 32).abs().amax(-1, keepdim=True) / 127
@@ -180,9 +189,9 @@ def _rounding(tensor: Tensor, kind: str) -> Tensor:
 def _tensors(
     model: PreTrainedModel, plan: GgufPlan, reorder: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
-    """llama.cpp's tensors: name and value in the model's dtype, on the CPU; the tied head is one.
+    """llama.cpp's tensors: name and value, in the model's dtype on the CPU; a tied head once.
 
-    Without `reorder`, queries and keys stand as they are in the model.
+    Without `reorder`, the rows of queries and keys keep the model's order.
     """
     import gguf
 
@@ -204,9 +213,9 @@ def _tensors(
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k [heads * d, …], or their biases, so that rotary pairs are neighbours.
+    """Reorder rows of q or k [heads * d, ..], or their biases, so that rotary pairs are adjacent.
 
-    transformers turns channel i of a head with i + d/2, llama.cpp's llama 2i with 2i + 1.
+    transformers rotates channel i of a head with i + d/2, llama.cpp's llama 2i with 2i + 1.
     """
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
@@ -219,7 +228,7 @@ def deinterleaved(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def rotary_factors(model: PreTrainedModel, config: PreTrainedConfig) -> Tensor:
-    """[d/2] fp32: what llama.cpp divides the plain rotary frequencies by to get the model's own."""
+    """[d/2] fp32, by which llama.cpp divides the plain rotary frequencies to get the model's."""
     channels = torch.arange(0, head_dim(config), 2, dtype=torch.float64) / head_dim(config)
     plain = config.rope_parameters["rope_theta"] ** -channels
     own = model.base_model.get_submodule("rotary_emb").get_buffer("inv_freq")
@@ -228,7 +237,7 @@ def rotary_factors(model: PreTrainedModel, config: PreTrainedConfig) -> Tensor:
 
 
 def _tensor_type(tensor: Tensor, type_name: str) -> Any:
-    """A tensor's type: vectors are F32, and F16 is what llama.cpp takes where blocks do not fit."""
+    """The type of a tensor: F32 for vectors, and F16 where blocks do not fit, as in llama.cpp."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[TYPES[type_name][0]]
@@ -264,25 +273,25 @@ def _add_config(writer: Any, plan: GgufPlan) -> None:
 
 
 def _pre_tokenizer(folder: Path, vocab_size: int) -> str:
-    """llama.cpp's name for how the folder's tokenizer cuts text.
+    """llama.cpp's name for the way the folder's tokenizer splits text.
 
-    Raises ValueError where it has none, or the tokenizer has ids beyond the model's `vocab_size`.
+    Raises ValueError if it has none, or if the tokenizer has ids beyond the model's `vocab_size`.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
-            f"{folder} has no tokenizer.json, which a GGUF file holds: save the tokenizer in it"
+            f"{folder} has no tokenizer.json, which a GGUF file needs: save the tokenizer there"
         )
-    said = json.loads(file.read_text("utf-8"))
-    model, cutter = said["model"], said.get("pre_tokenizer") or {}
-    steps = cutter["pretokenizers"] if cutter.get("type") == "Sequence" else [cutter]
+    saved = json.loads(file.read_text("utf-8"))
+    model, splitter = saved["model"], saved.get("pre_tokenizer") or {}
+    steps = splitter["pretokenizers"] if splitter.get("type") == "Sequence" else [splitter]
     *splits, last = steps
     pattern = splits[0]["pattern"].get("Regex") if splits and "pattern" in splits[0] else None
     name = PRE_TOKENIZERS.get((pattern, bool(model.get("ignore_merges"))))
     as_known = (
         model["type"] == "BPE"
         and not model.get("byte_fallback")
-        and (said.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
+        and (saved.get("normalizer") or {"type": "NFC"})["type"] == "NFC"
         and last.get("type") == "ByteLevel"
         and not last.get("add_prefix_space")
         and last.get("use_regex", True) == (pattern is None)
@@ -291,11 +300,11 @@ def _pre_tokenizer(folder: Path, vocab_size: int) -> str:
     )
     if name is None or not as_known:
         raise ValueError(
-            f"the tokenizer in {folder} is no byte-level BPE that cuts text as "
-            f"{', '.join(PRE_TOKENIZERS.values())} do; llama.cpp's own converter reads 'stock' and "
+            f"the tokenizer in {folder} is not a byte-level BPE that splits text like "
+            f"{', '.join(PRE_TOKENIZERS.values())}; llama.cpp's own converter reads 'stock' and "
             "'padded' exports. One is added to PRE_TOKENIZERS in grail_hf/exports/gguf.py"
         )
-    last_id = max([*model["vocab"].values(), *(token["id"] for token in said["added_tokens"])])
+    last_id = max([*model["vocab"].values(), *(token["id"] for token in saved["added_tokens"])])
     if last_id >= vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has ids up to {last_id}, and the model {vocab_size} tokens"
@@ -321,7 +330,7 @@ def _add_tokenizer(writer: Any, plan: GgufPlan) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = gguf.SpecialVocab(plan.folder, load_merges=True, n_vocab=size)
-    # Said outright, and as the tokenizer does it: llama.cpp's defaults go by the name.
+    # Set explicitly to what the tokenizer does, since llama.cpp's defaults depend on the name.
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a").ids
     ids = special.special_token_ids

@@ -15,19 +15,22 @@ def k_means(
     generator: torch.Generator,
     max_steps: int = 100,
 ) -> Tensor:
-    """Lloyd's weighted k-means from the points' inner products: the cluster of each, [n] int64.
+    """Lloyd's weighted k-means from the inner products of the points.
 
-    With n points p, a centre is the weighted mean of its points, so |p_i - centre|^2 is made of
-    means of inner products and a step takes n^2 operations whatever the dimension. The start is
-    k-means++ (Arthur & Vassilvitskii 2007). Of equal distances the first counts. An empty cluster
-    takes the point that costs most where it is, so that there are always as many as asked.
+    A centre is the weighted mean of its points, so |p_i - centre|^2 is computed from means of inner
+    products, and a step takes n^2 operations in any dimension. Initialised by k-means++ (Arthur &
+    Vassilvitskii 2007). Ties go to the first cluster. An empty cluster takes the point of largest
+    cost, so that the number of clusters is always as requested.
 
     Args:
-        inner: [n, n], fp64 where the device computes in it.
-        weights: [n], likewise, positive.
+        inner: [n, n], inner products of n points, fp64 if the device supports it.
+        weights: [n], positive, in the same dtype.
         clusters: from 1 to n.
-        generator: on the CPU, for the start.
-        max_steps: stop here where the clusters still change.
+        generator: on the CPU, for the initialisation.
+        max_steps: largest number of steps.
+
+    Returns:
+        [n] int64, the cluster of each point.
     """
     norms = inner.diagonal()
     centres = _spread_points(inner, weights, clusters, generator)
@@ -46,14 +49,14 @@ def k_means(
 def _spread_points(
     inner: Tensor, weights: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
-    """[count] int64, distinct points, drawn in proportion to weight and squared distance so far."""
+    """[count] int64, distinct points, drawn in proportion to weight times squared distance."""
     norms = inner.diagonal()
     nearest = torch.full_like(norms, torch.inf)
     left = torch.ones(norms.numel(), dtype=torch.float64)
     chosen: list[Tensor] = []
     while len(chosen) < count:
         chances = ((weights * nearest) if chosen else weights).cpu() * left
-        # Where all that is left are copies of what is chosen, any of them will do.
+        # If only copies of chosen points are left, they are equally likely.
         point = torch.multinomial(chances if chances.any() else left, 1, generator=generator)
         left[point] = 0
         chosen.append(point)
@@ -64,7 +67,7 @@ def _spread_points(
 
 
 def _nearest(distance: Tensor, weights: Tensor) -> Tensor:
-    """[n, clusters] squared distances to [n] int64, the nearest cluster; none is left empty."""
+    """[n, clusters] squared distances to [n] int64, the nearest cluster; no cluster is empty."""
     own, labels = weights * distance.min(dim=1).values, distance.argmin(dim=1)
     counts = labels.bincount(minlength=distance.shape[1])
     for empty in (counts == 0).nonzero().flatten():

@@ -14,17 +14,18 @@ from grail_hf.methods.linalg import BLOCK, Symmetric, add_, columns, sum_of_prod
 
 @dataclass
 class GramStats:
-    """Sums over N tokens of a consumer's inputs x [H] and of what it should put out, y [O].
+    """Sums over N tokens of the inputs x [H] of a consumer and of its target outputs y [O].
 
     Attributes:
         moments: X^T X = sum x x^T.
         total: [H], sum x.
         count: N.
-        cross: [O, H], Y^T X = sum y x^T, in fp32 after `round_`; None where y is the consumer's own
-            output W x, whose sums follow from the Gram.
-        target_energy: sum ||y||^2, where there is a cross moment.
-        target_total: [O], sum y, likewise.
-        held_out: the same sums over those of the N tokens on which a damping is judged.
+        cross: [O, H], Y^T X = sum y x^T, in fp32 after `round_`; None if y is the consumer's own
+            output W x, whose sums follow from the Gram matrix.
+        target_energy: sum ||y||^2, if there is a cross moment.
+        target_total: [O], sum y, if there is a cross moment.
+        held_out: the same sums over the held-out part of the N tokens, which the choice of the
+            damping evaluates.
     """
 
     moments: Symmetric
@@ -43,9 +44,9 @@ class GramStats:
         outputs: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> GramStats:
-        """Empty statistics of `channels` inputs and, where given, `outputs` targets.
+        """Empty statistics of `channels` inputs and, if given, `outputs` targets.
 
-        Of `dtype`: fp32, or fp64 for sums that do not depend on the order of the updates.
+        `dtype` is fp32, or fp64 for sums that do not depend on the order of the updates.
         """
 
         def empty(*shape: int) -> Tensor:
@@ -58,26 +59,26 @@ class GramStats:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is selected and solved by the sums."""
+        """The dtype of selection and solve, in which matrices are computed from the sums."""
         return self.moments.dtype
 
     @property
     def gram(self) -> Tensor:
-        """[H, H], X^T X, made anew."""
+        """[H, H], X^T X, a new tensor on each access."""
         return self.moments.dense()
 
     @property
     def sums(self) -> Iterator[Tensor]:
-        """Every tensor that is a sum over tokens: over processes they are added up in place."""
+        """Every tensor that is a sum over tokens, to be summed over processes in place."""
         yield from (self.moments.flat, self.total)
         yield from (sums for sums in (self.cross, self.target_total) if sums is not None)
         if self.held_out is not None:
             yield from self.held_out.sums
 
     def update_(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add the tokens x [n, H], with their targets y [n, O] where there is a cross moment.
+        """Add the tokens x [n, H], with their targets y [n, O] if there is a cross moment.
 
-        Products are in fp32 whatever the dtypes, and added in the dtype of the statistics.
+        Products are computed in fp32 for any input dtype, and added in the dtype of the statistics.
         """
         self.moments.add_products_(x)
         self.total += x.sum(dim=0, dtype=self.total.dtype)
@@ -92,23 +93,11 @@ class GramStats:
         if self.target_total is not None and y is not None:
             self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 
-    def merge_(self, other: GramStats) -> None:
-        """Add the tokens that `other` has seen."""
-        for mine, theirs in zip(self.sums, other.sums, strict=True):
-            mine += theirs
-        self._count_(other)
-
-    def _count_(self, other: GramStats) -> None:
-        self.count += other.count
-        self.target_energy += other.target_energy
-        if self.held_out is not None and other.held_out is not None:
-            self.held_out._count_(other.held_out)
-
     def round_(self) -> GramStats:
-        """Hold the matrices in fp32 from now on, and return the statistics.
+        """Convert the matrices to fp32 in place, and return the statistics.
 
-        They are sums of fp32 products, whose rounding is no smaller; what summing in fp64 has won,
-        that their order does not matter, stays. Half the memory is free for the solve.
+        They are sums of fp32 products, so the rounding adds no larger error, and sums that were
+        accumulated in fp64 stay independent of their order. Half the memory is freed for the solve.
         """
         self.moments = self.moments.rounded()
         if self.cross is not None:
@@ -118,7 +107,7 @@ class GramStats:
         return self
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> GramStats:
-        """The same, its matrices put where `move` puts them."""
+        """The same statistics, with the matrices placed by `move`."""
         return replace(
             self,
             moments=replace(self.moments, flat=move(self.moments.flat)),
@@ -126,14 +115,14 @@ class GramStats:
         )
 
     def restricted(self, kept: Tensor, weight: Tensor) -> GramStats:
-        """Of the kept inputs [K] alone, with the moments of the targets that `weight` stands for.
+        """The statistics of the kept inputs [K], always with a cross moment.
 
         Args:
             kept: [K] int64.
-            weight: [O, H], the consumer's.
+            weight: [O, H], the consumer's, whose output is the target if there is no cross moment.
 
         Returns:
-            Them on the weight's device, wherever the matrices lie.
+            The statistics on the weight's device, from matrices on any device.
         """
         kept = kept.to(weight.device)
         cross, energy = self.cross, self.target_energy
@@ -151,7 +140,7 @@ class GramStats:
         )
 
     def fitted(self) -> GramStats:
-        """Of the tokens that are not held out; what is held out must have explicit targets."""
+        """The statistics of the tokens that are not held out; both need a cross moment."""
         held = self.held_out
         assert held is not None and held.cross is not None and held.target_total is not None
         assert self.cross is not None and self.target_total is not None
@@ -165,20 +154,20 @@ class GramStats:
         )
 
     def missing_of(self, weight: Tensor) -> Tensor:
-        """[O, H], Y^T X - W G, where `weight` falls short of least squares; there is a target."""
+        """[O, H], Y^T X - W G, the residual of least squares; needs a cross moment."""
         assert self.cross is not None
         return add_(self.moments.times(weight).neg_(), self.cross)
 
     def cross_of(self, weight: Tensor) -> Tensor:
-        """[O, H], Y^T X; for the weight's own output it is W G."""
+        """[O, H], Y^T X; without a cross moment the target is the weight's output, and this W G."""
         return self.moments.times(weight) if self.cross is None else self.cross.to(self.dtype)
 
     def target_total_of(self, weight: Tensor) -> Tensor:
-        """[O], sum y; for the weight's own output it is W sum x."""
+        """[O], sum y; without a cross moment, W sum x."""
         return weight @ self.total if self.target_total is None else self.target_total
 
     def about(self, x: Tensor, y: Tensor) -> GramStats:
-        """The sums over inputs moved by -x [H] and targets moved by -y [O], nothing held out."""
+        """The sums over inputs shifted by -x [H] and targets by -y [O], without held-out tokens."""
         total = self.total - self.count * x
         moments = self.moments.plus_outer(-x, total, self.total)
         if self.cross is None or self.target_total is None:
@@ -200,7 +189,7 @@ class GramStats:
 
     def check_finite(self, name: str) -> None:
         """Raise FloatingPointError, naming the group, if an input or target was NaN or Inf."""
-        # An entry that is not finite makes its own channel's sum of squares not finite.
+        # One input that is not finite makes the sum of squares of its channel not finite.
         if not torch.isfinite(self.energy).all():
             bad = int((~torch.isfinite(self.energy)).sum())
             raise FloatingPointError(

@@ -18,19 +18,19 @@ logger = logging.getLogger(__name__)
 
 _DAMPING_STEP = 10.0
 _LARGEST_DAMPING = 1.0
-# Rows of moments that are held, summed and converted at a time.
+# Rows of moments that are stored, summed and converted at a time.
 BLOCK = 256
 # Rows of other matrices that are converted at a time.
 ROWS_AT_ONCE = 64
 
 
 def half_square(size: int) -> int:
-    """Numbers that a `Symmetric` [size, size] holds."""
+    """The number of elements that a `Symmetric` [size, size] stores."""
     return _numbers(_ends(size))
 
 
 def _ends(size: int) -> list[int]:
-    """Of block rows of `BLOCK` rows."""
+    """Ends of block rows of `BLOCK` rows each."""
     return [*range(BLOCK, size, BLOCK), size]
 
 
@@ -40,14 +40,14 @@ def _numbers(ends: Sequence[int]) -> int:
 
 @contextmanager
 def full_fp32_products() -> Iterator[None]:
-    """fp32 matrix products are computed in fp32 inside the context.
+    """Compute fp32 matrix products in fp32 inside the context.
 
     TF32 and bf16, which a program may allow for speed (`torch.set_float32_matmul_precision`), keep
-    10 and 7 bits of the mantissa: a Gram matrix of such products need not be positive definite. The
-    setting is the process's; it is as it was after the context.
+    10 and 7 bits of the mantissa, and a Gram matrix of such products need not be positive definite.
+    The setting applies to the whole process, and is restored after the context.
     """
-    # torch 2.9 has a setting for each backend besides the old one. The old one overwrites them, and
-    # cannot be read where they contradict it.
+    # Since torch 2.9 each backend has a setting besides the old one. The old one overwrites them,
+    # and cannot be read while they contradict it.
     found: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     backends = [backend for backend in found if hasattr(backend, "fp32_precision")]
     each: list[str] = [backend.fp32_precision for backend in backends]
@@ -66,14 +66,14 @@ def full_fp32_products() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Symmetric:
-    """A symmetric matrix [H, H], held and summed as block rows of its lower triangle.
+    """A symmetric matrix [H, H], stored and summed as block rows of its lower triangle.
 
-    That is half the memory and half the arithmetic of the whole.
+    This takes half the memory and half the arithmetic of the full matrix.
 
     Attributes:
-        flat: all block rows, one behind the other: one block of memory, which is given back whole.
-        ends: of the blocks; block row i is [ends[i] - ends[i - 1], ends[i]].
-        dtype: of the matrices that are made of it; `flat` may be held in a smaller one.
+        flat: all block rows in sequence, in one allocation that is freed as a whole.
+        ends: last row of each block, exclusive; block row i is [ends[i] - ends[i - 1], ends[i]].
+        dtype: of the matrices that are computed from it; `flat` may be stored in a smaller one.
     """
 
     flat: Tensor
@@ -84,7 +84,7 @@ class Symmetric:
     def empty(
         cls, ends: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> Symmetric:
-        """With values yet to be given."""
+        """Uninitialised, with the given block ends."""
         size = _numbers(ends)
         return cls(torch.empty(size, dtype=dtype, device=device), tuple(ends), dtype)
 
@@ -102,7 +102,7 @@ class Symmetric:
 
     @classmethod
     def of(cls, whole: Tensor) -> Symmetric:
-        """A symmetric [H, H], copied."""
+        """A copy of a full symmetric matrix [H, H]."""
         matrix = cls.empty(_ends(len(whole)), whole.dtype, whole.device)
         for start, end, rows in matrix.spans:
             rows.copy_(whole[start:end, :end])
@@ -112,12 +112,12 @@ class Symmetric:
         return self.ends[-1]
 
     def rounded(self) -> Symmetric:
-        """The same, held in fp32."""
+        """The same matrix, stored in fp32."""
         return replace(self, flat=self.flat.float())
 
     @property
     def spans(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, end, block row), the block row holding the rows from `start` to `end`."""
+        """(start, end, block row) for the rows from `start` to `end`, which are [rows, :end]."""
         start = place = 0
         for end in self.ends:
             size = (end - start) * end
@@ -125,7 +125,7 @@ class Symmetric:
             start, place = end, place + size
 
     def converted(self, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
-        """`spans` in the dtype of the matrices, on a device, each in the place of the last one."""
+        """`spans` in `dtype` on a device; each block row overwrites the one before it."""
         if (self.flat.dtype, self.flat.device) == (self.dtype, device):
             yield from self.spans
             return
@@ -135,9 +135,9 @@ class Symmetric:
             yield start, end, place[: rows.numel()].view(rows.shape).copy_(rows)
 
     def add_products_(self, x: Tensor) -> None:
-        """Add X^T X of the tokens x [n, H]: products in fp32, whatever the dtypes."""
-        # Half-precision inputs have exact fp32 products, so on CUDA the tensor cores' half
-        # inputs with fp32 accumulation lose nothing and are many times as fast as fp32 inputs.
+        """Add X^T X of the tokens x [n, H], with products in fp32 for any dtype of x."""
+        # Products of half-precision inputs are exact in fp32, so tensor cores on CUDA, which take
+        # half inputs and accumulate in fp32, lose nothing and are many times as fast as fp32.
         half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
         x = x if half else x.float()
         for start, end, rows in self.spans:
@@ -145,7 +145,7 @@ class Symmetric:
             rows += torch.mm(left, right, out_dtype=torch.float32) if half else left @ right
 
     def dense(self) -> Tensor:
-        """[H, H], a matrix of its own."""
+        """[H, H], the full matrix, a new tensor."""
         whole = torch.empty(len(self), len(self), dtype=self.dtype, device=self.flat.device)
         for start, end, rows in self.spans:
             whole[start:end, :end] = rows
@@ -154,12 +154,12 @@ class Symmetric:
 
     @property
     def diagonal(self) -> Tensor:
-        """[H]."""
+        """[H], the diagonal."""
         parts = [rows[:, start:].diagonal() for start, _, rows in self.spans]
         return torch.cat(parts).to(self.dtype)
 
     def restricted(self, index: Tensor) -> Symmetric:
-        """[K, K], the rows and columns `index` [K], int64, on the device of that."""
+        """[K, K], the rows and columns `index` [K] int64, on the device of the index."""
         device = index.device
         if (index.diff() <= 0).any():
             return Symmetric.of(self.dense().to(device)[index[:, None], index])
@@ -170,18 +170,18 @@ class Symmetric:
         return replace(part, dtype=self.dtype)
 
     def minus(self, other: Symmetric) -> Symmetric:
-        """The difference of two of one size."""
+        """The difference to a matrix of the same size."""
         return replace(self, flat=self.flat.to(self.dtype, copy=True).sub_(other.flat))
 
     def plus_outer(self, x: Tensor, y: Tensor, z: Tensor) -> Symmetric:
-        """G + x y^T + z x^T, which must be symmetric, for x, y, z [H] in its dtype."""
+        """G + x y^T + z x^T, which must be symmetric, for x, y, z [H] in `dtype`."""
         moved = replace(self, flat=self.flat.to(self.dtype, copy=True))
         for start, end, rows in moved.spans:
             rows.addr_(x[start:end], y[:end]).addr_(z[start:end], x[:end])
         return moved
 
     def times(self, weight: Tensor) -> Tensor:
-        """[O, H], W G, for W [O, H] in the dtype of the matrix."""
+        """[O, H], W G, for W [O, H] in `dtype`."""
         product = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         for start, end, rows in self.converted(weight.device):
             product[:, start:end].addmm_(weight[:, :end], rows.T)
@@ -189,7 +189,7 @@ class Symmetric:
         return product
 
     def quadratic(self, weight: Tensor) -> Tensor:
-        """[], tr(W G W^T) for W [O, H] in the dtype of the matrix."""
+        """[], tr(W G W^T), for W [O, H] in `dtype`."""
         total = weight.new_zeros(())
         for start, end, rows in self.converted(weight.device):
             own = weight[:, start:end].T
@@ -207,7 +207,7 @@ def columns(matrix: Tensor, index: Tensor) -> Tensor:
 
 
 def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
-    """Add a matrix of another dtype, times a factor, to one; neither is converted whole."""
+    """Add a matrix of another dtype, times a factor, to `to`, without converting it as a whole."""
     for mine, part in zip(
         torch.split(to, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True
     ):
@@ -216,26 +216,26 @@ def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def sum_of_products(wide: Tensor, other: Tensor) -> float:
-    """Over all entries of two matrices of one shape, in the dtype of the first."""
+    """Sum of the elementwise products of two matrices, in the dtype of the first."""
     parts = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(wide), ROWS_AT_ONCE))
     return sum((wide[part] * other[part].to(wide.dtype)).sum().item() for part in parts)
 
 
 def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tuple[Tensor, float]:
-    """The lower Cholesky factor of G + d mean(diag G) I, and the d that it took.
+    """The lower Cholesky factor of G + d mean(diag G) I, and the d that was used.
 
-    Starts from d = `damping`; where that leaves the matrix singular (fewer tokens than channels,
-    say), d grows tenfold until it does not, with a warning that names the group. Channels that
-    are all dead get the identity.
+    Starts from d = `damping`. While the matrix is singular, for example with fewer tokens than
+    channels, d grows tenfold, with a warning that names the group. If all channels are dead, the
+    factor is that of the identity.
 
     Args:
-        gram: makes [H, H], fp32 or fp64, positive semi-definite up to rounding, which the factor
-            takes the place of.
+        gram: returns G [H, H], fp32 or fp64, positive semi-definite up to rounding; the factor
+            overwrites it.
         damping: relative to the mean diagonal, >= 0.
         name: of the group, for messages.
 
     Raises:
-        FloatingPointError: d = 1 does not suffice, so this is no Gram matrix.
+        FloatingPointError: d = 1 does not suffice, so G is not a Gram matrix.
     """
     system = gram()
     scale = system.diagonal().mean()
@@ -258,9 +258,9 @@ def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tu
 
 
 def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
-    """Overwrite G by the lower Cholesky factor of G + shift I.
+    """Overwrite G by the lower Cholesky factor of G + shift I, and return it.
 
-    None where rounding would spoil its solves.
+    Returns None if rounding would dominate its solves.
 
     Args:
         gram: [H, H], fp32 or fp64.
@@ -268,8 +268,8 @@ def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
     """
     diagonal = gram.diagonal() + shift
     factor, positive = cholesky_(gram, shift)
-    # A pivot at the level of rounding, against its own channel, passes the factorisation but not
-    # the solve.
+    # A pivot at the level of rounding, relative to its own channel, passes the factorisation but
+    # makes solves meaningless.
     pivots = factor.diagonal().square() / diagonal
     sound = positive and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
     return factor if sound else None
@@ -278,10 +278,10 @@ def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
 def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
     """Overwrite G [H, H] by the lower Cholesky factor of G + diag(shift), shift [H] or [].
 
-    Returns it, and whether the matrix was positive definite, without which it is none.
+    Returns it, and whether the matrix was positive definite; if not, it is not a factor.
     """
     gram.diagonal().add_(shift)
-    # LAPACK's matrices are columns in a row: transposed, it works in the memory that they have.
+    # LAPACK's matrices are column-major: transposed, the factorisation runs in place.
     factor = gram.mT
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))

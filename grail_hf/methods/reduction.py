@@ -1,4 +1,4 @@
-"""`Reduction`: which units of a group are kept, or which are folded together."""
+"""`Reduction`: the units of a group that are kept, or the clusters that are folded together."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from grail_hf.config import widest_float
 
 @dataclass(frozen=True)
 class Reduction:
-    """The kept units of a group, or its clusters of units that become one.
+    """The units of a group that are kept, or the clusters of units that become one unit each.
 
     Attributes:
-        kept: [width] int64, ascending unit indices; of a cluster the first unit.
+        kept: [width] int64, ascending unit indices; the first unit of each cluster if folding.
         num_units: units before the reduction.
-        labels: [num_units] int64, the cluster of each unit: cluster c has kept[c] as its first
-            unit. None where units are removed and not folded.
-        shares: [num_units], of each unit in the mean of its cluster; they sum to 1 in a cluster.
+        labels: [num_units] int64, the cluster of each unit; kept[c] is the first unit of cluster c.
+            None if units are removed and not folded.
+        shares: [num_units], the weight of each unit in the mean of its cluster; they sum to 1 in
+            each cluster.
     """
 
     kept: Tensor
@@ -32,9 +33,9 @@ class Reduction:
         """Keep the `width` units of highest score, equally many from each partition.
 
         Args:
-            scores: [units], any real dtype; of equal scores the lower index is kept.
+            scores: [units], any real dtype; ties go to the lower index.
             width: units to keep, a multiple of `partitions`.
-            partitions: the units are this many equal consecutive runs.
+            partitions: number of equal consecutive runs of units.
 
         Raises:
             FloatingPointError: a score is NaN.
@@ -43,11 +44,11 @@ class Reduction:
 
     @classmethod
     def fold(cls, labels: Tensor, weights: Tensor | None = None) -> Reduction:
-        """Make one unit of all those that have the same label.
+        """Fold all units of the same label into one unit.
 
         Args:
-            labels: [units], any integers; the clusters are numbered anew, by their first units.
-            weights: [units], positive, of the units in the mean of their cluster; by default alike.
+            labels: [units], any integers; clusters are renumbered in the order of their first unit.
+            weights: [units], positive, of the units in the mean of their cluster; equal by default.
         """
         names, labels = torch.unique(labels, return_inverse=True)
         units = torch.arange(labels.numel(), device=labels.device)
@@ -62,21 +63,23 @@ class Reduction:
 
     @property
     def folds(self) -> bool:
-        """Whether units become one, and none is removed."""
+        """Whether units are folded together, rather than removed."""
         return self.labels is not None
 
     def of_producer(self, rows: Tensor, per_unit: int) -> Tensor:
         """[num_units * per_unit, ..] to [width * per_unit, ..]: a producer's weight or bias.
 
-        Kept units' rows; of a cluster the mean, position by position inside the units, so that
-        what belongs to a position (a frequency of rotary embeddings) stays there.
+        The rows of the kept units, or the mean of each cluster. Means are taken position by
+        position within units, so that each position keeps its meaning, such as the frequency of a
+        rotary embedding.
         """
         return self._reduce(rows, per_unit, self.shares)
 
     def of_consumer(self, weight: Tensor, per_unit: int) -> Tensor:
         """[O, num_units * per_unit] to [O, width * per_unit]: the consumer without repair.
 
-        Kept units' columns; of a cluster the sum, since each of its units now puts out the same.
+        The columns of the kept units, or the sum over each cluster, whose units now have one
+        output.
         """
         return self._reduce(weight.mT, per_unit).mT
 
@@ -85,7 +88,7 @@ class Reduction:
             return rows[self.kept_channels(per_unit).to(rows.device)]
         units = rows.reshape(-1, per_unit, *rows.shape[1:])
         if shares is not None:
-            # In fp32 at least: products in half precision would be rounded.
+            # In fp32 or wider, because products in half precision would be rounded.
             wide = torch.promote_types(rows.dtype, torch.float32)
             units = units * shares.to(rows.device, wide).reshape(-1, *[1] * rows.ndim)
         sums = sum_clusters(units, self.labels.to(rows.device))
@@ -114,11 +117,11 @@ def expand_units(units: Tensor, per_unit: int) -> Tensor:
 
 
 def best_first(scores: Tensor, partitions: int = 1) -> Tensor:
-    """[units] int64, units from the highest score to the lowest, the partitions in turns.
+    """[units] int64, units from the highest score to the lowest, alternating between partitions.
 
     Args:
-        scores: [units], any real dtype; of equal scores the lower index comes first.
-        partitions: the units are this many equal consecutive runs.
+        scores: [units], any real dtype; ties go to the lower index.
+        partitions: number of equal consecutive runs of units.
 
     Raises:
         FloatingPointError: a score is NaN.
@@ -132,12 +135,12 @@ def best_first(scores: Tensor, partitions: int = 1) -> Tensor:
 
 
 def sum_clusters(x: Tensor, labels: Tensor) -> Tensor:
-    """[n, ..] to [clusters, ..]: the sum of each cluster, in fp32 at least.
+    """[n, ..] to [clusters, ..]: the sum over each cluster, in fp32 or wider.
 
     Args:
         x: [n, ..].
-        labels: [n] int64 in [0, clusters), none of them empty.
+        labels: [n] int64 in [0, clusters); each cluster has a member.
     """
     rows = x[labels.argsort(stable=True)].to(torch.promote_types(x.dtype, torch.float32))
-    # Unlike `index_add_`, this adds in the same order on every run on an accelerator.
+    # Unlike `index_add_`, this is deterministic on accelerators.
     return torch.segment_reduce(rows, "sum", lengths=labels.bincount(), axis=0)

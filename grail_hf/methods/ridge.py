@@ -1,4 +1,9 @@
-"""The ridge solve that repairs a consumer, and the choice of its damping."""
+"""The ridge solve that repairs a consumer, and the choice of its damping.
+
+Damping is relative: a damping of d adds d * mean(diag G) to the diagonal of the Gram matrix G of
+the solve. `GrailConfig.ridge` is the damping of a repair, or "auto" to choose it on held-out
+tokens. Infinite damping means no repair, which is plain pruning or folding.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +28,14 @@ from grail_hf.methods.reduction import Reduction
 logger = logging.getLogger(__name__)
 
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# Rows of a weight for which a damping is tried at a time.
+# Rows of a weight that are solved at a time while dampings are tried.
 ROWS_TRIED = 512
 
 
 class Repair(NamedTuple):
-    """A consumer's new weight [O, K], the damping that it took, and what its bias [O] gains.
+    """A consumer's new weight [O, K], the damping that was used, and what is added to its bias [O].
 
-    Without damping it is plain pruning, or folding.
+    The damping is None if nothing was solved.
     """
 
     weight: Tensor
@@ -51,31 +56,30 @@ def ridge(
     intercept: bool = False,
     least: float = 0.0,
 ) -> Repair:
-    """The weight on the kept channels that calibration supports best.
+    """Repair a consumer: the weight on the kept channels that fits the calibration targets best.
 
     Minimises ||Y - X_S V^T||^2 + d ||V - W_S||^2 over V, with d = damping * mean(diag G_SS):
 
         V = W_S + (C_S - W_S G_SS) (G_SS + d I)^-1,    C = Y^T X, G = X^T X
 
-    Where the target is the consumer's own output, Y = X W^T, this is V = W_S + W_P B^T with
-    B = (G_SS + d I)^-1 G_SP (GRAIL, arXiv 2602.23795), except that damping pulls towards plain
-    pruning and not towards zero output.
+    If the target is the consumer's own output, Y = X W^T, and P are the removed channels, this is
+    V = W_S + W_P B^T with B = (G_SS + d I)^-1 G_SP (GRAIL, arXiv 2602.23795), except that damping
+    pulls towards plain pruning and not towards zero output.
 
     Args:
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, fp32 or fp64.
-        kept: [K] int64, S; None for all, where the statistics have a cross moment.
-        damping: relative to the mean diagonal, >= 0; infinite damping is plain pruning. "auto"
-            chooses by the held-out tokens (`choose_damping`), an intercept or none too, and fits
-            to all.
+        kept: [K] int64, S; None for all channels, which needs a cross moment.
+        damping: >= 0 and possibly infinite. "auto" chooses it, and whether there is an intercept,
+            on the held-out tokens (`choose_damping`), and fits to all tokens.
         name: of the group, for messages.
-        intercept: fit Y - X_S V^T - 1 b^T: V from moments about the means, with the damping
-            relative to those too, and the bias b = mean y - V mean x_S, undamped.
-        least: the damping is at least this, whatever is asked or chosen.
+        intercept: fit Y - X_S V^T - 1 b^T. V is computed from moments about the means, to which
+            the damping is relative, and the bias b = mean y - V mean x_S is not damped.
+        least: lower bound of the damping.
 
     Returns:
-        V, and b where there is an intercept. More damping than asked is used, with a warning, where
-        the Gram is singular (`damped_cholesky`).
+        V, and b if there is an intercept. If the Gram is singular, `damped_cholesky` uses more
+        damping, with a warning.
     """
     if kept is not None:
         stats, weight = stats.restricted(kept, weight), weight[:, kept]
@@ -102,10 +106,10 @@ def ridge_within(
     intercept: bool = False,
     least: float = 0.0,
 ) -> Repair:
-    """`ridge` on all channels, with a result that `dtype` can hold.
+    """`ridge` on all channels, with a result in the range of `dtype`.
 
-    Where the result overflows (a float16 model's may), damping grows tenfold until it does not, up
-    to plain pruning, which leaves W_S as it is. A warning names the group.
+    While the result overflows, as it may in float16, damping grows tenfold, up to plain pruning,
+    which leaves W_S as it is. A warning names the group.
     """
     repair = ridge(weight, stats, None, damping, name, intercept, least)
     overflows = False
@@ -125,7 +129,7 @@ def ridge_within(
 
 
 def _fits(repair: Repair, dtype: torch.dtype) -> bool:
-    """Whether `dtype` has the range for a repair, and the repair no NaN."""
+    """Whether a repair is within the range of `dtype` and has no NaN."""
     largest = torch.finfo(dtype).max
     return all(
         bool(extreme.abs() <= largest)
@@ -138,32 +142,34 @@ def _fits(repair: Repair, dtype: torch.dtype) -> bool:
 def choose_damping(
     weight: Tensor, stats: GramStats, kept: Tensor | None = None, intercept: bool = False
 ) -> tuple[float, bool, float]:
-    """The damping of `DAMPINGS`, or infinity, that does best on the held-out tokens.
+    """The damping in `DAMPINGS`, or infinity, of least error on the held-out tokens.
 
-    With the moments G, C of the tokens that are not held out, and G', C', E' of those that are,
-    the least over d of
+    With the moments G, C of the tokens that are not held out, and G', C', E' of the held-out ones,
+    it minimises over d
 
         (E' - 2 tr(V C'^T) + tr(V G' V^T)) / E',    V = W_S + (C_S - W_S G_SS) (G_SS + d I)^-1
 
     where d is relative to mean(diag G_SS). Infinity is V = W_S and, without an intercept, plain
-    pruning, so the choice never does worse than that on the held-out tokens. A damping that leaves
-    G_SS singular is no choice.
+    pruning, so the choice is never worse than that on the held-out tokens. Dampings that leave G_SS
+    singular are skipped.
 
-    A Cholesky factorisation a damping, K^3 / 3 + 4 O K^2 each, takes 1.4 times as long on a CPU as
-    one eigendecomposition for all of them (K = 2048), and needs no care where the Gram is singular.
+    One Cholesky factorisation per damping, K^3 / 3 + 4 O K^2 each, takes 1.4 times as long on a CPU
+    as one eigendecomposition for all of them (K = 2048), but needs no special case for a singular
+    Gram.
 
     Args:
         weight: [O, H], W, in the dtype of the statistics.
-        stats: of the consumer's inputs and targets, with its held-out part.
+        stats: of the consumer's inputs and targets, with a held-out part.
         kept: [K] int64, S; None as in `ridge`.
-        intercept: all but plain pruning have one: with the moments about the means of the tokens
-            that are not held out, the sum above is the error with it.
+        intercept: every candidate but plain pruning has an intercept: about the means of the tokens
+            that are not held out, the expression above is the error with it.
 
     Returns:
-        The damping, whether there is an intercept with it, and the error, relative to E' as it is.
+        The damping, whether it comes with an intercept, and the error, relative to the uncentred
+        E'.
 
     Raises:
-        ValueError: nothing was held out.
+        ValueError: no tokens are held out.
     """
     held_out = stats.held_out
     if held_out is None:
@@ -188,7 +194,7 @@ def choose_damping(
             )
             parts = (cholesky_solve_(part.clone(), factor).add_(own) for part, own in pairs)
             errors[damping, intercept] = _squared_error(parts, held_out)
-        del factor  # before the next one is made
+        del factor  # before the next one is allocated
     best = min(errors, key=errors.__getitem__)
     return *best, _relative(errors[best], energy)
 
@@ -219,9 +225,9 @@ def reconstruction_error(
 
 
 def _squared_error(parts: Iterable[Tensor], stats: GramStats) -> float:
-    """||Y - X V^T||^2 for V [O, K], which comes some of its rows at a time.
+    """||Y - X V^T||^2 for V [O, K], given in parts of consecutive rows.
 
-    Not negative, whatever the rounding.
+    Clamped at 0 against rounding.
     """
     assert stats.cross is not None
     error, start = stats.target_energy, 0
@@ -233,17 +239,17 @@ def _squared_error(parts: Iterable[Tensor], stats: GramStats) -> float:
 
 
 def _relative(error: float, energy: float) -> float:
-    """An error, which rounding may take below zero, to ||Y||^2."""
+    """An error relative to ||Y||^2, clamped at 0 against rounding; 0 without energy."""
     return max(error, 0.0) / energy if energy > 0 else 0.0
 
 
 def error_curve(
     weight: Tensor, stats: GramStats, order: Tensor, damping: float, name: str = "the group"
 ) -> Tensor:
-    """[H + 1]: entry k is what repair leaves of ||X W^T||^2 when the first k channels are kept.
+    """[H + 1]: entry k is the error after repair, of ||X W^T||^2, if the first k channels are kept.
 
     In the given order, let G + d I = L L^T. The trailing block of L is a Cholesky factor of the
-    Schur complement of the kept channels, so one factorisation serves every k:
+    Schur complement of the kept channels, so one factorisation gives the error for every k:
 
         E_k = sum_{j >= k} ||(W L)_j||^2
 
@@ -252,8 +258,8 @@ def error_curve(
     Args:
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs, fp32 or fp64.
-        order: [H] int64, the channel that is kept longest first.
-        damping: relative to the mean diagonal, >= 0.
+        order: [H] int64, channels from the last removed to the first.
+        damping: >= 0.
         name: of the group, for messages.
     """
     order = order.to(weight.device)
@@ -265,17 +271,17 @@ def error_curve(
 def fold_linearly(
     weight: Tensor, stats: GramStats, reduction: Reduction, columns: int
 ) -> GramStats:
-    """The statistics [K] after a fold, as if averaging producers averaged what they put out.
+    """The statistics [K] after a fold, as if averaging producers averaged their outputs.
 
-    With R [K, H] the mean over each cluster, Z = X R^T, and so Z^T Z = R G R^T, Y^T Z = C R^T: the
-    form in which GRAIL (arXiv 2602.23795) folds, B = G R^T (R G R^T + d I)^-1. It holds for a
-    projection alone; behind a gate or an attention it is an approximation.
+    With R [K, H] the mean over each cluster, Z = X R^T, Z^T Z = R G R^T and Y^T Z = C R^T. GRAIL
+    (arXiv 2602.23795) folds in this form, B = G R^T (R G R^T + d I)^-1. It is exact if nothing but
+    the producers lies between, and an approximation once a gate or attention follows them.
 
     Args:
         weight: [O, H], W, the dense consumer, in the dtype of the statistics.
         stats: of the consumer's inputs and targets before the fold.
-        reduction: that folds.
-        columns: that a unit owns.
+        reduction: one that folds.
+        columns: consumer columns that a unit owns.
     """
 
     def mean(x: Tensor) -> Tensor:

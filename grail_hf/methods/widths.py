@@ -170,8 +170,8 @@ def with_representable_widest(
     """The curves, restricted so that the config can represent the widest attention.
 
     The width of the widest layer is the config's own value; narrower layers have entries of their
-    own. So the layer that is widest in `widths` is left the representable widths above its own, and
-    every other layer is left the representable widths and those below all that the first may have.
+    own. So the layer that is widest in `widths` keeps the representable widths above its own. The
+    other layers keep all representable widths, and any that are narrower than those of the first.
     """
     first, least = widths.index(max(widths)), min(w for w in representable if w > max(widths))
 

@@ -20,7 +20,7 @@ from grail_hf.config import ATTENTION, ATTENTION_UNITS, AUTO, EXPERTS, GrailConf
 from grail_hf.methods.allocation import MLP_MULTIPLES, allocate, expected_loss, find_allocation
 from grail_hf.methods.budget import Budget, Profiles, Widths
 from grail_hf.methods.selectors import Selector, find_selector
-from grail_hf.methods.widths import EXPERTS_STEP, TOLERANCE
+from grail_hf.methods.widths import EXPERTS_STEP, TOLERANCE, one_width_a_kind
 from grail_hf.models.architectures import find_architecture
 from grail_hf.models.configs import compressed_config, said_widths, switch_on_biases_
 from grail_hf.models.decoder import (
@@ -290,14 +290,15 @@ def _errors(
     config: GrailConfig,
     profiles: Profiles,
 ) -> tuple[float, float] | None:
-    """What `widths` lose by the `error` rule, and what one width a kind would."""
+    """The expected losses of `widths` and of one width per kind, if the rule compares layers."""
     if not find_allocation(config.allocation).sensitivities:
         return None  # errors of different layers do not compare
     try:
-        others = allocate(budgets, replace(config, allocation="uniform"), profiles)
+        others = one_width_a_kind(budgets, config)
     except ValueError:  # it may not reach the sparsity
         return None
-    own, another = (expected_loss(budgets, each, "error", profiles) for each in (widths, others))
+    rule = config.allocation
+    own, another = (expected_loss(budgets, each, rule, profiles) for each in (widths, others))
     return own, another
 
 
