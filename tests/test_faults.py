@@ -1,8 +1,77 @@
-"""Faults of a run from disk to disk: an error that names it, or a run that goes on."""
+"""Faults of a run: an error that names the cause, or a run that continues.
+
+What each fault leads to, and the tests that show it, here unless a file is named:
+
+killed (SIGKILL) in any phase: `--resume` continues to identical bytes. Without it the next run is
+    refused, and nothing is lost.
+    test_a_run_killed_anywhere_goes_on_and_ends_alike
+    test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file
+    test_a_stopped_run_is_neither_lost_nor_taken_for_another
+killed between the two renames at the end: the old output is restored, or the new one takes its
+    place.
+    test_an_old_output_stays_until_the_new_one_is_whole
+interrupted (SIGINT): no partial output; a message tells how to resume.
+    test_cli.py: test_an_interrupted_command_goes_on
+    test_an_interrupt_behind_the_last_rename_is_an_interrupt
+resumed with other settings, texts, weights or versions: refused; the message names what differs.
+    test_a_stopped_run_is_neither_lost_nor_taken_for_another
+    test_a_source_that_changed_is_not_gone_on_with
+files of a stopped run changed: refused; the message names the file.
+    test_what_a_stopped_run_wrote_is_checked
+    test_a_journal_that_is_none_is_named
+disk full while a layer is written: an error names the file; `--resume` continues when there is
+    room.
+    test_a_disk_that_fills_up_costs_nothing_that_was_done
+disk full while a result in memory is saved: it is saved in the folder for temporary files, or in
+    the home folder, and a message tells where.
+    test_cli.py: test_what_cannot_be_saved_is_saved_elsewhere
+    test_cli.py: test_where_nothing_can_be_saved_that_is_said
+    test_cli.py: test_a_whole_folder_that_cannot_take_its_place_is_kept
+too little disk space from the start: refused, with what is needed and what is free. Where there was
+    room to start, there is room to resume.
+    test_a_disk_that_is_too_small_is_seen_before_anything_is_done
+    test_where_a_run_has_room_it_has_room_to_go_on
+    test_cli.py: test_a_disk_that_is_too_small_is_seen_before_any_work
+source file truncated, damaged, missing or of other shapes: refused before any work; the message
+    names the file or tensor.
+    test_checkpoint.py: test_a_source_that_is_not_whole_is_refused_by_name
+    test_checkpoint.py: test_a_missing_shard_is_named
+bit flipped in a file of the Hub's cache: refused, because these files are named by their sha256. In
+    any other folder without checksums a flipped bit looks like a weight, unless it makes a NaN; but
+    a resumed run notices that its source has changed.
+    test_checkpoint.py: test_a_flipped_bit_in_the_hub_s_cache_is_seen
+NaN or Inf in the weights: refused before any work; the message names the tensor.
+    test_checkpoint.py: test_a_source_that_is_not_whole_is_refused_by_name
+activations overflow float16: an error names the layer; the layers before it are kept.
+    test_an_overflow_names_the_layer_and_keeps_the_layers_before_it
+a repaired weight overflows float16: the damping grows, at most to plain pruning, with a warning
+    that names the group.
+    test_errors.py: test_a_repair_that_overflows_the_models_dtype_takes_more_damping
+a refit overflows or leaves a larger error: the group stays as it was repaired, with a warning that
+    names it.
+    test_refit.py: test_a_refit_that_fails_leaves_the_repaired_group
+fewer tokens than channels (singular Gram): more damping, with a warning that names the group.
+    test_fewer_tokens_than_channels_are_repaired_with_more_damping
+dead channel: it is removed first and does no harm.
+    test_dead_channels_go_first_and_harm_nothing
+two runs into one output: the second is refused at once.
+    test_two_runs_do_not_write_one_output
+output that cannot be written: refused before any work.
+    test_an_output_that_cannot_be_written_is_refused_at_once
+output that is a mount point or holds the current folder: refused before any work, since neither can
+    be replaced; name a folder inside it. A link is followed.
+    test_an_output_that_cannot_be_replaced_is_refused_at_once
+    test_an_output_that_is_a_link_stays_one
+one of several processes dies: the others end with a message that tells where. `--resume` continues
+    on any number of processes.
+    test_processes.py: test_when_one_is_killed_the_other_says_so_and_ends
+    test_processes.py: test_what_was_done_when_one_is_killed_is_gone_on_with
+"""
 
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -572,3 +641,11 @@ def test_dead_channels_go_first_and_harm_nothing(tmp_path):
     for group in report.groups:
         if group.kind == "mlp":
             assert group.width == 73 and group.error_pruned < 1e-6
+
+
+def test_the_tests_that_the_docstring_names_are_there():
+    named = re.findall(r"(?:(test_\w+\.py): )?(test_\w+)(?!\w*\.py)", __doc__)
+    assert len(named) > 20
+    for file, test in named:
+        source = Path(__file__).with_name(file or Path(__file__).name).read_text(encoding="utf-8")
+        assert f"\ndef {test}(" in source

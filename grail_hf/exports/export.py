@@ -1,7 +1,34 @@
 """Export a checkpoint for other programs: as another model type, with padded layers, or as GGUF.
 
-An export computes the same function as its source. This is checked on the files that have been
-written, before they are moved to the output folder.
+An export computes the same function as its source. This is verified on the written files before
+they take the output folder's place: the logits on random tokens in fp32, or each tensor of a GGUF
+file.
+
+GGUF. The file includes the tokenizer, which has to be a byte-level BPE that splits text as GPT-2,
+Llama 3 or Qwen2 do. Rotary embeddings may be plain, linear or Llama 3's. For anything else, use
+llama.cpp's own converter on a "stock" or "padded" export. K-quants need widths that are multiples
+of 256. A Qwen2 with fewer heads becomes llama.cpp's `llama` with biases, because its `qwen2`
+derives the head size from the number of heads.
+
+vLLM. These facts were read in the model code of vLLM 0.33.0 (`vllm/model_executor/models`), not
+run:
+
+- With one width for all layers, vLLM's own code loads Llama, Mistral, Qwen3, Gemma, Gemma 2, Phi-3,
+  Granite, Cohere, EXAONE 4, Nemotron, Mixtral and others: it reads `head_dim` and takes any number
+  of heads. It does not load a `qwen2`, `qwen2_moe`, `granitemoe`, `lfm2` or `lfm2_moe` with fewer
+  heads, for which it takes `head_dim` to be hidden size / heads. A `qwen3` with fewer heads and
+  `bias="auto"` computes something else, because the bias of `o_proj` is ignored.
+- It does not load layers that differ in width.
+- Its Transformers backend (`vllm serve OUT --model-impl transformers`), which builds transformers'
+  own model code, loads all of these. Layers that differ need grail_hf installed beside vLLM. The
+  entry point `vllm.general_plugins` then registers such checkpoints in each of vLLM's processes
+  without remote code, and each layer's attention gets the heads of that layer.
+- Otherwise keep all heads (`attention_sparsity=0`), export a Qwen2 as "granite", or export layers
+  that differ as "padded".
+- Tensor parallelism over n accelerators needs a number of heads and an MLP width (`multiple_of`)
+  that are multiples of n, and a number of KV heads that is a multiple or a divisor of n.
+
+The model card repeats what applies to its checkpoint.
 """
 
 from __future__ import annotations
@@ -82,11 +109,20 @@ def export(
 ) -> Export:
     """Write the checkpoint in folder `source` to folder `output` in another format.
 
-    "stock" is the checkpoint's own type, if all its layers have the same width. "mistral" and
-    "granite" are other types that compute the same function, with configs that can represent more
-    shapes. "padded" pads every layer with zeros to the shape of the widest. "gguf" is one file for
-    llama.cpp. Tokenizer, generation config and other small files are copied. The model is held in
-    memory, in fp32 for the check (4 bytes per parameter).
+    "stock": the checkpoint's own type.
+    "padded": its own type, with zeros that fill every layer to the widest's shape. This costs the
+        memory that narrower layers saved: where a program reads no other format, prefer one width
+        for all layers (no single layers in `ignore`). A mixture of experts whose layers differ
+        cannot be padded.
+    "mistral": a Mistral, which allows any number of heads; from a llama without biases, or a
+        mistral with full attention.
+    "granite": a Granite, which allows any number of heads, and biases; from a llama, or a mistral
+        or qwen2 with full attention.
+    "gguf": one file for llama.cpp; from a llama, or a mistral, qwen2 or qwen3 with full attention.
+
+    All but "padded" require one width for all layers: export as "padded" first, and then again.
+    Tokenizer, generation config and other small files are copied. The model is held in memory, in
+    fp32 for the comparison (4 bytes per parameter).
 
     Args:
         source: a checkpoint folder, of grail_hf or any other of a known architecture.

@@ -4,6 +4,20 @@ An `Architecture` names the modules of a decoder layer and the config keys that 
 `Architecture.groups(config, layer, …)` resolves them against one decoder layer into `GroupSpec`s,
 which everything else works with: no other file knows a model type.
 
+`infer_architecture(model)` proposes the entry of a new type. It cannot see a factor or a clip that
+a config could switch on and that the model at hand does not use, so review the entry. For example:
+
+    ARCHITECTURES["persimmon"] = Architecture(
+        "persimmon",
+        attention=Attention(
+            inputs=("self_attn.query_key_value",),  # one projection,
+            interleaved=True,  # [query, key, value] head by head
+            output="self_attn.dense",
+            refused=(HEADS_FILL_HIDDEN,),
+        ),
+        mlp=Mlp(inputs=("mlp.dense_h_to_4h",), linear=None, output="mlp.dense_4h_to_h"),
+    )
+
 How a projection's rows fall to the units is said by sections alone (`Producer`): `[gate; up]` and
 `[q; k; v]` are two and three sections, `[q, k, v]` head by head is one section with the rows of all
 three. What a stock config cannot say, or what would not compute the same, is a `Refusal`: the
