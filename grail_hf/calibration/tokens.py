@@ -52,6 +52,9 @@ from grail_hf.runtime import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+# Tokens that the model writes at a stretch.
+PIECE = 256
+
 Calibration: TypeAlias = (
     TextSource | Iterable[Conversation] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 )
@@ -65,13 +68,14 @@ class TokenBatches:
     and ones, only where there is padding. `source` is a line for the report. `fingerprint` is the
     sha256 of the sequences, with their padding, and their masks in order; how they are cut into
     batches does not enter otherwise. `bos` says whether each window of text starts with BOS; it is
-    None for tokens that were given or sampled.
+    None for tokens that were given or sampled. `text` says whether they are windows of a text.
     """
 
     batches: tuple[dict[str, Tensor], ...]
     source: str
     fingerprint: str
     bos: bool | None = None
+    text: bool = False
 
     @property
     def num_samples(self) -> int:
@@ -193,7 +197,7 @@ def token_batches(
     check_positive(
         vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
     )
-    has_bos = None
+    has_bos, text = None, False
     if isinstance(calibration, Mapping):
         calibration = [calibration]
     if not isinstance(calibration, str | os.PathLike | Tensor):
@@ -232,17 +236,61 @@ def token_batches(
         tokenizer = required_tokenizer(tokenizer)
         seq_length = capped(seq_length, max_length)
         first = bos_token(tokenizer, bos)
-        text = read_text(calibration, "train")
-        windows = random_windows(text, tokenizer, num_samples, seq_length, seed, first)
-        windows = check_token_ids(windows, vocab_size, text.label)
+        corpus, text = read_text(calibration, "train"), True
+        windows = random_windows(corpus, tokenizer, num_samples, seq_length, seed, first)
+        windows = check_token_ids(windows, vocab_size, corpus.label)
         windows = with_random_tokens(windows, random_tokens, tokenizer, vocab_size, seed)
         batches = _split(windows, batch_size)
         has_bos = first is not None
         source = (
-            f"{text.label}: {num_samples} random windows of {seq_length} tokens"
+            f"{corpus.label}: {num_samples} random windows of {seq_length} tokens"
             f"{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
         )
-    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos)
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos, text)
+
+
+@torch.no_grad()
+def with_own_samples(
+    tokens: TokenBatches,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    fraction: float,
+    seed: int,
+    progress: bool = True,
+) -> TokenBatches:
+    """Replace a fraction of the windows of a text by text that the model writes itself.
+
+    A calibration text is of one domain. What the model writes unprompted is of all the domains that
+    it was trained on, so that what they need counts too, as in calibration on such text alone
+    (arXiv 2410.17170). It is written in short pieces, many at a time, since a piece's tokens come
+    one after another.
+
+    Args:
+        tokens: of a text; others are returned as they are.
+        model: the dense model, with its weights, in eval mode.
+        tokenizer: of the tokens.
+        fraction: of the windows, in [0, 1).
+        seed: of the pieces, and of the windows that they replace.
+        progress: show a bar on standard error.
+    """
+    ids = torch.cat([batch["input_ids"] for batch in tokens.batches]) if tokens.text else None
+    count = round(fraction * tokens.num_samples)
+    if ids is None or count == 0:
+        return tokens
+    length, starts = ids.shape[1], bool(tokens.bos)
+    piece = min(PIECE, length) - starts
+    number = -(-count * (length - starts) // piece)
+    size = len(tokens.batches[0]["input_ids"]) * max(1, length // PIECE)
+    # The first token of a piece is the one that begins any text. It stays with the window's alone.
+    own = sample_tokens(
+        *(model, tokenizer, vocabulary_size(model), number, piece + 1, size, seed, progress)
+    )
+    written = own[:, 1:].flatten()[: count * (length - starts)].view(count, -1)
+    chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]
+    ids[chosen, int(starts) :] = written
+    batches = _split(ids, len(tokens.batches[0]["input_ids"]))
+    source = f"{tokens.source}; {count} of the windows are written by the dense model"
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), tokens.bos)
 
 
 def _says_random(fraction: float) -> str:
