@@ -555,7 +555,9 @@ def test_the_readmes_example_adds_a_type(monkeypatch):
     """Fifteen lines at most; the type is not in the table."""
     assert "persimmon" not in ARCHITECTURES
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL
+    )
     assert len(example.split("\n\n")[1].splitlines()) <= 15
     monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
     exec(example, {})
