@@ -574,7 +574,7 @@ def test_a_qwen2_of_fewer_heads_is_a_llama_with_biases(tmp_path, with_tokenizer)
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "input_layernorm"])
 def test_a_gguf_that_differs_is_found_out(tmp_path, with_tokenizer, name):
-    """By swapped rows of a rotary pair, say, or by a norm that is rounded."""
+    """In the order of the rows of a rotary pair, or by the rounding of a norm."""
     pytest.importorskip("gguf")
     model, path = with_tokenizer("llama"), tmp_path / "model.gguf"
     plan = plan_gguf(tmp_path / "in", model.config, find_architecture("llama"))

@@ -271,7 +271,7 @@ def test_folding_is_giving_every_unit_of_a_cluster_its_mean_producers(case, unit
 @pytest.mark.parametrize("unit", ATTENTION_UNITS)
 @pytest.mark.parametrize("case", UNUSUAL)
 def test_each_section_of_a_producer_is_averaged(case, unit):
-    """And the norms that shrink with it; what is behind the sections stays."""
+    """And so are the norms that shrink with it; rows after the sections stay."""
     model = tiny_architecture(case)
     full = copy.deepcopy(model)
     report = narrower(model, attention_unit=unit, selector=IN_TURNS, compensate=False)

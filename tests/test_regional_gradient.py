@@ -64,8 +64,8 @@ def check_gradients(model, inputs):
             expected = torch.zeros_like(group.consumer.weight)
             for args, kwargs in calls:
                 with torch.enable_grad():
-                    behind = block.layer(*args, **kwargs)
-                    norm = (behind[0] if isinstance(behind, tuple) else behind).norm()
+                    after = block.layer(*args, **kwargs)
+                    norm = (after[0] if isinstance(after, tuple) else after).norm()
                     (gradient,) = torch.autograd.grad(norm, group.consumer.weight)
                 expected += gradient.square() / len(calls)
             found = block.regional_gradient(group)

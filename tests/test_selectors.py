@@ -283,7 +283,7 @@ def test_greedy_is_close_to_the_best_subset(units, columns, seed):
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_greedy_is_optimal_where_channels_know_nothing_of_each_other(columns):
-    """A diagonal Gram: a unit costs what it puts out, whatever else is left."""
+    """A diagonal Gram: the cost of a unit does not depend on the units that are left."""
     group = problem(7, columns)
     group.x = torch.linalg.qr(group.x).Q * torch.arange(1, 7 * columns + 1)
     gram = damped_gram(group)

@@ -92,8 +92,8 @@ class Format:
     Attributes:
         config: gives the config of the result. Raises ValueError if the format cannot hold it.
         write: writes the result to a folder, see `_write_checkpoint`.
-        note: what the card says of the result.
-        usage: how the card says to load it.
+        note: describes the result in its card.
+        usage: shows in its card how to load it.
         has_types: whether `gguf_type` applies.
     """
 
