@@ -54,12 +54,6 @@ class LanguageModelLoss:
         """exp(loss), infinite where that overflows."""
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
 
-    def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits spent per byte, where the predicted tokens are `num_bytes` bytes of text."""
-        if num_bytes < 1:
-            raise ValueError(f"num_bytes={num_bytes}: must be at least 1")
-        return self.loss * self.tokens / (num_bytes * math.log(2))
-
 
 def language_model_loss(
     model: PreTrainedModel, windows: Tensor, *, batch_size: int = 8, progress: bool = True
