@@ -197,7 +197,7 @@ def narrow_layers_(
             group_batches=group_batches(
                 plan, config, len(processes.share(len(tokens.batches))), placement.first
             ),
-            dtype=config.torch_dtype,
+            dtype=config.solve_torch_dtype,
         ):
             for group in block.groups:
                 width = plan.widths[group.kind][block.index]
@@ -251,7 +251,7 @@ def repair_(
 
     Returns the damping that the repair took, if there was one.
     """
-    dtype, hold_out = config.torch_dtype, config.holds_out
+    dtype, hold_out = config.solve_torch_dtype, config.holds_out
     intercept = group.kind in plan.biased
 
     with block.meter.phase("gram"):

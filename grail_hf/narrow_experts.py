@@ -78,7 +78,7 @@ def _narrowed(
     reduction = processes.once(
         partial(choose, select, expert, stats, width, config.selector_name), expert.name
     )
-    weight, kept = expert.weight.to(config.torch_dtype), reduction.kept
+    weight, kept = expert.weight.to(config.solve_torch_dtype), reduction.kept
     stats, weight = stats.restricted(kept, weight), weight[:, kept]
     repair = Repair(weight)
     if config.compensate:

@@ -233,7 +233,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
         tokens.batches,
         seed=config.seed,
         progress=False,
-        dtype=config.torch_dtype,
+        dtype=config.solve_torch_dtype,
     ):
         moments = [block.collect(group) for group in block.groups]
         for group, stats in zip(block.groups, moments, strict=True):
@@ -241,7 +241,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
             if width == group.num_units:
                 continue
             reduction = choose(plan.select, group, stats, width, config.selector_name)
-            weight = group.weight.to(config.torch_dtype)
+            weight = group.weight.to(config.solve_torch_dtype)
             kept = reduction.kept_channels(group.columns)
             if reduction.folds:
                 stats = fold_linearly(weight, stats, reduction, group.columns)

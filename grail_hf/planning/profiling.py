@@ -187,7 +187,7 @@ def _profile(
         place,
         seed=config.seed,
         progress=False,
-        dtype=config.torch_dtype,
+        dtype=config.solve_torch_dtype,
     )
     for block in Bar(
         blocks,
