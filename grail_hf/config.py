@@ -6,18 +6,87 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
+ATTENTION = "attention"
+MLP = "mlp"
+EXPERTS = "experts"
+SHARED = "shared_experts"
+
+AUTO = "auto"
 TARGETS = ("self", "dense", "residual")
 FOLDS = ("measured", "linear")
 ATTENTION_UNITS = ("kv_group", "query_head")
-AUTO = "auto"
 SOLVE_DTYPES = (AUTO, "float32", "float64")
 HIDDEN_STATES = (AUTO, "accelerator", "host", "disk")
+YES_OR_NO = (True, False)
+# Settings of checkpoints and programs from before they were renamed.
+_OLD_NAMES = {"dtype": "solve_dtype"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be: `low` and above, and below `high`.
+
+    Attributes:
+        whole: integers alone.
+        example: a number that an error message proposes.
+    """
+
+    low: float
+    high: float = math.inf
+    whole: bool = False
+    example: float | None = None
+
+    def __contains__(self, value: object) -> bool:
+        number = _is_integer(value) if self.whole else _is_number(value)
+        return number and self.low <= cast(float, value) < self.high
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a finite number"
+        if self.high == math.inf:
+            return f"{kind} of at least {self.low}"
+        return f"{kind} in [{self.low}, {self.high})"
+
+
+FRACTION = Range(0, 1, example=0.3)
+COUNT = Range(1, whole=True)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    range: Range | None = None,
+    table: str | None = None,
+) -> Any:
+    """A field of `GrailConfig`, with what its check and the command line need as metadata.
+
+    A value passes if it is one of `choices`, lies in `range`, or is None where that is the default.
+
+    Args:
+        default: the field's default.
+        help: one line for the command line; the class docstring has the details.
+        choices: values other than numbers. Without these and a range, any value passes.
+        range: the numbers.
+        table: where the names of further choices are, as "package:name" of a dict. It is imported
+            when somebody asks for them, so that this module imports nothing of the package.
+    """
+    metadata = {"help": help, "choices": choices, "range": range, "table": table}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def choices_of(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
+    """What a setting may be besides numbers, with the names in its table."""
+    table = field.metadata["table"]
+    return (*field.metadata["choices"], *(pkgutil.resolve_name(table) if table else ()))
 
 
 @dataclass(frozen=True)
@@ -30,10 +99,10 @@ class GrailConfig:
             given, the other kind takes what is left to remove.
         mlp_sparsity: fraction of the MLP channels to remove, in [0, 1); of a mixture's experts,
             of each expert's. It is rounded to whole steps, with a warning where that is far off.
-        attention_sparsity: fraction of the attention units to remove, in [0, 1), likewise, and to
-            what the config can say.
+        attention_sparsity: fraction of the attention units to remove, in [0, 1), likewise rounded,
+            and to a number that the model's config can represent.
         selector: a name in `grail_hf.SELECTORS`, or a function (group, stats) -> scores [units]
-            of your own, which sees the consumer's weight [O, H] as `group.weight`, the number of
+            of your own, which reads the consumer's weight [O, H] as `group.weight`, the number of
             columns that a unit owns as `group.columns`, and X^T X [H, H] as `stats.gram`; the
             units of highest score stay. A `grail_hf.Selector` holds a function with what it needs.
             JSON gives a function's name.
@@ -45,46 +114,47 @@ class GrailConfig:
             the repaired error and one measured divergence of each block, by several, or by
             standardised scores (of a selector that measures, as `flap` does); such a checkpoint
             loads with `import grail_hf` or `trust_remote_code=True`. "auto": "uniform-split" where
-            there is a split to choose and it can be measured, which it cannot for a mixture of
-            experts; "uniform" elsewhere.
+            there is a split to choose and it can be measured, which excludes mixtures of experts;
+            "uniform" elsewhere.
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
-            behind the first that lost some, unless `ignore` names them.
+            from the first group that lost some on, unless `ignore` names them.
         target: what a repaired consumer should put out. "self": what it did before, on the
             compressed path (the paper). "dense": what the dense model puts out there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs
-            what earlier blocks lost; as "dense" where a norm lies between block and stream. For
-            each of a mixture's experts it is "self": what a block lacks belongs to no one expert.
+            what earlier blocks lost; the same as "dense" where a norm lies between block and
+            stream. For each of a mixture's experts it is "self": the error of a block cannot be
+            assigned to one expert.
         refit: conjugate gradient steps in which the producers that a block is linear in (values,
             up-projections; of a fused projection their rows) are refitted to the target after the
-            consumer, by half of the
-            calibration, or by all of it for more than 2 steps; 0 leaves them as they were cut. A
-            step takes about three forward passes of the block on those tokens. A refit that
-            overflows, or that leaves a larger error than the repair did, is undone with a warning.
-            Blocks of a float16 model are refitted as bfloat16 copies, which have the range. Without
-            a target of the dense model ("self", or without `compensate`) there is nothing to refit
-            to, and this has no effect.
-        fold: what the repair of folded units goes by. "measured": what they put out, taken in
-            another pass over the calibration tokens. "linear": the mean of what they put out
-            before (the paper), which a gate or an attention makes an approximation.
-        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal; "auto"
-            chooses it for each block by the error on every fourth window, and fits to all windows;
-            where nothing does better there than plain pruning, that is what is done, without a
-            bias.
+            consumer, on half of the calibration, or on all of it for more than 2 steps; 0 leaves
+            them as they were cut. A step takes about three forward passes of the block on those
+            tokens. A refit that overflows, or that leaves a larger error than the repair did, is
+            undone with a warning. Blocks of a float16 model are refitted as bfloat16 copies, which
+            have the range. Without a target of the dense model ("self", or without `compensate`)
+            there is nothing to refit to, and this has no effect.
+        fold: which moments the repair of folded units uses. "measured": those of what the units
+            put out, taken in another pass over the calibration tokens. "linear": those of the mean
+            of what they put out before (the paper), an approximation where a gate or an attention
+            follows.
+        ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal, at least 0.
+            "auto" chooses it for each block by the error on every fourth window, and fits to all
+            windows; a block for which no damping does better there than plain pruning is pruned
+            without repair, and without a bias.
         bias: "auto" fits a bias too, to each consumer that has one, or that the stock config can
             give one (llama, and qwen3's attention; not where a llama is saved as another type for
             its number of heads). The block's other projections get biases of zero with it.
         num_samples: calibration windows to draw, where the calibration is text, conversations or
             "self".
-        seq_length: tokens in a window; capped by the model's `max_position_embeddings`.
+        seq_length: tokens in a window, at least 2; capped by the model's `max_position_embeddings`.
         bos: whether each window of calibration text starts with the BOS token, which then takes
             the first of its `seq_length` places. "auto": if the tokenizer adds one by itself and,
             for conversations, the chat template does too. False: the text is cut as GPTQ does, with
             a BOS token at its very start at most. Token ids and "self" are not affected.
         random_tokens: fraction of a calibration text's tokens that are replaced by tokens drawn
-            uniformly from the vocabulary, in [0, 1). What reads the tokens that the text lacks then
-            counts too, so that less is lost on other texts. 0 calibrates on the text as it is, as
-            the literature does. Token ids given ready made, and "self", are never changed.
+            uniformly from the vocabulary, in [0, 1). The repair then also covers tokens that the
+            text lacks, so that less is lost on other texts. 0 calibrates on the text as it is, as
+            the literature does. Token ids that you pass, and "self", are never changed.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
@@ -97,51 +167,106 @@ class GrailConfig:
             elsewhere.
         ignore: decoder layers by index, or groups by a name or pattern of whole name parts
             ("self_attn", "layers.0.mlp", "model.layers.*.mlp"); they stay as they are.
-        rehome: allow the result to be saved under another stock model type that computes the
-            same function, where the model's own cannot say the new shape; without it, only shapes
-            are chosen that it can say.
+        rehome: convert to another model type that computes the same function, where the model's
+            own config cannot represent the new shape. False chooses only among shapes that it can
+            represent.
         device: where layers run ("cuda", "cuda:1", "cpu"); by default the model's device if it
             is an accelerator, else the machine's accelerator if there is one, else the CPU. With
             a `device_map`, by default where that has them run; layers that it puts on an
             accelerator run there in any case.
-        dtype: of selection and solve, "float64" or "float32". "auto": float64 where the device that
-            layers run on computes in it, else float32 (Apple's GPUs); the report has which.
+        solve_dtype: of selection and solve, "float64" or "float32". "auto": float64 where the
+            device that layers run on supports it, else float32 (Apple's GPUs); the report has
+            which.
         hidden_states: where the calibration tokens' hidden states are kept between layers; the
             result is the same. "accelerator": where layers run. "host": in host memory. "disk": in
-            files without a name, mapped into memory; they are gone with the process. They are in
+            unnamed files, mapped into memory, which vanish with the process. They are in
             the folder for temporary files (the environment variable TMPDIR names another) or, from
             disk to disk, beside the output. "auto": the first of these where they have room, in a
             quarter of the accelerator's free memory or half of the host's; on a machine without an
-            accelerator, of the last two.
+            accelerator, one of the last two.
 
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
     """
 
-    sparsity: float | None = None
-    mlp_sparsity: float | None = None
-    attention_sparsity: float | None = None
-    selector: str | Callable[..., Any] = "obs"
-    allocation: str = AUTO
-    compensate: bool = True
-    target: str = "residual"
-    refit: int = 2
-    fold: str = "measured"
-    ridge: float | str = AUTO
-    bias: bool | str = False
-    num_samples: int = 128
-    seq_length: int = 2048
-    bos: bool | str = AUTO
-    random_tokens: float = 0.1
-    batch_size: int = 4
-    seed: int = 0
-    multiple_of: int | str = AUTO
-    attention_unit: str = AUTO
-    ignore: tuple[int | str, ...] = ()
-    rehome: bool = True
-    device: str | None = None
-    dtype: str = AUTO
-    hidden_states: str = AUTO
+    sparsity: float | None = setting(
+        None, "Fraction of the decoder blocks' projection parameters to remove.", range=FRACTION
+    )
+    mlp_sparsity: float | None = setting(
+        None, "Fraction of the MLP channels to remove.", range=FRACTION
+    )
+    attention_sparsity: float | None = setting(
+        None, "Fraction of the attention units to remove.", range=FRACTION
+    )
+    selector: str | Callable[[Any, Any], torch.Tensor] = setting(  # noqa: RUF009 (it is a field)
+        "obs", "How the units that stay are chosen.", table="grail_hf:SELECTORS"
+    )
+    allocation: str = setting(
+        AUTO, "How widths are chosen.", choices=(AUTO,), table="grail_hf:ALLOCATIONS"
+    )
+    compensate: bool = setting(True, "Repair by ridge regression.", choices=YES_OR_NO)
+    target: str = setting("residual", "What a repaired block should put out.", choices=TARGETS)
+    refit: int = setting(
+        2,
+        "Conjugate gradient steps of further repair; 6 is thorough.",
+        range=Range(0, whole=True),
+    )
+    fold: str = setting("measured", "Which moments repair folded units.", choices=FOLDS)
+    ridge: float | str = setting(
+        AUTO,
+        'Damping of the repair; "auto" chooses it on held-out windows.',
+        choices=(AUTO,),
+        range=Range(0),
+    )
+    bias: bool | str = setting(
+        False,
+        '"auto" fits biases too, where the stock config has them.',
+        choices=(False, AUTO),
+    )
+    num_samples: int = setting(128, "Calibration windows.", range=COUNT)
+    seq_length: int = setting(2048, "Tokens in a window.", range=Range(2, whole=True))
+    bos: bool | str = setting(
+        AUTO,
+        "Start each window of text with BOS; by default if the tokenizer adds one by itself.",
+        choices=(*YES_OR_NO, AUTO),
+    )
+    random_tokens: float = setting(
+        0.1,
+        "Fraction of a calibration text's tokens to replace by random ones.",
+        range=Range(0, 1, example=0.1),
+    )
+    batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
+    seed: int = setting(
+        0, "Seed of the windows and of random selection.", range=Range(-(2**63), 2**63, whole=True)
+    )
+    multiple_of: int | str = setting(
+        AUTO,
+        'MLP widths are multiples of this; "auto": as large as costs nothing.',
+        choices=(AUTO,),
+        range=COUNT,
+    )
+    attention_unit: str = setting(
+        AUTO,
+        "Remove whole KV groups, or as many query heads from each; auto: as measured.",
+        choices=(AUTO, *ATTENTION_UNITS),
+    )
+    ignore: tuple[int | str, ...] = setting(
+        (), "A layer or group to leave whole, for example self_attn; repeat for more."
+    )
+    rehome: bool = setting(
+        True,
+        "Convert to another model type that computes the same function, where needed.",
+        choices=YES_OR_NO,
+    )
+    device: str | None = setting(None, "Where layers run; by default an accelerator.")
+    solve_dtype: str = setting(
+        AUTO,
+        "Dtype of selection and solve; auto: float64 where the device supports it.",
+        choices=SOLVE_DTYPES,
+    )
+    hidden_states: str = setting(
+        AUTO, "Where hidden states are kept between layers.", choices=HIDDEN_STATES
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.ignore, (str, int)):
@@ -149,25 +274,11 @@ class GrailConfig:
         if not isinstance(self.ignore, Iterable):
             raise ValueError(f"ignore={self.ignore!r} must be layer indices or name patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        fractions = ("sparsity", "mlp_sparsity", "attention_sparsity")
-        for name in fractions:
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 <= value < 1):
-                raise ValueError(
-                    f"{name}={value!r} is outside [0, 1): it is the fraction to remove, "
-                    f"for example {name}=0.3"
-                )
-        given = [name for name in fractions if getattr(self, name) is not None]
-        if self.sparsity is None and len(given) < 2:
-            raise ValueError(
-                "how much to remove is not given: pass sparsity=0.3, or both mlp_sparsity and "
-                "attention_sparsity"
-            )
-        if len(given) == 3:
-            raise ValueError(
-                "sparsity, mlp_sparsity and attention_sparsity are all given, but two of them "
-                "fix the third: drop one"
-            )
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        for entry in self.ignore:
+            if not (_is_integer(entry) or isinstance(entry, str)):
+                raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")
         if not (isinstance(self.selector, str) or callable(self.selector)):
             raise ValueError(
                 f"selector={self.selector!r} must be a name in grail_hf.SELECTORS or a function "
@@ -178,53 +289,26 @@ class GrailConfig:
                 f"allocation={self.allocation!r} must be a name in grail_hf.ALLOCATIONS, or "
                 f"{AUTO!r}"
             )
-        for name in ("num_samples", "seq_length", "batch_size", "multiple_of"):
-            value = getattr(self, name)
-            automatic = name == "multiple_of" and value == AUTO
-            if not (automatic or (_is_integer(value) and value >= 1)):
-                others = f", or {AUTO!r}" if name == "multiple_of" else ""
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1{others}")
-        if not (_is_number(self.random_tokens) and 0 <= self.random_tokens < 1):
-            raise ValueError(
-                f"random_tokens={self.random_tokens!r} is outside [0, 1): it is the fraction of "
-                "the calibration text's tokens to replace, for example random_tokens=0.1"
-            )
-        if not (_is_integer(self.refit) and self.refit >= 0):
-            raise ValueError(f"refit={self.refit!r} must be a whole number of at least 0")
-        if self.seq_length < 2:
-            raise ValueError("seq_length=1 leaves no context to calibrate on: use at least 2")
-        if not (isinstance(self.bos, bool) or self.bos == AUTO):
-            raise ValueError(f"bos={self.bos!r} must be True, False or {AUTO!r}")
-        if not (_is_integer(self.seed) and -(2**63) <= self.seed < 2**63):
-            raise ValueError(f"seed={self.seed!r} must be a whole number of 64 bits")
-        if self.ridge != AUTO and not (_is_number(self.ridge) and 0 <= self.ridge < float("inf")):
-            raise ValueError(
-                f"ridge={self.ridge!r} must be a finite number of at least 0, or {AUTO!r}"
-            )
-        if self.bias is not False and self.bias != AUTO:
-            raise ValueError(f"bias={self.bias!r} must be False or {AUTO!r}")
-        if self.bias and not self.compensate:
-            raise ValueError(f"bias={self.bias!r} is part of the repair: leave compensate=True")
-        if self.attention_unit not in (AUTO, *ATTENTION_UNITS):
-            raise ValueError(
-                f"attention_unit={self.attention_unit!r} must be one of {(AUTO, *ATTENTION_UNITS)}"
-            )
-        if self.target not in TARGETS:
-            raise ValueError(f"target={self.target!r} must be one of {TARGETS}")
-        if self.fold not in FOLDS:
-            raise ValueError(f"fold={self.fold!r} must be one of {FOLDS}")
-        if self.dtype not in SOLVE_DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {SOLVE_DTYPES}")
-        if self.hidden_states not in HIDDEN_STATES:
-            raise ValueError(f"hidden_states={self.hidden_states!r} must be one of {HIDDEN_STATES}")
-        for entry in self.ignore:
-            if not (_is_integer(entry) or isinstance(entry, str)):
-                raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")
-        for name in ("compensate", "rehome"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.device is not None:
             object.__setattr__(self, "device", _device_name(self.device))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ValueError for settings that contradict each other."""
+        sparsities = (self.sparsity, self.mlp_sparsity, self.attention_sparsity)
+        given = sum(sparsity is not None for sparsity in sparsities)
+        if self.sparsity is None and given < 2:
+            raise ValueError(
+                "how much to remove is not given: pass sparsity=0.3, or both mlp_sparsity and "
+                "attention_sparsity"
+            )
+        if given == 3:
+            raise ValueError(
+                "sparsity, mlp_sparsity and attention_sparsity are all given, but two of them "
+                "fix the third: drop one"
+            )
+        if self.bias and not self.compensate:
+            raise ValueError(f"bias={self.bias!r} is part of the repair: leave compensate=True")
 
     @property
     def targeted(self) -> bool:
@@ -242,15 +326,16 @@ class GrailConfig:
         return self.refit if self.targeted else 0
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of selection and solve; float64 for "auto" until `resolved_on` a device."""
-        return torch.float32 if self.dtype == "float32" else torch.float64
+    def solve_torch_dtype(self) -> torch.dtype:
+        """`solve_dtype` as torch's; float64 for "auto" until `resolved_on` a device."""
+        return torch.float32 if self.solve_dtype == "float32" else torch.float64
 
     def resolved_on(self, device: torch.device) -> GrailConfig:
-        """The config with the dtype that "auto" means where layers run on `device`."""
-        if self.dtype != AUTO:
+        """The config with the `solve_dtype` that "auto" means where layers run on `device`."""
+        if self.solve_dtype != AUTO:
             return self
-        return dataclasses.replace(self, dtype=str(widest_float(device)).removeprefix("torch."))
+        name = str(widest_float(device)).removeprefix("torch.")
+        return dataclasses.replace(self, solve_dtype=name)
 
     @property
     def selector_name(self) -> str:
@@ -272,8 +357,9 @@ class GrailConfig:
     def from_dict(cls, settings: dict[str, Any]) -> GrailConfig:
         """The inverse of `to_dict`, but for a function's name, which stays a name.
 
-        Raises ValueError on an unknown setting.
+        A setting's old name is understood too. Raises ValueError on an unknown setting.
         """
+        settings = _renamed(settings)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -290,8 +376,35 @@ class GrailConfig:
     @classmethod
     def resolve(cls, config: GrailConfig | dict[str, Any] | None, **overrides: Any) -> GrailConfig:
         """One config from a config (or its dict, or nothing) and keyword overrides."""
-        settings = config._settings() if isinstance(config, GrailConfig) else dict(config or {})
-        return cls.from_dict(settings | overrides)
+        settings = config._settings() if isinstance(config, GrailConfig) else config or {}
+        return cls.from_dict(_renamed(settings) | _renamed(overrides))
+
+
+def _check(field: dataclasses.Field[Any], value: object) -> None:
+    """Raise ValueError for a value that is neither one of a setting's choices nor in its range.
+
+    Names in a table pass: the plan looks them up.
+    """
+    choices, numbers = field.metadata["choices"], field.metadata["range"]
+    if field.metadata["table"] or not (choices or numbers):
+        return
+    if (value is None and field.default is None) or (numbers and value in numbers):
+        return
+    # True equals 1, which no setting means by it.
+    if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices):
+        return
+    if numbers and numbers.example is not None:
+        raise ValueError(
+            f"{field.name}={value!r} is outside [{numbers.low}, {numbers.high}): it is a fraction, "
+            f"for example {field.name}={numbers.example}"
+        )
+    *others, last = [*([str(numbers)] if numbers else []), *map(repr, choices)]
+    listed = f"{', '.join(others)} or {last}" if others else last
+    raise ValueError(f"{field.name}={value!r} must be {listed}")
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 @functools.cache
@@ -344,9 +457,3 @@ def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> V
     return ValueError(
         f"{kind} {name!r} is not known{guess} Known: {', '.join(known)}. One is added to {where}."
     )
-
-
-ATTENTION = "attention"
-MLP = "mlp"
-EXPERTS = "experts"
-SHARED = "shared_experts"

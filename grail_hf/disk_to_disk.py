@@ -162,7 +162,7 @@ def _forecast(
         *(parts.model, CheckpointPlacement(parts, device), plan.specs, tokens.batches, place),
         seed=config.seed,
         progress=progress,
-        dtype=config.torch_dtype,
+        dtype=config.solve_torch_dtype,
     )
     return Job.forecast(config, plan, stream, tokens, costs)
 

@@ -1,8 +1,8 @@
-"""What a model is worth: perplexity on text, and lm-eval's tasks.
+"""Measure a model: perplexity on text, and lm-eval's tasks.
 
 Perplexity follows GPTQ and SparseGPT: the text is joined and tokenised once, cut into windows of
-`seq_length` that do not overlap, and each window scored by itself, without context from the one
-before. A sliding window gives lower figures, which do not compare with the literature's.
+`seq_length` that do not overlap, and each window is scored by itself, without context from the one
+before. A sliding window gives lower figures, which cannot be compared with the literature's.
 
     perplexity = exp( sum_{n, t>0} -log p(x_{n,t} | x_{n,<t}) / (N (T - 1)) )
 
@@ -18,8 +18,11 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -27,9 +30,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from grail_hf.calibration.corpora import TextSource
-from grail_hf.calibration.windows import bos_token, capped, check_token_ids, token_windows
+from grail_hf.calibration.windows import (
+    BOS_FIRST,
+    bos_token,
+    capped,
+    check_token_ids,
+    token_windows,
+)
+from grail_hf.checkpoints.loading import load_model
 from grail_hf.config import AUTO, widest_float
 from grail_hf.models.decoder import check_positions, context_length, evaluation_mode
+from grail_hf.runtime.devices import usable_device
 from grail_hf.runtime.progress import Bar
 
 if TYPE_CHECKING:
@@ -54,11 +65,71 @@ class LanguageModelLoss:
         """exp(loss), infinite where that overflows."""
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
 
-    def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits spent per byte, where the predicted tokens are `num_bytes` bytes of text."""
-        if num_bytes < 1:
-            raise ValueError(f"num_bytes={num_bytes}: must be at least 1")
-        return self.loss * self.tokens / (num_bytes * math.log(2))
+    def to_dict(self) -> dict[str, Any]:
+        """What `evaluate` reports of it, as JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "tokens": self.tokens,
+            "seq_length": self.seq_length,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """A text in windows, to measure perplexity on.
+
+    Attributes:
+        text: a file, or a corpus name.
+        ids: [N, T], int64.
+        bos: whether each window starts with BOS.
+    """
+
+    text: str
+    ids: Tensor
+    bos: bool = False
+
+    @classmethod
+    def read(
+        cls,
+        text: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        seq_length: int,
+        bos: bool | str = AUTO,
+    ) -> EvaluationWindows:
+        """The windows of a text. Arguments are those of `perplexity`; raises as it does."""
+        ids = token_windows(text, tokenizer, seq_length=seq_length, bos=bos)
+        return cls(text, ids, tokenizer is not None and bos_token(tokenizer, bos) is not None)
+
+    def description(self) -> dict[str, str]:
+        """What a report records of the text: of a path only the last name."""
+        name, colon, rest = self.text.partition(":")
+        public = Path(name).name if Path(name).exists() else name
+        count, length = self.ids.shape
+        return {
+            "evaluation text": public + colon + rest,
+            "evaluation windows": f"{count} x {length} tokens{BOS_FIRST if self.bos else ''}",
+        }
+
+
+@contextmanager
+def loaded(
+    source: str, device: str | None = None, revision: str | None = None
+) -> Iterator[PreTrainedModel]:
+    """A source's model to evaluate, as long as the context lasts.
+
+    Args:
+        source: a folder, or a name on the hub.
+        device: where all of it is; by default accelerate places it, on disk too where it has to.
+        revision: of the hub's repository.
+
+    Raises:
+        ValueError: this machine does not have the device.
+        OSError: as `load_model`.
+    """
+    where = "auto" if device is None else {"": usable_device(device)}
+    with tempfile.TemporaryDirectory() as scratch:
+        yield load_model(source, revision, device_map=where, offload_folder=scratch)
 
 
 def language_model_loss(
@@ -67,9 +138,9 @@ def language_model_loss(
     """Mean loss of the next token over `windows` [N, T] of token ids, T at least 2.
 
     Logits are in the model's dtype, losses in fp32, their sum in fp64. Raises ValueError for ids
-    that the model does not have, windows of the wrong shape or, where its positions are in a table,
-    longer than that (others are warned of), TypeError for ids that are not
-    integers, FloatingPointError for a loss that is not finite.
+    that the model does not have and windows of the wrong shape, TypeError for ids that are not
+    integers, FloatingPointError for a loss that is not finite. Windows longer than the model's
+    context raise ValueError where its positions are in a table, and warn elsewhere.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1")
@@ -150,29 +221,23 @@ def evaluate(
         {"perplexity": float, "loss": float, "tokens": int, "seq_length": int, "bos": bool,
          "tasks": {task: {metric: float}}}
 
-    "bos" says whether each window starts with BOS; a tensor's windows are not looked at. A metric's
-    key has its filter after a comma, unless that is lm-eval's "none". Raises ValueError where
-    nothing is asked for or a task is unknown, ImportError where tasks are but lm-eval is not
-    installed, and as `perplexity` does.
+    "bos" tells whether each window starts with BOS; it is absent where `text` is a tensor. A
+    metric's key has its filter after a comma, unless that is lm-eval's "none". Raises ValueError
+    where nothing is asked for or a task is unknown, ImportError where tasks are asked for and
+    lm-eval is not installed, and as `perplexity` does.
     """
     given = tasks.split(",") if isinstance(tasks, str) else tasks
     tasks = [task.strip() for task in given if task.strip()]
     if text is None and not tasks:
         raise ValueError("nothing to evaluate: give text, tasks, or both")
     seq_length = seq_length and capped(seq_length, context_length(model))
-    # What can fail at once is tried before the model runs.
+    # Unknown tasks and a missing lm-eval fail before the model runs.
     task_manager = _task_manager(tasks, tokenizer, include_path) if tasks else None
     has_bos = tokenizer is not None and bos_token(tokenizer, bos) is not None
     report: dict[str, Any] = {}
     if text is not None:
         windows = _windows(model, tokenizer, text, seq_length, max_windows, bos)
-        result = language_model_loss(model, windows, batch_size=batch_size)
-        report |= {
-            "perplexity": result.perplexity,
-            "loss": result.loss,
-            "tokens": result.tokens,
-            "seq_length": result.seq_length,
-        }
+        report |= language_model_loss(model, windows, batch_size=batch_size).to_dict()
         if not isinstance(text, Tensor):
             report["bos"] = has_bos
     if tasks:

@@ -143,7 +143,7 @@ def begun(
         *(model, placement, plan.specs, tokens.batches, place),
         seed=config.seed,
         progress=progress,
-        dtype=config.torch_dtype,
+        dtype=config.solve_torch_dtype,
     )
     with full_fp32_products(), placement.meter.on():
         job = Job.forecast(config, plan, stream, tokens, costs).measured()

@@ -104,14 +104,14 @@ def without_float64():
 # Between them they come to every place that sums or solves in fp64 where it can.
 @pytest.mark.parametrize("settings", [{"selector": "fold"}, {"allocation": "error"}], ids=str)
 def test_a_device_without_float64_computes_in_float32(settings, without_float64):
-    """`dtype="auto"`; no tensor of float64 comes to the device, which would refuse it."""
+    """`solve_dtype="auto"`; no tensor of float64 comes to the device, which would refuse it."""
     with pytest.raises(TypeError, match="does not have"):
         torch.zeros(1, dtype=torch.float64, device=without_float64)
     computed = []
     for place, dtype in (("cpu", "float64"), (without_float64, "float32")):
         model = tiny_architecture("qwen3")
         report = narrower(model, device=place, hidden_states="accelerator", **settings)
-        assert report.config.dtype == dtype
+        assert report.config.solve_dtype == dtype
         computed.append(logits(model, batches()))
     here, there = computed
     assert relative_error(there, here) < 1e-2

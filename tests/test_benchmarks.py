@@ -39,7 +39,7 @@ def test_memory_measures_a_model_some_layers_of_which_stand_for_the_rest(tmp_pat
         "source": str(tmp_path / "source"),
         "output": str(tmp_path / "out"),
         "settings": {
-            **{"sparsity": 0.3125, "batch_size": 1, "device": "cpu", "dtype": "float32"},
+            **{"sparsity": 0.3125, "batch_size": 1, "device": "cpu", "solve_dtype": "float32"},
             **{"allocation": "uniform"},
         },
     }

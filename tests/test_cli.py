@@ -1,5 +1,6 @@
 """The command line, run as a user runs it."""
 
+import dataclasses
 import errno
 import json
 import re
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import safetensors.torch
 import torch
+import typer
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURE_CASES, SIZES, config_of
 from transformers import (
@@ -26,12 +28,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from typer.testing import CliRunner
 
-from grail_hf import CompressionReport, cli
+from grail_hf import CompressionReport, GrailConfig
+from grail_hf.checkpoints.folders import replaced_when_whole
 from grail_hf.checkpoints.journal import Journal
-from grail_hf.cli import _measured_on, app, replaced_when_whole
+from grail_hf.cli import app
 from grail_hf.models.architectures import architectures_table
+from grail_hf.options import takes_settings
 
 runner = CliRunner()
 
@@ -47,6 +52,72 @@ def compress_arguments(tiny_llama_dir, jargon_train, tmp_path):
         *("compress", tiny_llama_dir, tmp_path / "out", "--sparsity", 0.5, "--selector", "wanda"),
         *("--calibration", jargon_train, "--num-samples", 8, "--seq-length", 64, "--device", "cpu"),
     )
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """No model may be loaded; its config, its tokenizer and its shapes may."""
+
+    def refuse(*_, **__):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+def settings_given_by(*flags: object) -> GrailConfig:
+    """The settings that options stand for, from a command that only takes settings."""
+    given = []
+    only_settings = typer.Typer()
+
+    @only_settings.command()
+    @takes_settings
+    def command(config: GrailConfig) -> None:
+        given.append(config)
+
+    arguments = ["--sparsity", "0.3", *map(str, flags)]
+    result = runner.invoke(only_settings, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return given.pop()
+
+
+def test_options_left_out_keep_the_defaults():
+    assert settings_given_by() == GrailConfig(sparsity=0.3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (("--attention-sparsity", 0.5), {"attention_sparsity": 0.5}),
+        (("--selector", "wanda"), {"selector": "wanda"}),
+        (("--allocation", "error"), {"allocation": "error"}),
+        (("--no-compensate",), {"compensate": False}),
+        (("--refit", 6), {"refit": 6}),
+        (("--ridge", "1e-3"), {"ridge": 1e-3}),
+        (("--ridge", 1), {"ridge": 1.0}),
+        (("--ridge", "auto"), {"ridge": "auto"}),
+        (("--bias", "auto"), {"bias": "auto"}),
+        (("--bos",), {"bos": True}),
+        (("--no-bos",), {"bos": False}),
+        (("--multiple-of", 64), {"multiple_of": 64}),
+        (("--multiple-of", "auto"), {"multiple_of": "auto"}),
+        (("--ignore", -1, "--ignore", "self_attn"), {"ignore": (-1, "self_attn")}),
+        (("--no-rehome",), {"rehome": False}),
+        (("--device", "cuda:1"), {"device": "cuda:1"}),
+        (("--solve-dtype", "float32"), {"solve_dtype": "float32"}),
+    ],
+)
+def test_an_option_stands_for_its_setting(flags, settings):
+    config, expected = settings_given_by(*flags), GrailConfig(sparsity=0.3, **settings)
+    assert config == expected
+    assert config.to_json() == expected.to_json(), "of the same types"
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect"])
+def test_every_setting_has_an_option(command):
+    help = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    for field in dataclasses.fields(GrailConfig):
+        assert f"--{field.name.replace('_', '-')}" in help
+        assert field.metadata["help"].split(".")[0] in help
 
 
 @pytest.fixture
@@ -122,7 +193,7 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_one(
 
 
 def test_compress_without_data(compress_arguments, tmp_path):
-    """Sampled once the weights are there: the skeleton on the meta device has nothing to say."""
+    """Sampled once the weights are loaded: the model on the meta device has none."""
     code, out, err = run(*compress_arguments, "--calibration", "self", "--json")
     assert code == 1 and "self" in err, "one of several names is a file's"
     at = compress_arguments.index("--calibration") + 1
@@ -140,7 +211,7 @@ def tensors_of(folder):
 def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
     compress_arguments, jargon_test, tmp_path, monkeypatch
 ):
-    """By itself where the weights fill half of the free memory; the same weights come of it."""
+    """By default, where the weights fill half of the free memory; the weights are the same."""
     assert run(*compress_arguments)[0] == 0
     (tmp_path / "out").rename(tmp_path / "in memory")
     memory = psutil.virtual_memory()._replace(available=20 * 2**20)
@@ -180,10 +251,9 @@ def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_
 
 
 def test_from_disk_to_disk_refusals_come_before_any_work(
-    compress_arguments, jargon_train, jargon_test, tmp_path, monkeypatch
+    compress_arguments, jargon_train, jargon_test, tmp_path, no_weights
 ):
-    """Before the source is measured, too; and what was stopped is left as it is."""
-    monkeypatch.setattr(cli, "_perplexity_of", lambda *_: 1 / 0)
+    """They also precede the source's evaluation, and a stopped run is left as it is."""
     journal = Journal(tmp_path / ".out.partial", {})
     journal.own.mkdir(parents=True)
     journal.write()
@@ -233,7 +303,7 @@ def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
 
 
 def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
-    """A folder with a config and nothing else suffices, and gives the shapes of `compress`."""
+    """A folder with nothing but a config suffices, and gives the shapes of `compress`."""
     (tmp_path / "config.json").write_bytes((tiny_llama_dir / "config.json").read_bytes())
     code, out, err = run("inspect", tmp_path, "--sparsity", 0.3, "--json")
     assert code == 0, err
@@ -253,7 +323,7 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
 
 
 def test_inspect_takes_the_options_of_compress(tiny_llama_dir):
-    """And shows what they say of the result and of memory, for a device that is not here too."""
+    """It shows their effect on the result and on memory, for a device that is absent too."""
 
     def inspected(*flags):
         code, out, err = run("inspect", tiny_llama_dir, "--sparsity", 0.3, "--json", *flags)
@@ -416,9 +486,8 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_seen_before_any_work(
-    compress_arguments, tmp_path, monkeypatch
+    compress_arguments, tmp_path, monkeypatch, no_weights
 ):
-    monkeypatch.setattr(cli, "_model", lambda *_, **__: 1 / 0)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code, _, err = run(*compress_arguments)
@@ -478,10 +547,10 @@ def test_where_nothing_can_be_saved_that_is_said(full, compress_arguments, tmp_p
 
 
 def test_a_whole_folder_that_cannot_take_its_place_is_kept(tmp_path, monkeypatch):
-    def refused(work, output):
-        raise PermissionError("not allowed")
+    def refused(path, target):
+        raise PermissionError(f"{path} cannot be renamed")
 
-    monkeypatch.setattr("grail_hf.checkpoints.folders.put_in_place", refused)
+    monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(OSError, match=r"out cannot be replaced .*\.out\.partial"):
         with replaced_when_whole(tmp_path / "out") as folder:
             (folder / "new").touch()
@@ -537,32 +606,20 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     assert "experts and the like are not offered" in err and "Traceback" not in err
 
 
-def test_the_text_of_an_evaluation_keeps_its_name(tmp_path):
-    """But for the folders that a file or a data set lies in."""
-    (tmp_path / "notes.txt").touch()
-    for text, said in (
-        ("allenai/c4/en:validation:text", "allenai/c4/en:validation:text"),
-        (str(tmp_path / "notes.txt"), "notes.txt"),
-        (f"{tmp_path}:test:text", f"{tmp_path.name}:test:text"),
-        ("wikitext2", "wikitext2"),
-    ):
-        found = _measured_on(text, torch.zeros(3, 7))
-        assert found == {"evaluation text": said, "evaluation windows": "3 x 7 tokens"}
-
-
 def test_memory_that_runs_out_is_one_line(compress_arguments, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("grail_hf.cli.compress", full)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", full)
     code, out, err = run(*compress_arguments)
-    assert (code, out) == (1, "") and "error: CUDA out of memory" in err and "Traceback" not in err
+    assert (code, out) == (1, "") and err.splitlines()[-1] == "error: CUDA out of memory"
+    assert "Traceback" not in err
 
 
 def test_evaluation_runs_where_it_is_told(
     compress_arguments, tiny_llama_dir, jargon_test, tmp_path, monkeypatch
 ):
-    """Also when the model came from disk: by default accelerate chooses, else it is all there."""
+    """By default accelerate places the model; with a device, all of it is there."""
     from transformers import AutoModelForCausalLM
 
     load, asked = AutoModelForCausalLM.from_pretrained, []
@@ -587,7 +644,7 @@ def test_evaluation_runs_where_it_is_told(
 
 @pytest.mark.parametrize("model_type", ["mistral3", "qwen2_vl", "qwen3_5"])
 def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, tmp_path):
-    """The whole of them goes in and comes out, with what makes a processor and how to load it."""
+    """The whole model is saved, with its processor's files and a card that loads it."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip("transformers has none")
     case = ARCHITECTURE_CASES[model_type]

@@ -384,10 +384,10 @@ def test_selection_and_solve_are_in_the_dtype_of_the_config(monkeypatch, dtype, 
         return SELECTORS["wanda"](group, stats)
 
     monkeypatch.setitem(SELECTORS, "seen", Selector(seen))
-    report = compress(tiny_model("qwen2"), selector="seen", dtype=dtype)
+    report = compress(tiny_model("qwen2"), selector="seen", solve_dtype=dtype)
     expected = widest if dtype == "auto" else dtype
     assert solved == [getattr(torch, expected)] * len(report.groups)
-    assert report.config.dtype == expected
+    assert report.config.solve_dtype == expected
 
 
 @every_case_and_unit

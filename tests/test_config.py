@@ -1,31 +1,42 @@
-"""`GrailConfig`: what it refuses and how it says so, and that JSON gives it back."""
+"""`GrailConfig`: what it refuses, with which message, and that JSON gives it back."""
 
 import dataclasses
 import functools
+import itertools
 import json
+import re
 import string
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grail_hf import Selector
+from grail_hf import ALLOCATIONS, SELECTORS, Selector
 from grail_hf.config import (
     ATTENTION_UNITS,
     FOLDS,
     HIDDEN_STATES,
     SOLVE_DTYPES,
     GrailConfig,
+    choices_of,
     widest_float,
 )
 
+README = Path(__file__).parent.parent / "README.md"
+OPTIONS_HEAD = "| option | default | what it does |\n"
+FIELDS = {field.name: field for field in dataclasses.fields(GrailConfig)}
 FRACTIONS = ("sparsity", "mlp_sparsity", "attention_sparsity")
 NAN = float("nan")
 INF = float("inf")
 
 OUT_OF_RANGE = [
-    *((name, value) for name in FRACTIONS for value in (-0.1, 1, 1.0, 1.5, NAN, "0.3", True)),
+    *(
+        (name, value)
+        for name in (*FRACTIONS, "random_tokens")
+        for value in (-0.1, 1, 1.0, 1.5, NAN, "0.3", True)
+    ),
     *(
         (name, value)
         for name in ("num_samples", "seq_length", "batch_size", "multiple_of")
@@ -34,15 +45,16 @@ OUT_OF_RANGE = [
     ("seq_length", 1),
     *(("refit", value) for value in (-1, 1.5, "2", True)),
     *(("target", value) for value in ("block", None, "Dense")),
-    *(("seed", value) for value in (1.5, "0", False)),
+    *(("seed", value) for value in (1.5, "0", False, 2**63, -(2**63) - 1)),
     *(("ridge", value) for value in (-1e-9, INF, NAN, "1e-4", "Auto", None, True)),
     *(("attention_unit", value) for value in ("head", None)),
     *(("fold", value) for value in ("exact", True)),
-    *(("dtype", value) for value in ("bfloat16", torch.float64)),
+    *(("solve_dtype", value) for value in ("bfloat16", torch.float64)),
     *(("hidden_states", value) for value in ("cuda", None)),
-    *(("bias", value) for value in (True, "all", None)),
+    *(("bias", value) for value in (True, "all", None, 0)),
     *(("bos", value) for value in ("yes", 1, None)),
     *(("selector", value) for value in (3, None, ["gram"])),
+    *(("allocation", value) for value in (3, None, ["error"])),
     *(("device", value) for value in ("warp", 1.5)),
     *((name, value) for name in ("compensate", "rehome") for value in ("no", None)),
 ]
@@ -65,7 +77,9 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
         *(("ridge", value) for value in (0, 10.0, "auto")),
         *(("attention_unit", value) for value in ATTENTION_UNITS),
         *(("fold", value) for value in FOLDS),
-        *(("dtype", value) for value in SOLVE_DTYPES),
+        *(("seed", value) for value in (2**63 - 1, -(2**63))),
+        *(("refit", value) for value in (0, 100)),
+        *(("solve_dtype", value) for value in SOLVE_DTYPES),
         *(("hidden_states", value) for value in HIDDEN_STATES),
         *(("bos", value) for value in ("auto", True, False)),
         *(("device", value) for value in (None, "cpu")),
@@ -76,14 +90,87 @@ def test_the_ends_of_a_range_belong_to_it(name, value):
     assert getattr(GrailConfig(**total, **{name: value}), name) == value
 
 
-@pytest.mark.parametrize("name", ["attention_unit", "fold", "dtype", "hidden_states"])
+@pytest.mark.parametrize(
+    "name", [name for name, field in FIELDS.items() if field.metadata["choices"]]
+)
 def test_a_refused_choice_lists_the_choices(name):
     with pytest.raises(ValueError) as error:
-        GrailConfig(sparsity=0.3, **{name: "other"})
-    choices = {"attention_unit": ATTENTION_UNITS, "fold": FOLDS, "dtype": SOLVE_DTYPES}
-    choices["hidden_states"] = HIDDEN_STATES
-    for choice in choices[name]:
+        GrailConfig(**({"sparsity": 0.3} | {name: ["other"]}))
+    for choice in FIELDS[name].metadata["choices"]:
         assert repr(choice) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparsity": 30}, "sparsity=30 is outside [0, 1): it is a fraction, for example "),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        ({"multiple_of": 0}, "multiple_of=0 must be a whole number of at least 1 or 'auto'"),
+        ({"seq_length": 1}, "seq_length=1 must be a whole number of at least 2"),
+        ({"ridge": -1}, "ridge=-1 must be a finite number of at least 0 or 'auto'"),
+        ({"target": "block"}, "target='block' must be 'self', 'dense' or 'residual'"),
+        ({"rehome": 1}, "rehome=1 must be True or False"),
+        ({"bias": "auto", "compensate": False}, "leave compensate=True"),
+    ],
+)
+def test_a_refusal_names_what_is_allowed(changes, message):
+    with pytest.raises(ValueError) as error:
+        GrailConfig(**({"sparsity": 0.3} | changes))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("field", FIELDS.values(), ids=lambda field: field.name)
+def test_every_setting_is_described_in_one_line(field):
+    help = field.metadata["help"]
+    assert help.endswith(".") and "\n" not in help and len(help) <= 100
+    assert re.search(rf"^ +{field.name}: ", GrailConfig.__doc__, re.MULTILINE)
+    table = {"selector": SELECTORS, "allocation": ALLOCATIONS}.get(field.name, ())
+    assert choices_of(field) == (*field.metadata["choices"], *table)
+
+
+def options_table(text: str) -> dict[str, str]:
+    """The defaults in a README's table of options, by option; empty without such a table."""
+    _, _, rest = text.partition(OPTIONS_HEAD)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines())
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    return {
+        name: default.strip("`")
+        for names, default in cells
+        for name in re.findall(r"`([a-z_]+)`", names)
+    }
+
+
+def assert_options_exist(table: dict[str, str]) -> None:
+    for name, default in table.items():
+        assert name in FIELDS, f"README's table has {name}, which GrailConfig lacks"
+        value = FIELDS[name].default
+        assert default in (str(value), repr(value), json.dumps(value)), name
+
+
+def test_a_table_of_options_is_read():
+    text = (
+        f"Text.\n\n{OPTIONS_HEAD}|---|---|---|\n"
+        "| `sparsity` | `None` | Fraction to remove, for example `0.3`. |\n"
+        "| `ridge` | `auto` | Damping of the solve. |\n"
+        "| `num_samples` | `128` | Windows. |\n"
+        '| `target` | `"residual"` | Of the repair. |\n\n'
+        "| other | table |\n|---|---|\n| `none` | `7` |\n"
+    )
+    table = options_table(text)
+    expected = ("None", "auto", "128", '"residual"')
+    assert table == dict(zip(("sparsity", "ridge", "num_samples", "target"), expected, strict=True))
+    assert_options_exist(table)
+    for wrong in ({"ridge": "0.1"}, {"dampness": "auto"}):
+        with pytest.raises(AssertionError):
+            assert_options_exist(wrong)
+    assert options_table("No table.") == {}
+
+
+def test_the_table_of_options_in_the_readme_has_the_defaults():
+    table = options_table(README.read_text("utf-8"))
+    if not table:
+        pytest.skip("README.md has no table of options")
+    assert_options_exist(table)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +186,7 @@ def test_a_refused_choice_lists_the_choices(name):
         (FRACTIONS, "drop one"),
     ],
 )
-def test_the_sparsities_say_all_and_not_too_much(given, complaint):
+def test_the_sparsities_fix_what_is_removed_and_nothing_twice(given, complaint):
     """A sparsity of 0 counts as given."""
     for value in (0, 0.25):
         settings = dict.fromkeys(given, value)
@@ -142,12 +229,12 @@ def test_a_config_is_frozen():
             setattr(config, field.name, 0.5)
 
 
-def test_the_dtype_is_torch_s():
-    assert {GrailConfig(sparsity=0.3, dtype=name).torch_dtype for name in SOLVE_DTYPES} == {
-        torch.float32,
-        torch.float64,
-    }
-    assert GrailConfig(sparsity=0.3, dtype="float32").torch_dtype == torch.float32
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("auto", torch.float64), ("float64", torch.float64), ("float32", torch.float32)],
+)
+def test_the_solve_dtype_is_a_dtype_of_torch(name, dtype):
+    assert GrailConfig(sparsity=0.3, solve_dtype=name).solve_torch_dtype == dtype
 
 
 @pytest.mark.parametrize(("lacking", "expected"), [(True, "float32"), (False, "float64")])
@@ -164,9 +251,9 @@ def test_an_automatic_dtype_is_the_device_s(lacking, expected, monkeypatch):
     widest_float.cache_clear()
     monkeypatch.setattr(torch, "ones", ones)
     try:
-        assert GrailConfig(sparsity=0.3).resolved_on(device).dtype == expected
+        assert GrailConfig(sparsity=0.3).resolved_on(device).solve_dtype == expected
         for asked in ("float32", "float64"):
-            config = GrailConfig(sparsity=0.3, dtype=asked)
+            config = GrailConfig(sparsity=0.3, solve_dtype=asked)
             assert config.resolved_on(device) is config
     finally:
         widest_float.cache_clear()
@@ -174,8 +261,8 @@ def test_an_automatic_dtype_is_the_device_s(lacking, expected, monkeypatch):
 
 def test_a_device_that_is_not_here_is_taken_to_have_float64():
     absent = torch.device("cuda:99")
-    assert GrailConfig(sparsity=0.3).resolved_on(absent).dtype == "float64"
-    assert GrailConfig(sparsity=0.3).resolved_on(torch.device("cpu")).dtype == "float64"
+    assert GrailConfig(sparsity=0.3).resolved_on(absent).solve_dtype == "float64"
+    assert GrailConfig(sparsity=0.3).resolved_on(torch.device("cpu")).solve_dtype == "float64"
 
 
 fraction = st.floats(0, 1, exclude_max=True)
@@ -205,7 +292,7 @@ def configs(draw) -> GrailConfig:
         ignore=tuple(draw(st.lists(st.integers() | names, max_size=4))),
         rehome=draw(st.booleans()),
         device=draw(st.sampled_from([None, "cpu"])),
-        dtype=draw(st.sampled_from(SOLVE_DTYPES)),
+        solve_dtype=draw(st.sampled_from(SOLVE_DTYPES)),
     )
 
 
@@ -228,6 +315,15 @@ def test_an_unknown_setting_is_refused():
         GrailConfig.from_dict({"sparsty": 0.3})
     for field in dataclasses.fields(GrailConfig):
         assert field.name in str(error.value)
+
+
+def test_the_old_name_of_a_setting_is_understood():
+    """In an earlier `grail.json`, and in a call, where it wins over the config as any other."""
+    expected = GrailConfig(sparsity=0.3, solve_dtype="float32")
+    assert GrailConfig.from_dict({"sparsity": 0.3, "dtype": "float32"}) == expected
+    assert GrailConfig.from_json('{"sparsity": 0.3, "dtype": "float32"}') == expected
+    assert GrailConfig.resolve(GrailConfig(sparsity=0.3), dtype="float32") == expected
+    assert "dtype" not in expected.to_dict()
 
 
 def test_a_dict_is_checked_like_keywords():

@@ -66,7 +66,7 @@ def small_loss(tiny_llama_dir, tokenizer, jargon_train, jargon_test):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
         if selector:
             settings = {"sparsity": 0.5, "selector": selector, "compensate": compensate}
-            settings |= {"dtype": "float32"} | fixed
+            settings |= {"solve_dtype": "float32"} | fixed
             grail_hf.compress(model, tokenizer, jargon_train, **settings)
         return math.log(grail_hf.perplexity(model, None, windows, batch_size=16))
 

@@ -10,7 +10,13 @@ import torch
 from tiny_models import SIZES, config_of, random_model
 
 from grail_hf.calibration.windows import token_windows
-from grail_hf.evaluation import LanguageModelLoss, evaluate, language_model_loss, perplexity
+from grail_hf.evaluation import (
+    EvaluationWindows,
+    LanguageModelLoss,
+    evaluate,
+    language_model_loss,
+    perplexity,
+)
 
 
 @pytest.fixture
@@ -134,12 +140,24 @@ def test_progress_goes_to_stderr(tiny_llama, windows, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_bits_per_byte_and_overflow():
-    result = LanguageModelLoss(loss=2 * math.log(2), tokens=30, windows=3, seq_length=11)
-    assert result.bits_per_byte(20) == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="num_bytes=0"):
-        result.bits_per_byte(0)
-    assert LanguageModelLoss(1e4, 1, 1, 2).perplexity == math.inf
+def test_a_perplexity_that_overflows_is_infinite():
+    assert LanguageModelLoss(loss=1e4, tokens=1, windows=1, seq_length=2).perplexity == math.inf
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("allenai/c4/en:validation:text", "allenai/c4/en:validation:text"),
+        ("{folder}/notes.txt", "notes.txt"),
+        ("{folder}:test:text", "texts:test:text"),
+        ("wikitext2", "wikitext2"),
+    ],
+)
+def test_a_description_of_a_text_leaves_out_the_folders_it_lies_in(text, name, tmp_path):
+    (folder := tmp_path / "texts").mkdir()
+    (folder / "notes.txt").touch()
+    windows = EvaluationWindows(text.format(folder=folder), torch.zeros(3, 7))
+    assert windows.description() == {"evaluation text": name, "evaluation windows": "3 x 7 tokens"}
 
 
 def test_loss_that_is_not_finite_names_the_window(tiny_llama, windows):
@@ -232,9 +250,8 @@ def test_lm_eval_agrees_with_ours(tiny_llama, tokenizer, rolling_task, only_loca
     )
     measured = report["tasks"]["local_jargon"]
     assert set(report["tasks"]) == {"local_jargon"}
-    assert measured["bits_per_byte"] == pytest.approx(
-        ours.bits_per_byte(len(text.encode())), rel=1e-4
-    )
+    bits = ours.loss * ours.tokens / math.log(2)
+    assert measured["bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-4)
     assert measured["byte_perplexity"] == pytest.approx(2 ** measured["bits_per_byte"])
     assert report["loss"] == ours.loss and report["perplexity"] == ours.perplexity
     assert (report["tokens"], report["seq_length"]) == (384, 65)
@@ -265,7 +282,7 @@ def test_lm_eval_starts_with_bos_where_windows_do(
     bos,
     expected,
 ):
-    """Said outright: of the default of HFLM one release makes no BOS, another the tokenizer's."""
+    """It is passed explicitly, because the default of HFLM differs between its releases."""
     from lm_eval.models import huggingface
 
     seen = []

@@ -253,7 +253,8 @@ def host_memory(arguments: argparse.Namespace, folder: Path) -> bool:
     )
     settings = {
         **{"sparsity": 0.3, "batch_size": 1, "device": "cpu", "hidden_states": "disk"},
-        **{"selector": arguments.selector, "dtype": arguments.dtype, "refit": arguments.refit},
+        **{"selector": arguments.selector, "solve_dtype": arguments.dtype},
+        "refit": arguments.refit,
         "ridge": AUTO if arguments.ridge is None else arguments.ridge,
     }
     allowed = LAYERS_ALLOWED * case.layer_bytes + case.gram_bytes
@@ -341,7 +342,7 @@ def cuda_memory(folder: Path) -> bool:
     settings = {"sparsity": 0.3, "batch_size": 1, "device": "cuda", "hidden_states": "host"}
     good = []
     for case in CUDA_CASES:
-        own = settings | ({"dtype": "float32"} if case.written else {})
+        own = settings | ({"solve_dtype": "float32"} if case.written else {})
         found = in_processes(case, folder, own, os.cpu_count() or 1)
         peak, estimate = (
             max(phase["accelerator_bytes"] for phase in found[kind].values())

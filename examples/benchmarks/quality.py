@@ -228,7 +228,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
         *(model, placement, plan.specs, tokens.batches),
         seed=config.seed,
         progress=False,
-        dtype=config.torch_dtype,
+        dtype=config.solve_torch_dtype,
     )
     if plan.measures:
         plan, _ = measured_plan(stream, plan, config)
@@ -241,7 +241,7 @@ def reference_compress(model: PreTrainedModel, tokens: TokenBatches, config: Gra
             if plan.select.needs_gradient:
                 group.gradient = block.regional_gradient(group)
             reduction = choose(plan.select, group, stats, width, config.selector_name)
-            weight = group.weight.to(config.torch_dtype)
+            weight = group.weight.to(config.solve_torch_dtype)
             kept = reduction.kept_channels(group.columns)
             if reduction.folds:
                 stats = fold_linearly(weight, stats, reduction, group.columns)

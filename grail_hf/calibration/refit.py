@@ -121,7 +121,7 @@ def refit_group_(
     with block.meter.phase("refit"), _kept_if_it_fails(group):
         stride = refit_stride(config.refit_steps)
         part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
-        weight = group.weight.to(config.torch_dtype)
+        weight = group.weight.to(config.solve_torch_dtype)
         refit_(part, group, config.refit_steps)
         stats = block.collect(group)
         repair = processes.once(

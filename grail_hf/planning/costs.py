@@ -241,7 +241,7 @@ class _Work:
     fold_outputs: int = 0
 
     def __post_init__(self) -> None:
-        self.solve_item = self.config.torch_dtype.itemsize
+        self.solve_item = self.config.solve_torch_dtype.itemsize
         self.rule = find_allocation(self.plan.allocation)
         self.measures = self.plan.measures
         every = 1 if self.rule.divergences else profile_stride(self.tokens, self.plan)

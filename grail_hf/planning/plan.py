@@ -244,7 +244,7 @@ def plan_compression(
         (total, total - before + after - norms),
         min(
             (
-                group.at_once(config.torch_dtype.itemsize * (1 + config.holds_out))
+                group.at_once(config.solve_torch_dtype.itemsize * (1 + config.holds_out))
                 for layer in groups
                 for group in layer
                 if isinstance(group, ExpertsGroup)
