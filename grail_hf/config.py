@@ -155,6 +155,11 @@ class GrailConfig:
             uniformly from the vocabulary, in [0, 1). The repair then also covers tokens that the
             text lacks, so that less is lost on other texts. 0 calibrates on the text as it is, as
             the literature does. Token ids that you pass, and "self", are never changed.
+        self_samples: fraction of a calibration text's windows that are replaced by text which the
+            model writes itself, in [0, 1): a text is of one domain, and what the model writes is of
+            all that it was trained on (arXiv 2410.17170). "auto": an eighth where the whole model
+            is on the device that layers run on, else none, since writing needs the whole model once
+            for each token. Only text is affected.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
@@ -234,6 +239,12 @@ class GrailConfig:
         0.1,
         "Fraction of a calibration text's tokens to replace by random ones.",
         range=Range(0, 1, example=0.1),
+    )
+    self_samples: float | str = setting(
+        AUTO,
+        "Fraction of a calibration text's windows that the model writes itself.",
+        choices=(AUTO,),
+        range=Range(0, 1, example=0.125),
     )
     batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
     seed: int = setting(

@@ -32,7 +32,7 @@ from grail_hf.checkpoints.sources import (
     small_files,
 )
 from grail_hf.compress import narrow_layers_
-from grail_hf.config import GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.job import Job, fail
 from grail_hf.methods.linalg import full_fp32_products
 from grail_hf.models.decoder import causal_lm_name, decoder_layers
@@ -112,7 +112,7 @@ def compress_checkpoint(
     model = meta_model(source, revision)
     config = config.resolved_on(choose_device(model, config.device))
     plan_compression(model, config, architecture)
-    _check_not_sampled(calibration)
+    _check_not_sampled(calibration, config)
     folder, commit = small_files(source, revision)
     tokenizer = tokenizer or _tokenizer_of(folder)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
@@ -226,12 +226,16 @@ def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
 
 
-def _check_not_sampled(calibration: Calibration | TokenBatches) -> None:
-    if isinstance(calibration, str) and calibration == SELF:
-        raise ValueError(
-            f"calibration={SELF!r} samples from the whole model, which is never in memory here: "
-            "give texts or tokens, or use compress"
-        )
+def _check_not_sampled(calibration: Calibration | TokenBatches, config: GrailConfig) -> None:
+    for setting, asked in (
+        (f"calibration={SELF!r}", isinstance(calibration, str) and calibration == SELF),
+        (f"self_samples={config.self_samples}", config.self_samples not in (AUTO, 0)),
+    ):
+        if asked:
+            raise ValueError(
+                f"{setting} samples from the whole model, which is never in memory here: give "
+                "texts or tokens alone, or use compress"
+            )
 
 
 def _stopped_run(work: Path, identity: dict[str, Any], resume: bool) -> Journal | None:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from grail_hf.calibration.block import Block
 from grail_hf.calibration.stream import Stream
-from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibration
+from grail_hf.calibration.tokens import (
+    Calibration,
+    TokenBatches,
+    read_calibration,
+    with_own_samples,
+)
 from grail_hf.card import TAGS
 from grail_hf.config import GrailConfig
 from grail_hf.methods.linalg import full_fp32_products
@@ -136,6 +141,7 @@ def begun(
     progress = progress and processes.is_first()
     check_weights(model)
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
+    tokens = with_own_samples(tokens, model, tokenizer, config, device, progress)
     start = time.perf_counter()
     costs = estimate(model, plan, config, device, batches=tokens.batches)
     place = choose_place(config.hidden_states, costs.hidden_bytes, device)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from tiny_models import SIZES, tiny_architecture, tiny_model
 
+import grail_hf
 from grail_hf import GrailConfig, perplexity
 from grail_hf.calibration import corpora, tokens
 from grail_hf.calibration.corpora import CORPORA
-from grail_hf.calibration.tokens import read_calibration, token_batches
+from grail_hf.calibration.tokens import read_calibration, token_batches, with_own_samples
 from grail_hf.calibration.windows import bos_token, corpus_tokens, token_windows, with_random_tokens
 
 VOCAB = 4096
@@ -996,3 +997,73 @@ def test_tokens_that_are_no_text_are_left_alone(tiny_llama, tokenizer, given):
         for fraction in (0, 0.5)
     ]
     assert found[0] == found[1]
+
+
+# Text that the model writes itself
+
+
+@pytest.fixture
+def written(tiny_llama, tokenizer, jargon_train):
+    """The windows of a text, and those of which the model writes a part."""
+
+    def read(device="cpu", bos=False, model=tiny_llama, **settings):
+        defaults = {"sparsity": 0.3, "num_samples": 16, "seq_length": 24, "bos": bos}
+        config = GrailConfig(**defaults | settings)
+        text = read_calibration(model, tokenizer, jargon_train, config, progress=False)
+        device = torch.device(device)
+        own = with_own_samples(text, model, tokenizer, config, device, progress=False)
+        return text, own
+
+    return read
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_the_model_writes_a_part_of_the_windows(written, bos):
+    text, own = written(self_samples=0.25, bos=bos)
+    changed = (ids_of(text) != ids_of(own)).any(dim=1)
+    assert changed.sum() == 4
+    assert not bos or torch.equal(ids_of(text)[:, 0], ids_of(own)[:, 0])
+    assert own.source == f"{text.source}; 4 of them written by the dense model"
+    assert own.fingerprint != text.fingerprint
+    assert [len(b["input_ids"]) for b in own.batches] == [len(b["input_ids"]) for b in text.batches]
+    assert len(torch.unique(ids_of(own)[changed], dim=0)) == 4
+
+
+def test_what_the_model_writes_depends_on_the_seed_alone(written):
+    first, again = (written(self_samples=0.25)[1] for _ in range(2))
+    assert first.fingerprint == again.fingerprint
+    assert written(self_samples=0.25, seed=1)[1].fingerprint != first.fingerprint
+
+
+def test_what_the_model_writes_is_likely_to_it(written, tiny_llama):
+    """Random ids would be about as likely as any: a nat per token apart is far."""
+    _, own = written(self_samples=0.5, random_tokens=0.0)
+    ids = ids_of(own)
+    with torch.no_grad():
+        loss = tiny_llama(input_ids=ids, labels=ids).loss.item()
+        noise = torch.randint(10, 500, ids.shape)
+        assert loss < tiny_llama(input_ids=noise, labels=noise).loss.item() - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({}, 2), ({"device": "meta"}, 0), ({"self_samples": 0}, 0), ({"num_samples": 3}, 0)],
+)
+def test_by_default_a_model_writes_where_it_runs(written, settings, count):
+    text, own = written(**settings)
+    assert (ids_of(text) != ids_of(own)).any(dim=1).sum() == count
+
+
+def test_given_tokens_are_never_rewritten(written, tiny_llama):
+    config = GrailConfig(sparsity=0.3, self_samples=0.5)
+    ids = torch.randint(10, 500, (4, 16))
+    given = read_calibration(tiny_llama, None, ids, config, progress=False)
+    own = with_own_samples(given, tiny_llama, None, config, torch.device("cpu"), progress=False)
+    assert own is given
+
+
+def test_from_disk_to_disk_the_model_cannot_write(tiny_llama_dir, jargon_train, tmp_path):
+    with pytest.raises(ValueError, match=r"self_samples=0\.5 samples from the whole model"):
+        grail_hf.compress_checkpoint(
+            tiny_llama_dir, tmp_path / "out", jargon_train, sparsity=0.3, self_samples=0.5
+        )

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -49,10 +49,13 @@ from grail_hf.models.decoder import (
     vocabulary_size,
 )
 from grail_hf.runtime import processes
+from grail_hf.runtime.devices import is_dispatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-# Tokens that the model writes at a stretch.
+# Of a text's windows, what the model writes itself where that is cheap, and the tokens that it
+# writes at a stretch.
+OWN_SHARE = 1 / 8
 PIECE = 256
 
 Calibration: TypeAlias = (
@@ -249,48 +252,75 @@ def token_batches(
     return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos, text)
 
 
-@torch.no_grad()
 def with_own_samples(
     tokens: TokenBatches,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    fraction: float,
-    seed: int,
+    config: GrailConfig,
+    device: torch.device,
     progress: bool = True,
 ) -> TokenBatches:
-    """Replace a fraction of the windows of a text by text that the model writes itself.
+    """Replace a part of a text's windows by text that the model writes itself (`self_samples`).
 
     A calibration text is of one domain. What the model writes unprompted is of all the domains that
     it was trained on, so that what they need counts too, as in calibration on such text alone
-    (arXiv 2410.17170). It is written in short pieces, many at a time, since a piece's tokens come
-    one after another.
+    (arXiv 2410.17170).
 
     Args:
         tokens: of a text; others are returned as they are.
-        model: the dense model, with its weights, in eval mode.
+        model: the dense model, with its weights.
         tokenizer: of the tokens.
-        fraction: of the windows, in [0, 1).
-        seed: of the pieces, and of the windows that they replace.
+        config: the settings.
+        device: where layers run: "auto" writes only where the whole model is there.
         progress: show a bar on standard error.
     """
-    ids = torch.cat([batch["input_ids"] for batch in tokens.batches]) if tokens.text else None
+    fraction = config.self_samples
+    if isinstance(fraction, str):
+        whole = not is_dispatched(model) and {p.device for p in model.parameters()} == {device}
+        fraction = OWN_SHARE if whole else 0.0
     count = round(fraction * tokens.num_samples)
-    if ids is None or count == 0:
+    if not tokens.text or count == 0:
         return tokens
-    length, starts = ids.shape[1], bool(tokens.bos)
-    piece = min(PIECE, length) - starts
-    number = -(-count * (length - starts) // piece)
-    size = len(tokens.batches[0]["input_ids"]) * max(1, length // PIECE)
-    # The first token of a piece is the one that begins any text. It stays with the window's alone.
-    own = sample_tokens(
-        *(model, tokenizer, vocabulary_size(model), number, piece + 1, size, seed, progress)
-    )
-    written = own[:, 1:].flatten()[: count * (length - starts)].view(count, -1)
+    with evaluation_mode(model):
+        return processes.once(
+            lambda: _with_own_samples(tokens, model, tokenizer, count, config.seed, progress),
+            "the calibration",
+        )
+
+
+@torch.no_grad()
+def _with_own_samples(
+    tokens: TokenBatches,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    count: int,
+    seed: int,
+    progress: bool,
+) -> TokenBatches:
+    """Replace `count` of the windows, drawn with `seed`.
+
+    The text is written in short pieces, many at a time, since a piece's tokens come one after
+    another. The token that begins a piece is left out: in a text, it begins a window or nothing.
+    """
+    ids = torch.cat([batch["input_ids"] for batch in tokens.batches])
+    first, length = int(bool(tokens.bos)), ids.shape[1]
+    batch_size = len(tokens.batches[0]["input_ids"])
+    piece = min(PIECE, length)
+    written = sample_tokens(
+        model,
+        tokenizer,
+        vocabulary_size(model),
+        num_samples=-(-count * (length - first) // piece),
+        seq_length=piece + 1,
+        batch_size=batch_size * max(1, length // piece),
+        seed=seed,
+        progress=progress,
+    )[:, 1:].flatten()[: count * (length - first)]
     chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:count]
-    ids[chosen, int(starts) :] = written
-    batches = _split(ids, len(tokens.batches[0]["input_ids"]))
-    source = f"{tokens.source}; {count} of the windows are written by the dense model"
-    return TokenBatches(tuple(batches), source, _fingerprint(batches), tokens.bos)
+    ids[chosen, first:] = written.view(count, length - first)
+    batches = _split(ids, batch_size)
+    source = f"{tokens.source}; {count} of them written by the dense model"
+    return replace(tokens, batches=tuple(batches), source=source, fingerprint=_fingerprint(batches))
 
 
 def _says_random(fraction: float) -> str:
