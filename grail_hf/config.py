@@ -323,12 +323,12 @@ class GrailConfig:
 
     @property
     def targeted(self) -> bool:
-        """Whether repair goes by what the dense model puts out, which takes a pass of it."""
+        """Whether the repair targets the dense model's outputs, which takes a pass of it."""
         return self.compensate and self.target != "self"
 
     @property
     def holds_out(self) -> bool:
-        """Whether some calibration tokens are left out of a fit, to choose its ridge by."""
+        """Whether some calibration tokens are held out of a fit, to choose its ridge on them."""
         return self.compensate and self.ridge == AUTO
 
     @property
@@ -420,9 +420,9 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64 where the device computes in it, else float32.
+    """float64 where the device supports it, else float32.
 
-    The device is asked; one that this machine does not have is taken to compute in float64.
+    A device that this machine lacks is assumed to support float64.
     """
     lacks = _computes_in(torch.float32, device) and not _computes_in(torch.float64, device)
     return torch.float32 if lacks else torch.float64
@@ -436,7 +436,7 @@ def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def unwrapped(function: Any) -> Any:
-    """What `functools.partial` gave arguments to; a function without any as it is."""
+    """The function inside any `functools.partial`."""
     while isinstance(function, functools.partial):
         function = function.func
     return function
@@ -451,7 +451,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _device_name(device: object) -> str:
-    """The device's name. Whether this machine has it is not asked: a config may travel."""
+    """The device's name. This machine may lack it: a config can be made for another one."""
     try:
         return str(torch.device(device))  # type: ignore[call-overload]
     except (RuntimeError, TypeError) as error:
@@ -461,7 +461,7 @@ def _device_name(device: object) -> str:
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> ValueError:
-    """The error for a name that a table does not hold: the nearest, the list, where to add one."""
+    """The error for a name that a table lacks: the nearest, the known ones, where to add one."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else "."

@@ -188,7 +188,7 @@ def perplexity(
 
     `text` is anything that `calibration.token_windows` reads, or a tensor of windows [N, T].
     `seq_length` defaults to the model's context, at most 2048; one that is longer than the context
-    is cut to it, with a warning. `bos` says whether each window of a text starts with BOS, which
+    is cut to it, with a warning. `bos` decides whether each window of a text starts with BOS, which
     counts in `seq_length`: "auto" if the tokenizer adds one by itself, False for the windows of
     GPTQ. Raises as `token_windows` and `language_model_loss` do.
     """

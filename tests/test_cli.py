@@ -128,7 +128,7 @@ def less_text(jargon_test, tmp_path_factory):
 
 
 def test_compress_and_evaluate(compress_arguments, less_text, tmp_path):
-    """JSON alone on standard output; the saved model measures what the report says."""
+    """JSON alone on standard output; the saved model measures as in the report."""
     code, out, err = run(*compress_arguments, "--eval", less_text, "--json")
     assert code == 0, err
     report = json.loads(out)
@@ -154,7 +154,7 @@ def test_compress_and_evaluate(compress_arguments, less_text, tmp_path):
 def test_windows_start_with_bos_where_the_tokenizer_adds_one(
     compress_arguments, tiny_llama_dir, bos_tokenizer, jargon_test, tmp_path, flags
 ):
-    """In calibration and in both measurements, and report, card and JSON say so."""
+    """In calibration and in both measurements, as report, card and JSON record."""
     source = shutil.copytree(tiny_llama_dir, tmp_path / "source")
     bos_tokenizer.save_pretrained(source)
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
@@ -174,11 +174,11 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_one(
     report = json.loads(out)
     assert report["calibration"]["bos"] is True
     assert report["config"]["bos"] == (True if "--bos" in flags else "auto")
-    said = report["calibration"]["source"], report["evaluation"]["evaluation windows"]
-    assert said[0].endswith("8 random windows of 64 tokens, BOS first in each, seed 0")
-    assert re.fullmatch(r"\d+ x 64 tokens, BOS first in each", said[1])
+    recorded = report["calibration"]["source"], report["evaluation"]["evaluation windows"]
+    assert recorded[0].endswith("8 random windows of 64 tokens, BOS first in each, seed 0")
+    assert re.fullmatch(r"\d+ x 64 tokens, BOS first in each", recorded[1])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(words in card for words in said)
+    assert all(words in card for words in recorded)
     measured = {}
     for flag in ("--bos", "--no-bos"):
         code, out, err = run(
@@ -234,7 +234,7 @@ def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_
     """The output is the source: "before" is the dense model's perplexity all the same."""
     _, source, output, *rest = compress_arguments
     shutil.copytree(source, output)
-    (output / "grail.json").touch()  # what says that it may be replaced
+    (output / "grail.json").touch()  # marks it as ours, which may be replaced
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
     flags = ("--disk-to-disk", "--overwrite", "--refit", 0, "--ridge", 1e-3, "--json")
     code, out, err = run("compress", output, output, *rest, *flags, "--eval", text)
