@@ -155,7 +155,7 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
     """Where nothing but a factor lies between block and stream; else the target is the dense
     output."""
     model = tiny_architecture(case)
-    layers, (_, behind) = layers_of(model), seen_by_hooks(model, layers_of(model))
+    layers, (_, after) = layers_of(model), seen_by_hooks(model, layers_of(model))
     consumers = [group.consumer for _, group in groups_of(model)]
     dense = dict(zip(consumers, seen_by_hooks(model, consumers)[1], strict=True))
     for block in streamed(model, "residual"):
@@ -176,7 +176,7 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
                 target = [r.target.reshape(*r.batch.hidden.shape[:2], -1) for r in runs]
                 assert relative_error(at_tokens(target, batches()), dense[last.consumer]) < 1e-6
             else:
-                error = relative_error(at_tokens(done, batches()), behind[block.index])
+                error = relative_error(at_tokens(done, batches()), after[block.index])
                 assert error < 1e-5
         for group in earlier if block.index else block.groups:  # from here on the paths differ
             for parameter in group.consumer.parameters():
@@ -277,7 +277,7 @@ def test_the_linear_rows_are_and_no_others(case, unit):
 
 
 @every_case
-def test_a_plan_needs_no_weights_and_says_what_will_be(case):
+def test_a_plan_needs_no_weights_and_is_carried_out(case):
     model = tiny_architecture(case)
     with torch.device("meta"):
         skeleton = type(model)(model.config)
@@ -424,7 +424,7 @@ def differing_(model):
 
 
 @every_case
-def test_layers_may_differ_in_width_or_say_why_not(case, tmp_path):
+def test_layers_may_differ_in_width_unless_refused_with_the_reason(case, tmp_path):
     model = tiny_architecture(case)
     entry = entry_of(model)
     if not offered(model):
@@ -504,7 +504,7 @@ def test_a_type_that_offers_nothing_is_refused_with_every_reason():
         grail_hf.compress(tiny_architecture("bloom"), calibration=None, sparsity=0.2)
 
 
-def test_heads_that_a_config_cannot_say_give_way_to_the_nearest_that_it_can(caplog):
+def test_heads_that_a_config_cannot_represent_give_way_to_the_nearest(caplog):
     """Of four units, three would be 0.25."""
     model = tiny_architecture("gemma2")
     narrower(model, attention_sparsity=0.25)
@@ -542,22 +542,24 @@ def test_the_readme_holds_the_table():
     assert architectures_table() in readme
 
 
-def test_the_table_says_what_the_entries_say():
+def test_the_table_shows_the_entries():
     rows = {line.split(" |")[0][2:]: line for line in architectures_table().splitlines()[2:]}
     assert rows.keys() == ARCHITECTURES.keys()
     assert rows["qwen3"] == "| qwen3 | yes | yes | yes |  |"
     assert rows["bloom"].startswith("| bloom | no | no | no | ")
     assert rows["phi"].startswith("| phi | yes | in part | yes | no heads unless `qk_layernorm=F")
-    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention takes")
+    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention assumes")
 
 
 def test_the_readmes_example_adds_a_type(monkeypatch):
     """Fifteen lines at most; the type is not in the table."""
     assert "persimmon" not in ARCHITECTURES
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(from grail_hf\.models\.architectures .*?)```", readme, re.DOTALL
+    )
     assert len(example.split("\n\n")[1].splitlines()) <= 15
-    monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # taken out again behind the test
+    monkeypatch.setitem(ARCHITECTURES, "persimmon", None)  # removed again after the test
     exec(example, {})
     config = config_of(SIZES | {"model_type": "persimmon", "head_dim": None})
     model = random_model(config, dtype=torch.float32)
