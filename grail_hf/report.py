@@ -14,27 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grail_hf import card
 from grail_hf.calibration.refit import Refit
 from grail_hf.calibration.statistics import Statistics
-from grail_hf.card import (
-    CARD_FILE,
-    CAUSAL,
-    HUB_NAME,
-    NAMES_IN_CARD,
-    TAGS,
-    USAGE,
-    is_tagged,
-    license_of,
-    public_name,
-)
 from grail_hf.checkpoints.folders import check_replaceable
-from grail_hf.config import ATTENTION, AUTO, GrailConfig
+from grail_hf.config import ATTENTION, GrailConfig
 from grail_hf.methods.ridge import Repair
-from grail_hf.models.architectures import ARCHITECTURES
+from grail_hf.models.compatibility import HEAD_DIM, OUTPUT_BIAS
 from grail_hf.models.decoder import auto_class
 from grail_hf.models.experts import SCARCE_DAMPING
 from grail_hf.models.groups import Group
-from grail_hf.models.schema import HEAD_DIM, OUTPUT_BIAS
 from grail_hf.planning.plan import Plan
 from grail_hf.runtime import processes
 
@@ -50,18 +39,22 @@ REPORT_FILE = "grail.json"
 class GroupReport:
     """One group, or expert: its width and its relative squared reconstruction error.
 
-    A group that keeps all its units is here if it was repaired for what those before it lost. All
-    errors are on calibration tokens. `error_pruned` is of plain pruning (or folding), `error`
-    of what the model now holds; `damping` is the ridge that the solve took, relative to the Gram's
-    mean diagonal (None without compensation; infinite, "inf" in JSON, where `ridge="auto"` found
-    plain pruning to be best, or no token came to an expert). Of folded units that are repaired,
-    `error_measured` and `error_linear` are what the two ways of `GrailConfig.fold` leave, before
-    any refit. `tokens` are those that were routed to an expert.
+    A group that keeps all its units is included if it was repaired for what earlier groups lost.
+    All errors are on calibration tokens.
 
-    `refit` is the outcome of the refit, None where the settings ask for none: "done"; "undone",
-    because it overflowed or left a larger error; "not linear", because the output is linear in no
-    producer; "plain pruning", because no repair did better; "own output", because an expert has no
-    other target.
+    Attributes:
+        error_pruned: after plain pruning or folding, without repair.
+        error: of the weights that the model now has.
+        damping: of the solve, relative to the Gram's mean diagonal. None without compensation;
+            infinite, "inf" in JSON, where `ridge="auto"` found plain pruning to be best, or no
+            token was routed to an expert.
+        error_measured, error_linear: for units that are folded and repaired, the errors of the two
+            values of `GrailConfig.fold`, before any refit.
+        tokens: those that were routed to an expert.
+        refit: the outcome of the refit; None where the settings ask for none. "done"; "undone",
+            because it overflowed or left a larger error; "not linear", because the output is
+            linear in no producer; "plain pruning", because no repair was better; "own output",
+            because an expert has no other target.
     """
 
     name: str
@@ -79,7 +72,7 @@ class GroupReport:
 
     @property
     def scarce(self) -> bool:
-        """Whether it is an expert that saw fewer tokens than channels were kept."""
+        """Whether it is an expert that saw fewer tokens than it keeps channels."""
         return self.tokens is not None and self.tokens < self.width
 
 
@@ -93,28 +86,29 @@ class CompressionReport:
             another stock type that computes the same function.
         config: the settings.
         sparsity: fraction of the decoder blocks' projection parameters removed.
-        allocation: the rule that gave the widths.
-        attention_unit: what the attention's units are: "kv_group" or "query_head".
-        errors: of `allocation="error"`, what these widths lose by what was measured of the dense
-            model, and what one width a kind would.
-        splits: of each split between attention and MLP that was measured: its attention unit, its
-            widths, and the divergence from the dense model in nats a token.
-        units: kind -> units in a layer, before.
-        widths: kind -> units after, one number a layer.
+        units: kind -> units per layer, before.
+        widths: kind -> units after, one number per layer.
         projection_parameters, total_parameters: before and after.
-        groups: one entry a group, of experts one each, in the order of the work.
+        allocation: the rule that gave the widths.
+        attention_unit: the attention unit, "kv_group" or "query_head".
+        errors: with `allocation="error"`, what these widths lose according to the measurements of
+            the dense model, and what one width per kind would lose.
+        splits: for each split between attention and MLP that was measured: its attention unit, its
+            widths, and its divergence from the dense model in nats per token.
+        groups: one entry per group or expert, in the order of the work.
         calibration: source, samples, tokens and fingerprint of the calibration set.
-        evaluation: measurements that were added, for example by the command line's `--eval`.
+        evaluation: measurements that were added, for example by `--eval` on the command line.
         seconds: wall time of the layer loop.
-        processes: that shared the calibration.
-        versions: of the libraries.
-        estimate: phase -> what it was to take: "host_bytes" and "accelerator_bytes", the peaks
-            above what the process held at the start, and "operations".
-        measured: phase -> the same peaks as they were, where the platform could say, and "seconds".
-        export: of an exported result: its format, model type, error, number of parameters, and what
-            its card says.
-        license: of the dense model: the card's metadata that say it, where its folder has a card.
-        source: of a compression from disk to disk: the dense checkpoint's files -> their sha256.
+        processes: number of processes that shared the calibration.
+        versions: library -> version.
+        estimate: phase -> estimated "host_bytes" and "accelerator_bytes", the peaks above what the
+            process held at the start, and "operations".
+        measured: phase -> the same peaks as measured, where the platform reports them, and
+            "seconds".
+        export: for an exported result: its format, model type, error, number of parameters, and the
+            texts of its card.
+        license: license metadata of the dense model's card, if its folder has one.
+        source: for a compression from disk to disk: file of the dense checkpoint -> its sha256.
     """
 
     base_model: str
@@ -144,9 +138,9 @@ class CompressionReport:
 
     @classmethod
     def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
-        """The report of a plan, before anything is done."""
+        """The report of a plan that has not been carried out yet."""
         return cls(
-            base_model=public_name(model.name_or_path),
+            base_model=card.public_name(model.name_or_path),
             model_type=model.config.model_type,
             new_model_type=plan.config.model_type,
             config=config,
@@ -159,7 +153,7 @@ class CompressionReport:
             attention_unit=plan.attention_unit,
             errors=plan.errors,
             versions=versions(),
-            license=license_of(model.name_or_path),
+            license=card.license_of(model.name_or_path),
         )
 
     def add(self, left: Statistics, repair: Repair) -> None:
@@ -211,8 +205,8 @@ class CompressionReport:
             )
 
     def share(self) -> None:
-        """Of several processes, have all reports say what the first one's does."""
-        # Not the report as a whole: a selector that is a function may not be sent.
+        """Give the first process's groups and measurements to the reports of all processes."""
+        # Not the report as a whole: a selector that is a function may not be picklable.
         self.groups, self.seconds, self.measured = processes.once(
             lambda: (self.groups, self.seconds, self.measured), "the report"
         )
@@ -229,12 +223,12 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types."""
-        # `asdict` copies deeply, and must not copy what a selector that is a function holds.
+        # `asdict` copies deeply, and must not copy the closure of a selector that is a function.
         plain = replace(self, config=GrailConfig.from_dict(self.config.to_dict()))
         groups = [asdict(group) for group in self.groups]
         for group in groups:
             if group["damping"] == math.inf:
-                group["damping"] = "inf"  # JSON knows no infinity
+                group["damping"] = "inf"  # JSON has no infinity
         return {
             **asdict(plain),
             "groups": groups,
@@ -266,26 +260,26 @@ class CompressionReport:
 
     @classmethod
     def load(cls, directory: str | Path) -> CompressionReport:
-        """Read the report that lies beside a compressed model."""
+        """Read the report that is saved beside a compressed model."""
         return cls.from_dict(json.loads((Path(directory) / REPORT_FILE).read_text("utf-8")))
 
     def save(self, directory: str | Path) -> None:
         """Write `grail.json` and the model card beside the weights.
 
         Raises:
-            FileExistsError: the folder holds a README.md that is neither of an earlier report nor
-                what transformers writes when it pushes a compressed model.
+            FileExistsError: the folder has a README.md that belongs neither to an earlier report
+                nor to a compressed model that transformers has pushed.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        card = directory / CARD_FILE
-        if card.exists() and not ((directory / REPORT_FILE).exists() or is_tagged(card)):
+        readme = directory / card.CARD_FILE
+        if readme.exists() and not ((directory / REPORT_FILE).exists() or card.is_tagged(readme)):
             raise FileExistsError(
-                f"{card} is not a compressed model's card; save the report in "
-                "the folder given to model.save_pretrained"
+                f"{readme} is not the card of a compressed model; save the report in the folder "
+                "given to model.save_pretrained"
             )
         _write(directory / REPORT_FILE, json.dumps(self.to_dict(), indent=2) + "\n")
-        _write(card, self.card())
+        _write(readme, self.card())
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload `grail.json` and the card to a model repository, after `model.push_to_hub`.
@@ -295,7 +289,7 @@ class CompressionReport:
             kwargs: for `huggingface_hub.HfApi.upload_folder` (token, revision, …).
 
         Returns:
-            The commit's address.
+            The commit's URL.
         """
         from huggingface_hub import HfApi
 
@@ -305,114 +299,48 @@ class CompressionReport:
             return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, **settings))
 
     def card(self) -> str:
-        """The model card: YAML front matter and Markdown."""
-        from huggingface_hub import ModelCardData
-
-        data = ModelCardData(
-            base_model=self.base_model if HUB_NAME.fullmatch(self.base_model) else None,
-            library_name="transformers",
-            pipeline_tag="text-generation" if self._auto_class == CAUSAL else "image-text-to-text",
-            tags=list(TAGS),
-            **self.license,
-        )
-        return f"---\n{data.to_yaml()}\n---\n\n{self._card_body()}"
-
-    def _card_body(self) -> str:
-        ridge = self.config.ridge
-        damping = "damping chosen on held-out windows" if ridge == AUTO else f"damping {ridge:g}"
-        repair = (
-            f"repaired by ridge regression ({damping}) as in "
-            "[GRAIL](https://arxiv.org/abs/2602.23795)"
-            if self.config.compensate
-            else "without repair"
-        )
-        lines = [
-            f"# {self.base_model}, {100 * self.sparsity:.1f}% of the block parameters removed",
-            "",
-            f"Made from {self.base_model} by grail_hf {self.versions['grail-hf']}: units chosen by "
-            f"`{self.config.selector_name}`, {repair}. No training. {self._loading()}",
-            "",
-            self._usage(),
-            "",
-            *self._serving(),
-        ]
-        if self.rehomed and not self.export:
-            lines += [
-                f"The dense model is a `{self.model_type}`; its stock config cannot say the new "
-                f"number of heads. `{self.new_model_type}` computes the same function and can.",
-                "",
-            ]
-        lines += ["| | before | after |", "|---|---|---|"]
-        lines += [f"| {row[0]} | {row[1]} | {row[2]} |" for row in self._rows()]
-        if self.calibration:
-            lines += [
-                "",
-                f"Calibration: {self.calibration['source']}; {self.calibration['samples']} samples,"
-                f" {self.calibration['tokens']:,} tokens, sha256 "
-                f"`{self.calibration['fingerprint'][:16]}`.",
-            ]
-        if self.alternative:
-            lines += ["", self.alternative]
-        scarce = self.scarce_experts
-        if scarce and self.config.compensate:
-            rest = len(scarce) - NAMES_IN_CARD
-            more = f" and {rest} more" if rest > 0 else ""
-            lines += [
-                "",
-                "Experts that saw fewer calibration tokens than they keep channels, and so are "
-                "repaired with more damping or not at all: "
-                f"{', '.join(scarce[:NAMES_IN_CARD])}{more}.",
-            ]
-        if self.evaluation:
-            lines += ["", "| measured | value |", "|---|---|"]
-            lines += [f"| {key} | {_short(value)} |" for key, value in self.evaluation.items()]
-        lines += ["", f"All settings and per-layer errors are in `{REPORT_FILE}`.", ""]
-        return "\n".join(lines)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers with units have one width: a stock config says everything."""
-        return all(len(set(widths) - {0}) <= 1 for widths in self.widths.values())
-
-    def _loading(self) -> str:
+        """The model card: YAML metadata and Markdown."""
+        auto = str(auto_class(self.new_model_type).__name__)
+        how = card.origin(self.base_model, self.versions["grail-hf"], self.config)
+        loading = card.loading(self.new_model_type, self.uniform)
+        usage = card.usage(auto, self.uniform)
         if self.export:
-            return str(self.export["note"])
-        if self.uniform:
-            return f"It is an ordinary `{self.new_model_type}` checkpoint:"
-        return (
-            f"It is a `{self.new_model_type}` checkpoint whose layers differ in width: it loads "
-            "after `import grail_hf`, or without grail_hf by the code that lies beside the weights:"
+            loading, usage = str(self.export["note"]), str(self.export["usage"])
+        converted = self.rehomed and not self.export
+        measured = ((key, _short(value)) for key, value in self.evaluation.items())
+        return card.card_text(
+            card.card_metadata(self.base_model, auto, self.license),
+            [
+                f"# {self.base_model}, {100 * self.sparsity:.1f}% of the block parameters removed",
+                f"{how} {loading}",
+                usage,
+                self._serving(),
+                card.conversion(self.model_type, self.new_model_type) if converted else "",
+                card.table(("", "before", "after"), self._rows()),
+                card.calibration_summary(self.calibration),
+                self.alternative,
+                card.scarce_summary(self.scarce_experts if self.config.compensate else ()),
+                card.table(("measured", "value"), measured),
+                f"All settings and per-layer errors are in `{REPORT_FILE}`.",
+            ],
         )
 
-    def _usage(self) -> str:
-        if self.export:
-            return str(self.export["usage"])
-        usage = USAGE.replace(CAUSAL, self._auto_class)
-        return usage if self.uniform else usage.replace('name")', 'name", trust_remote_code=True)')
-
-    def _serving(self) -> list[str]:
-        """What to give vLLM where its own code for the type does not compute this model."""
-        if self.export and self.export["usage"] != USAGE:
-            return []  # not a checkpoint
-        entry = ARCHITECTURES.get(self.export.get("model_type", self.new_model_type))
+    def _serving(self) -> str:
+        """How vLLM serves the model, where that needs an option."""
         heads = [width for width in self.widths.get(ATTENTION, ()) if width]
-        if not (entry and heads):
-            return []
-        has = {
+        is_checkpoint = not self.export or self.export["usage"] == card.USAGE
+        if not (heads and is_checkpoint):
+            return ""
+        present = {
             HEAD_DIM: max(heads) < self.units[ATTENTION],
             OUTPUT_BIAS: bool(self.config.bias) and min(heads) < self.units[ATTENTION],
         }
-        if not has.get(entry.vllm_ignores):
-            return []
-        return [
-            f"vLLM's own code for `{entry.model_type}` ignores {entry.vllm_ignores}. Serve this "
-            "model with `vllm serve --model-impl transformers`.",
-            "",
-        ]
+        return card.serving(self.export.get("model_type", self.new_model_type), present)
 
     @property
-    def _auto_class(self) -> str:
-        return str(auto_class(self.new_model_type).__name__)
+    def uniform(self) -> bool:
+        """Whether all layers with units have one width, which a stock config represents."""
+        return all(len(set(widths) - {0}) <= 1 for widths in self.widths.values())
 
     def table(self) -> Table:
         """Widths, parameters and errors before and after, for a terminal."""
@@ -436,23 +364,23 @@ class CompressionReport:
         return table
 
     def _unit_of(self, kind: str) -> str:
-        """What is counted of a kind, in the plural."""
+        """The unit of a kind, in the plural."""
         names = {"kv_group": "KV heads", "query_head": "query heads"}
         return names[self.attention_unit] if kind == ATTENTION else f"{kind} channels"
 
     @property
     def alternative(self) -> str:
-        """What one width a kind would have lost, where widths differ by it; else empty."""
+        """What one width per kind would have lost, in a sentence; empty where not measured."""
         if not self.errors or not self.errors[0]:
             return ""
         own, other = self.errors
         return (
-            "By what was measured of the dense model, one width a kind (allocation='uniform') "
-            f"would lose {other / own:.2f} times as much."
+            "According to measurements of the dense model, one width per kind "
+            f"(allocation='uniform') would lose {other / own:.2f} times as much."
         )
 
     def _memory(self) -> list[tuple[str, int, int]]:
-        """Of each phase and kind of memory that was measured: estimate and measurement."""
+        """(phase and kind of memory, estimated bytes, measured bytes) of what was measured."""
         titles = {"host_bytes": "host", "accelerator_bytes": "accelerator"}
         return [
             (f"{phase}, {titles[kind]}", self.estimate[phase][kind], peak)
@@ -462,6 +390,7 @@ class CompressionReport:
         ]
 
     def _rows(self) -> list[tuple[str, str, str]]:
+        """(quantity, before, after)."""
         rows = [
             (f"{self._unit_of(kind)} per layer", f"{self.units[kind]:,}", width_range(widths))
             for kind, widths in self.widths.items()
@@ -484,8 +413,8 @@ class CompressionReport:
                 )
             outcomes = Counter(g.refit for g in self.groups if g.kind == kind and g.refit)
             if outcomes:
-                said = (f"{number} {outcome}" for outcome, number in outcomes.most_common())
-                rows.append((f"{kind} refits", "", ", ".join(said)))
+                counts = (f"{number} {outcome}" for outcome, number in outcomes.most_common())
+                rows.append((f"{kind} refits", "", ", ".join(counts)))
         return rows
 
     def __str__(self) -> str:
@@ -498,25 +427,25 @@ class CompressionReport:
 
 
 def size(number: int) -> str:
-    """Bytes, for people."""
+    """Bytes in GiB or MiB."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def width_range(widths: Sequence[int]) -> str:
-    """The width of all layers that have units, or from the narrowest to the widest."""
+    """The common width of the layers that have units, or the range of their widths."""
     having = [width for width in widths if width] or [0]
     low, high = min(having), max(having)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that a result depends on."""
+    """Versions of Python and of the libraries that a result depends on."""
     libraries = ("grail-hf", "torch", "transformers")
     return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Raise OSError where the output folder cannot be replaced, or holds what may not be."""
+    """Raise OSError where the output folder cannot or must not be replaced."""
     check_replaceable(output)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -535,7 +464,7 @@ def _short(value: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write beside and rename, so that a failure leaves the old file whole."""
+    """Write a new file and rename it, so that a failure leaves the old one whole."""
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, "utf-8")
     beside.replace(path)

@@ -2,12 +2,11 @@
 
     python processes_worker.py FOLDER
 
-starts two processes, and then three, as a launcher does: the environment says which one each is.
+starts two processes, and then three, as a launcher does: the environment tells which one each is.
 Results are saved in FOLDER, as `NAME.RANK.pt`, and `ends.json` has the exit codes. The processes
 are forks, because to import everything takes as long as all that they do.
 """
 
-import importlib
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from tiny_models import CASES, SIZES, tiny_architecture, tiny_model
 import grail_hf
 from grail_hf.calibration.block import Block
 from grail_hf.cli import app
+from grail_hf.methods import ridge
 from grail_hf.methods.reduction import Reduction
 from grail_hf.runtime import processes
 
@@ -69,22 +69,20 @@ def compressed(name):
     """The weights and the report of a run, and how often its solves were called here."""
     case, padded, settings = RUNS[name]
     model = tiny_model(case) if case in CASES else tiny_architecture(case)
-    solves = 0
-    module = importlib.import_module("grail_hf.compress")  # the package has the function
-    ridge_within = module.ridge_within
+    solve, solves = ridge.ridge, 0
 
     def counted(*args, **kwargs):
         nonlocal solves
         solves += 1
-        return ridge_within(*args, **kwargs)
+        return solve(*args, **kwargs)
 
-    module.ridge_within = counted
+    ridge.ridge = counted
     try:
         report = grail_hf.compress(
             model, None, batches(padded), device="cpu", rehome=True, multiple_of=1, **settings
         )
     finally:
-        module.ridge_within = ridge_within
+        ridge.ridge = solve
     report.seconds = 0.0
     return {"weights": model.state_dict(), "report": report.to_dict(), "solves": solves}
 

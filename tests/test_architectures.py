@@ -157,7 +157,7 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
     """Where nothing but a factor lies between block and stream; else the target is the dense
     output."""
     model = tiny_architecture(case)
-    layers, (_, behind) = layers_of(model), seen_by_hooks(model, layers_of(model))
+    layers, (_, after) = layers_of(model), seen_by_hooks(model, layers_of(model))
     consumers = [group.consumer for _, group in groups_of(model)]
     dense = dict(zip(consumers, seen_by_hooks(model, consumers)[1], strict=True))
     for block in streamed(model, "residual"):
@@ -178,7 +178,7 @@ def test_a_block_that_meets_the_residual_target_leads_the_stream_back(case):
                 target = [r.target.reshape(*r.batch.hidden.shape[:2], -1) for r in runs]
                 assert relative_error(at_tokens(target, batches()), dense[last.consumer]) < 1e-6
             else:
-                error = relative_error(at_tokens(done, batches()), behind[block.index])
+                error = relative_error(at_tokens(done, batches()), after[block.index])
                 assert error < 1e-5
         for group in earlier if block.index else block.groups:  # from here on the paths differ
             for parameter in group.consumer.parameters():
@@ -281,7 +281,7 @@ def test_the_linear_rows_are_and_no_others(case, unit):
 
 
 @every_case
-def test_a_plan_needs_no_weights_and_says_what_will_be(case):
+def test_a_plan_needs_no_weights_and_is_carried_out(case):
     model = tiny_architecture(case)
     with torch.device("meta"):
         skeleton = type(model)(model.config)
@@ -427,7 +427,7 @@ def differing_(model):
 
 
 @every_case
-def test_layers_may_differ_in_width_or_say_why_not(case, tmp_path):
+def test_layers_may_differ_in_width_unless_refused_with_the_reason(case, tmp_path):
     model = tiny_architecture(case)
     entry = entry_of(model)
     if not offered(model):
@@ -507,7 +507,7 @@ def test_a_type_that_offers_nothing_is_refused_with_every_reason():
         grail_hf.compress(tiny_architecture("bloom"), calibration=None, sparsity=0.2)
 
 
-def test_heads_that_a_config_cannot_say_give_way_to_the_nearest_that_it_can(caplog):
+def test_heads_that_a_config_cannot_represent_give_way_to_the_nearest(caplog):
     """Of four units, three would be 0.25."""
     model = tiny_architecture("gemma2")
     narrower(model, attention_sparsity=0.25)
@@ -540,13 +540,13 @@ def test_layers_that_differ_already_are_refused():
 # The table
 
 
-def test_the_table_says_what_the_entries_say():
+def test_the_table_shows_the_entries():
     rows = {line.split(" |")[0][2:]: line for line in architectures_table().splitlines()[2:]}
     assert rows.keys() == ARCHITECTURES.keys()
     assert rows["qwen3"] == "| qwen3 | yes | yes | yes |  |"
     assert rows["bloom"].startswith("| bloom | no | no | no | ")
     assert rows["phi"].startswith("| phi | yes | in part | yes | no heads unless `qk_layernorm=F")
-    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention takes")
+    assert rows["gpt2"].startswith("| gpt2 | yes | no | yes | no heads: its attention assumes")
 
 
 def test_the_documented_example_adds_a_type(monkeypatch):

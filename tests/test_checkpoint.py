@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURE_CASES, batches, logits, tiny_architecture, 
 from transformers import AutoModelForCausalLM
 
 import grail_hf
-from grail_hf.checkpoints import journal
+from grail_hf import SELECTORS
 from grail_hf.checkpoints.journal import INDEX, WEIGHTS, Journal, save_tensors
 from grail_hf.checkpoints.reader import Checkpoint, read_spans
 
@@ -134,22 +134,20 @@ def test_files_are_one_a_layer_with_an_index(tmp_path):
 
 
 def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
-    """At the Gram of any layer, all other parameters are on the meta device."""
+    """When units of any layer are chosen, all other parameters are on the meta device."""
     source = saved(tiny_model("llama"), tmp_path / "source")
     seen = []
     skeleton = Checkpoint.skeleton
     monkeypatch.setattr(Checkpoint, "skeleton", lambda self: seen.append(skeleton(self)) or seen[0])
-    collect = grail_hf.calibration.block.Block.collect_parts
     alive = []
 
-    def look(block, *args, **kwargs):
+    def look(group, stats):
         names = {name for name, p in seen[0].named_parameters() if not p.is_meta}
-        alive.append({".".join(name.split(".")[:3]) for name in names} == {block.name})
-        return collect(block, *args, **kwargs)
+        alive.append({".".join(name.split(".")[:3]) for name in names} == {group.layer_name})
+        return SELECTORS["wanda"](group, stats)
 
-    monkeypatch.setattr(grail_hf.calibration.block.Block, "collect_parts", look)
-    from_disk(source, tmp_path / "out", mlp_sparsity=0.3, attention_sparsity=0)
-    assert alive and all(alive)
+    from_disk(source, tmp_path / "out", mlp_sparsity=0.3, attention_sparsity=0, selector=look)
+    assert alive == [True] * 3
     assert all(parameter.is_meta for parameter in seen[0].parameters())
 
 
@@ -169,9 +167,9 @@ def test_text_and_tokenizer_are_the_source_s(tiny_llama_dir, jargon_train, tmp_p
     [
         (lambda folder: folder.rename(folder.with_name("else")), OSError, "source"),
         (lambda folder: (folder / WEIGHTS).unlink(), FileNotFoundError, "neither"),
-        (lambda folder: cut_short(folder / WEIGHTS), OSError, "model.safetensors is cut short"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b""), OSError, "model.safetensors is cut"),
-        (lambda folder: spoil_header(folder / WEIGHTS), OSError, "model.safetensors is cut"),
+        (lambda folder: cut_short(folder / WEIGHTS), OSError, "safetensors is truncated"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b""), OSError, "safetensors is truncated"),
+        (lambda folder: spoil_header(folder / WEIGHTS), OSError, "safetensors is truncated"),
         (lambda folder: drop(folder, UP), OSError, f"no weights for model.{UP}"),
         (lambda folder: drop(folder, "layers.2."), OSError, "no weights for model.layers.2"),
         (lambda folder: plant(folder, UP, torch.nan), FloatingPointError, UP),
@@ -231,7 +229,7 @@ def test_an_index_that_is_none_is_named(text, tmp_path):
         Checkpoint.open(source)
 
 
-def test_a_shard_without_what_the_index_says_is_named(tmp_path):
+def test_a_shard_without_a_tensor_of_the_index_is_named(tmp_path):
     source = saved(tiny_model("llama"), tmp_path / "source", max_shard_size="20KB")
     shard = sorted(source.glob("*.safetensors"))[2]
     save_file({"other": torch.ones(1)}, shard)
@@ -272,7 +270,7 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypat
     path = tmp_path / "x.safetensors"
     digest = save_tensors({"a": torch.ones(2)}, path)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(journal, "file_digest", lambda path: 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_tensors({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
@@ -286,7 +284,7 @@ def test_self_calibration_is_refused_with_the_reason(tmp_path):
 
 
 def test_what_is_used_of_transformers_is_still_there():
-    """Not quite public; where this fails, `converter.Parts` is to be read again."""
+    """Semi-private; where this fails, `checkpoints/converter.py` needs a revision."""
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel

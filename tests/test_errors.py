@@ -43,7 +43,7 @@ def compress(model, calibration=None, **settings):
 
 @contextmanager
 def refused(model, error, *words):
-    """The block raises exactly `error`, saying all `words`, and leaves the model as it was."""
+    """The block raises exactly `error`, with all `words`, and leaves the model as it was."""
     state = state_of(model)
     modes = {name: module.training for name, module in model.named_modules()}
     with pytest.raises(error) as caught:
@@ -239,7 +239,7 @@ def test_what_is_no_transformers_model_is_refused(wrap):
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
 def test_a_model_that_is_no_causal_lm_keeps_its_type(auto):
-    """And so gets no 9 heads, which a llama's config cannot say, but 6."""
+    """And therefore keeps 6 heads, not 9, which a llama's config cannot represent."""
     model = auto.from_config(tiny_config("llama"))
     before = type(model)
     report = compress(model, batches())
@@ -297,7 +297,7 @@ def test_text_shorter_than_a_window_is_refused(tiny_llama, tokenizer):
 
 
 def plant_overflow(model, layer, kind):
-    """Make the activations in front of a consumer Inf: finite weights, finite residual stream."""
+    """Make the activations before a consumer Inf: finite weights, finite residual stream."""
     name = {"attention": "self_attn.v_proj", "mlp": "mlp.up_proj"}[kind]
     layers_of(model)[layer].get_submodule(name).weight.data *= 3e38
 
@@ -314,7 +314,7 @@ def test_overflow_in_the_first_group_leaves_the_model_as_it_was(reduced):
 
 
 @pytest.mark.parametrize(("layer", "kind"), [(0, "mlp"), (1, "attention"), (1, "mlp"), (2, "mlp")])
-def test_overflow_later_says_where_and_that_the_model_must_be_loaded_again(layer, kind):
+def test_overflow_later_names_the_group_and_asks_to_load_the_model_again(layer, kind):
     model = tiny_model("qwen2").train()
     plant_overflow(model, layer, kind)
     with pytest.raises(PartlyCompressedError) as caught:
@@ -343,7 +343,7 @@ def test_a_repair_that_overflows_the_models_dtype_takes_more_damping(caplog):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_dense_output_that_overflows_is_said_before_anything_changes():
+def test_a_dense_output_that_overflows_is_named_before_anything_changes():
     model = tiny_model("qwen2", dtype=torch.float16)
     model.model.layers[0].mlp.down_proj.weight.data.fill_(40_000)
     shares = {"sparsity": None, "attention_sparsity": 0, "mlp_sparsity": 0.5}

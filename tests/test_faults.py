@@ -68,6 +68,7 @@ one of several processes dies: the others end with a message that tells where. `
     test_processes.py: test_what_was_done_when_one_is_killed_is_gone_on_with
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -84,14 +85,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import batches, tiny_model
 
 import grail_hf
-from grail_hf import disk_to_disk, job
+from grail_hf import SELECTORS, GrailConfig, disk_to_disk
 from grail_hf.calibration import block, stream
 from grail_hf.checkpoints import folders, journal, layers, reader
-from grail_hf.checkpoints import folders as saving
 from grail_hf.checkpoints.folders import claimed
 from grail_hf.checkpoints.journal import WEIGHTS, Journal
-from grail_hf.runtime import dispatched as offload
-from grail_hf.runtime import placement
+from grail_hf.checkpoints.sources import meta_model
+from grail_hf.planning.costs import estimate
+from grail_hf.planning.plan import plan_compression
+from grail_hf.runtime.placement import Place
 
 SETTINGS = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform"}
 LAYERS = 3
@@ -114,9 +116,16 @@ def whole(source, tmp_path_factory):
 
 
 def compress(source, output, **settings):
-    settings = SETTINGS | settings
+    settings = {"progress": False} | SETTINGS | settings
     inputs = settings.pop("calibration", None) or batches()
-    return grail_hf.compress_checkpoint(source, output, inputs, progress=False, **settings)
+    return grail_hf.compress_checkpoint(source, output, inputs, **settings)
+
+
+class Untouchable:
+    """Calibration that must not be asked for."""
+
+    def __iter__(self):
+        raise AssertionError("the calibration was touched")
 
 
 def files_of(folder):
@@ -161,25 +170,25 @@ def signalled_at(owner, name, call, number, after):
 # Where a run is killed: the n-th call of a function, at its beginning or its end.
 PHASES = {
     "before the source is checked": (reader.Checkpoint, "verify", 1, False),
-    "behind the embeddings' file": (journal.Journal, "add_shard", 1, True),
-    "behind the first journal": (journal.Journal, "write", 1, True),
+    "after the embeddings' file": (journal.Journal, "add_shard", 1, True),
+    "after the first journal": (journal.Journal, "write", 1, True),
     "in the first embedding pass": (stream, "record_calls", 1, False),
     "in a dense pass": (stream, "_dense_pass", 2, False),
     "in the first layer's Gram": (block.Block, "collect_parts", 1, False),
     "in the second layer's Gram": (block.Block, "collect_parts", 5, True),
     "in a refit": (block.Block, "runs", 3, False),
-    "in front of a layer's file": (journal.Journal, "add_shard", 3, False),
+    "before a layer's file": (journal.Journal, "add_shard", 3, False),
     "in a layer's file": (journal, "file_digest", 6, False),
-    "behind a layer's file": (journal.Journal, "add_shard", 3, True),
+    "after a layer's file": (journal.Journal, "add_shard", 3, True),
     "in the hidden states": (journal, "save_tensors", 4, True),
-    "behind the hidden states": (journal.Journal, "add_hidden_states", 2, True),
-    "behind a layer's journal": (journal.Journal, "write", 3, True),
-    "behind the sweep": (journal.Journal, "sweep", 2, True),
-    "behind the last layer": (journal.Journal, "write", LAYERS + 1, True),
+    "after the hidden states": (journal.Journal, "add_hidden_states", 2, True),
+    "after a layer's journal": (journal.Journal, "write", 3, True),
+    "after the sweep": (journal.Journal, "sweep", 2, True),
+    "after the last layer": (journal.Journal, "write", LAYERS + 1, True),
     "in the index": (journal.Journal, "write_index", 1, True),
-    "behind the report": (grail_hf.CompressionReport, "save", 1, True),
-    "in front of the last rename": (disk_to_disk, "put_in_place", 1, False),
-    "behind the last rename": (Path, "rename", 1, True),
+    "after the report": (grail_hf.CompressionReport, "save", 1, True),
+    "before the last rename": (disk_to_disk, "put_in_place", 1, False),
+    "after the last rename": (Path, "rename", 1, True),
 }
 
 
@@ -203,7 +212,7 @@ def test_a_run_killed_anywhere_goes_on_and_ends_alike(phase, source, whole, tmp_
 
 
 @pytest.mark.parametrize("disk_to_disk", [True, False])
-def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
+def test_an_interrupt_after_the_last_rename_is_an_interrupt(
     disk_to_disk, source, tmp_path, monkeypatch
 ):
     """The new output is whole, and what is left of the old one goes next time."""
@@ -227,11 +236,11 @@ def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
     def beside(what):
         return tmp_path / f".out.{what}"
 
-    monkeypatch.setattr(saving.shutil, "rmtree", interrupted)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(overwrite=True)
     assert beside("old").exists() and not beside("partial").exists()
-    monkeypatch.setattr(saving.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     done = files_of(output) if disk_to_disk else {}
     write(overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -241,11 +250,11 @@ def test_an_interrupt_behind_the_last_rename_is_an_interrupt(
 def test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file(
     source, whole, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(placement, "_LEAST_MAPPED", 1)
+    monkeypatch.setattr(Place, "least_mapped", 1)
     settings = {"hidden_states": "disk"}
 
     def killed():
-        signalled_at(offload.torch, "from_file", 60, signal.SIGKILL, False)
+        signalled_at(torch, "from_file", 60, signal.SIGKILL, False)
         compress(source, tmp_path / "out", **settings)
 
     assert in_child(killed) == KILLED
@@ -274,22 +283,19 @@ def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_measured_widths_are_not_measured_again(source, tmp_path, monkeypatch):
+def test_measured_widths_are_not_measured_again(source, tmp_path, capsys):
     settings = {"allocation": "error"}
-    compress(source, tmp_path / "whole", **settings)
-
-    def killed():
-        signalled_at(journal.Journal, "write", 3, signal.SIGKILL, True)
-        compress(source, tmp_path / "out", **settings)
-
-    assert in_child(killed) == KILLED
-    monkeypatch.setattr(job, "measured_plan", lambda *_: 1 / 0)
-    compress(source, tmp_path / "out", resume=True, **settings)
+    compress(source, tmp_path / "whole", progress=True, **settings)
+    assert "Profiling" in capsys.readouterr().err
+    stop(source, tmp_path / "out", **settings)
+    compress(source, tmp_path / "out", resume=True, progress=True, **settings)
+    shown = capsys.readouterr().err
+    assert "Calibrating" in shown and "Profiling" not in shown
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
 def stop(source, output, layer=2, **settings):
-    """Leave a run that was killed behind a layer."""
+    """Leave a run that was killed after a layer."""
 
     def killed():
         signalled_at(journal.Journal, "write", layer + 1, signal.SIGKILL, True)
@@ -302,29 +308,35 @@ def stop(source, output, layer=2, **settings):
 def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", layer=2)
     seen = []
-    at_work = layers.CheckpointPlacement.on_device
+    on_device = layers.CheckpointPlacement.on_device
     monkeypatch.setattr(
         layers.CheckpointPlacement,
         "on_device",
-        lambda self, index: seen.append(index) or at_work(self, index),
+        lambda self, index: seen.append(index) or on_device(self, index),
     )
     compress(source, tmp_path / "out", resume=True)
     assert seen == [2]
     assert files_of(tmp_path / "out") == whole
 
 
-def test_a_run_that_ended_is_not_run_again(source, tmp_path, monkeypatch):
+def test_a_run_that_ended_is_not_run_again(source, tmp_path):
     report = compress(source, tmp_path / "out")
-    monkeypatch.setattr(disk_to_disk, "narrow_layers_", lambda *_: 1 / 0)
+    files = written_in(tmp_path / "out")
     assert compress(source, tmp_path / "out", resume=True) == report
+    assert written_in(tmp_path / "out") == files
     with pytest.raises(FileExistsError, match="overwrite"):
         compress(source, tmp_path / "out", resume=True, seed=1)
+
+
+def written_in(folder):
+    """When each file was written."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def test_a_stopped_run_is_neither_lost_nor_taken_for_another(source, whole, tmp_path):
     work = stop(source, tmp_path / "out")
     before = files_below(work)
-    with pytest.raises(FileExistsError, match=r"stopped after 2 layers: resume=True"):
+    with pytest.raises(FileExistsError, match=r"stopped after 2 layers: resume it"):
         compress(source, tmp_path / "out")
     for changes, message in (
         ({"sparsity": 0.4}, r"had sparsity=0\.3, and now it is 0\.4"),
@@ -369,7 +381,7 @@ def test_what_a_stopped_run_wrote_is_checked(pattern, spoil, source, tmp_path):
         path.write_bytes(data[:-1])
     else:
         path.unlink()
-    with pytest.raises(OSError, match=f"{path.name} is missing or not what the run wrote"):
+    with pytest.raises(OSError, match=f"{path.name} is missing or not as the run wrote it"):
         compress(source, tmp_path / "out", resume=True)
 
 
@@ -385,30 +397,29 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(source, whole, tmp_
     assert files_of(tmp_path / "out") == whole
 
 
-def test_an_interrupt_says_how_to_go_on(source, tmp_path, monkeypatch, caplog):
-    interrupt_at(monkeypatch, 7)
+def test_an_interrupt_tells_how_to_go_on(source, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
-        compress(source, tmp_path / "out")
+        compress(source, tmp_path / "out", selector=interrupted_at(3))
     assert "1 of the layers done" in caplog.text and "--resume" in caplog.text
 
 
-def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path, monkeypatch):
-    interrupt_at(monkeypatch, 1)
+def test_an_interrupt_before_anything_is_done_leaves_nothing(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compress(source, tmp_path / "out")
+        compress(source, tmp_path / "out", selector=interrupted_at(1))
     assert list(tmp_path.iterdir()) == []
 
 
-def interrupt_at(monkeypatch, call):
-    calls, collect = Counter(), block.Block.collect_parts
+def interrupted_at(call):
+    """A selector that is interrupted the n-th time; each layer calls it twice."""
+    calls = Counter()
 
-    def interrupted(*args, **kwargs):
-        calls["collect"] += 1
-        if calls["collect"] == call:
+    def scored(group, stats):
+        calls["all"] += 1
+        if calls["all"] == call:
             raise KeyboardInterrupt
-        return collect(*args, **kwargs)
+        return SELECTORS["wanda"](group, stats)
 
-    monkeypatch.setattr(block.Block, "collect_parts", interrupted)
+    return scored
 
 
 def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_path, capfd):
@@ -433,8 +444,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_done(source, whole, tmp_pat
             print(error, flush=True)
 
     assert in_child(full) == 0
-    said = capfd.readouterr().out
-    assert "model-00003-of-00004.safetensors" in said and "1 of the layers done" in said
+    printed = capfd.readouterr().out
+    assert "model-00003-of-00004.safetensors" in printed and "1 of the layers done" in printed
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / ".out.partial").glob(".*.tmp"))
     compress(source, tmp_path / "out", resume=True)
@@ -468,31 +479,28 @@ def test_hidden_states_that_cannot_be_written_undo_no_more_than_their_layer(
 
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_where_a_run_has_room_it_has_room_to_go_on(place, source, tmp_path, monkeypatch):
-    """With no byte more on the disk than the first time."""
-    output, work = tmp_path / "out", tmp_path / ".out.partial"
-    usage, checked, rooms = shutil.disk_usage(tmp_path), disk_to_disk._check_space, []
+    """On a disk of the size that is estimated; with a byte less, neither begins."""
+    settings = {"hidden_states": place, "selector": interrupted_at(3)}
+    model, config = meta_model(source), GrailConfig(**SETTINGS | settings)
+    plan = plan_compression(model, config)
+    costs = estimate(model, plan, config, disk_to_disk=True, batches=batches())
+    needed = costs.disk_bytes + costs.hidden_bytes * (place == "disk")
+    usage = shutil.disk_usage(tmp_path)
 
-    def check(journal, costs, where):
-        assert where.folder == (journal.own if place == "disk" else None)
-        if not rooms:
-            rooms.append(costs.disk_bytes + costs.hidden_bytes * (place == "disk"))
-        for spare, fits in ((-1, False), (0, True)):
-            used = sum(path.stat().st_size for path in work.rglob("*.safetensors"))
-            left = usage._replace(free=rooms[0] - used + spare)
-            monkeypatch.setattr(shutil, "disk_usage", lambda _, left=left: left)
-            if fits:
-                checked(journal, costs, where)
-            else:
-                with pytest.raises(OSError, match="GiB are to be written"):
-                    checked(journal, costs, where)
+    def disk_of(size):
+        def disk_usage(_):
+            written = (tmp_path / ".out.partial").rglob("*.safetensors")
+            return usage._replace(free=size - sum(path.stat().st_size for path in written))
 
-    monkeypatch.setattr(disk_to_disk, "_check_space", check)
-    interrupt_at(monkeypatch, 7)
-    with pytest.raises(KeyboardInterrupt):
-        compress(source, output, hidden_states=place)
-    monkeypatch.undo()
-    monkeypatch.setattr(disk_to_disk, "_check_space", check)
-    compress(source, output, hidden_states=place, resume=True)
+        monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+
+    for resume in (False, True):
+        disk_of(needed - 1)
+        with pytest.raises(OSError, match="GiB are to be written"):
+            compress(source, tmp_path / "out", resume=resume, **settings)
+        disk_of(needed)
+        with contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt):
+            compress(source, tmp_path / "out", resume=resume, **settings)
 
 
 def test_the_same_source_by_another_name_is_gone_on_with(source, whole, tmp_path, monkeypatch):
@@ -530,10 +538,9 @@ def refused(error, *arguments):
         compress(*arguments)
 
 
-def test_an_output_that_cannot_be_written_is_refused_at_once(source, monkeypatch):
-    monkeypatch.setattr(disk_to_disk, "narrow_layers_", lambda *_: 1 / 0)
+def test_an_output_that_cannot_be_written_is_refused_before_any_layer(source):
     with pytest.raises(OSError, match="/proc"):
-        compress(source, Path("/proc/out"))
+        compress(source, Path("/proc/out"), selector=lambda group, stats: 1 / 0)
 
 
 @pytest.mark.parametrize("what", ["a mount point", "the current folder", "above it"])
@@ -545,12 +552,11 @@ def test_an_output_that_cannot_be_replaced_is_refused_at_once(source, tmp_path, 
     else:
         (inside := output / "deeper").mkdir()
         monkeypatch.chdir(output if what == "the current folder" else inside)
-    monkeypatch.setattr(disk_to_disk, "read_calibration", lambda *_: 1 / 0)
     before = sorted(tmp_path.rglob("*"))
     for named in (output, Path(os.path.relpath(output))):
         message = rf"{output} is .*name a folder inside it, for example {output}/model"
         with pytest.raises(OSError, match=message):
-            compress(source, named)
+            compress(source, named, calibration=Untouchable())
         with pytest.raises(OSError, match=message), folders.replaced_when_whole(named):
             raise AssertionError("the folder was given out")
     assert sorted(tmp_path.rglob("*")) == before

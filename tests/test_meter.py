@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 
 import grail_hf
 from grail_hf.config import GrailConfig
-from grail_hf.planning import costs
 from grail_hf.planning.costs import estimate
 from grail_hf.planning.plan import plan_compression
+from grail_hf.planning.work import SCRATCH
 from grail_hf.runtime.meter import Meter
 
 MB = 2**20
@@ -78,9 +78,9 @@ def hold_and_free():
     first = torch.ones(20 * 2**18)  # the C library learns from its end to keep such blocks
     del first
     second = torch.ones(20 * 2**18)
-    behind = [torch.ones(2**10) for _ in range(64)]  # so that it is not at the end of the heap
+    later = [torch.ones(2**10) for _ in range(64)]  # so that it is not at the end of the heap
     del second
-    return behind
+    return later
 
 torch.ones(1)
 base = anonymous_bytes()
@@ -130,7 +130,7 @@ def test_a_report_sets_what_was_measured_beside_the_estimate():
     assert report.measured.keys() >= {"embed", "forward", "gram", "select", "solve", "refit"}
     estimated = max(cost["host_bytes"] for cost in report.estimate.values())
     measured = max(peaks["host_bytes"] for peaks in report.measured.values())
-    assert 0.5 * measured < estimated < 1.5 * measured + costs._SCRATCH
+    assert 0.5 * measured < estimated < 1.5 * measured + SCRATCH
     again = grail_hf.CompressionReport.from_dict(report.to_dict())
     assert (again.estimate, again.measured) == (report.estimate, report.measured)
 
@@ -190,7 +190,7 @@ def test_the_memory_of_a_fold_is_in_the_estimate(target):
     plain, folding = (estimate(model, plan, fold) for plan in plans)
     width = plans[1].widths["mlp"][0]
     assert width == 720
-    outputs = 512 * 256 * 4 * (target == "self")  # the block's own, kept as targets behind the fold
+    outputs = 512 * 256 * 4 * (target == "self")  # the block's own, kept as targets after the fold
     assert folding.hidden_bytes - plain.hidden_bytes == outputs
     more = {
         name: cost.host_bytes - plain.phases[name].host_bytes

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import inspect
 import resource
 import sys
 import tempfile
@@ -9,10 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from accelerate.utils import OffloadedWeightsLoader
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, named_module_tensors
 from tiny_models import (
     ARCHITECTURE_CASES,
     assert_state,
@@ -28,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 import grail_hf
 from grail_hf import SELECTORS, PartlyCompressedError
-from grail_hf.runtime import devices, dispatched, placement, transfer
+from grail_hf.runtime import devices, dispatched
 from grail_hf.runtime import layers as layers_module
 from grail_hf.runtime.dispatched import DispatchedPlacement, weights_of
 from grail_hf.runtime.layers import LayerPlacement
@@ -116,8 +119,8 @@ def device_map(model, *places, rest="cpu"):
     return parts("", model)
 
 
-# How accelerate may come to have a model. A main device that is no string "cpu" has it offload what
-# is in host memory too.
+# Ways in which accelerate dispatches a model. With a main device that is not the string "cpu" it
+# also offloads what is in host memory.
 
 
 def from_checkpoint(folder, place):
@@ -268,7 +271,7 @@ def test_an_offloaded_weight_is_read_once_to_be_checked_and_once_to_work(
     assert_same_weights(model, in_memory("llama", **settings))
 
 
-def test_layers_at_work_are_whole_and_nothing_is_read_ahead_on_the_cpu(saved, tmp_path, reads):
+def test_layers_in_use_are_whole_and_nothing_is_read_ahead_on_the_cpu(saved, tmp_path, reads):
     model = on_disk(saved("llama"), tmp_path)
     layers = layers_of(model)
     meta = []
@@ -284,7 +287,7 @@ def test_layers_at_work_are_whole_and_nothing_is_read_ahead_on_the_cpu(saved, tm
 
 
 @every_way
-def test_after_a_failure_every_layer_is_home(dispatched, saved, tmp_path):
+def test_after_a_failure_every_layer_is_back_in_its_place(dispatched, saved, tmp_path):
     model = dispatched(saved("qwen2-mixed"), tmp_path)
     expected = [(name, p.device) for name, p in model.named_parameters()]
 
@@ -326,7 +329,7 @@ def test_tokens_are_sampled_from_a_dispatched_model(saved, tmp_path):
     assert_same_weights(model, plain)
 
 
-def test_a_full_disk_while_a_layer_goes_home_is_said(saved, tmp_path):
+def test_a_full_disk_while_a_layer_is_written_back_is_named(saved, tmp_path):
     model = on_disk(saved("llama"), tmp_path)
     before = files_under(tmp_path)
 
@@ -363,7 +366,7 @@ class Messenger(Transfer):
 
 
 @pytest.mark.parametrize("dispatched", [None, host_and_disk, in_host_memory, on_disk])
-def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path, monkeypatch):
+def test_what_was_read_ahead_is_used(dispatched, saved, in_memory, tmp_path, monkeypatch):
     plain = in_memory("llama")
     monkeypatch.setattr(layers_module, "Transfer", Messenger)
     monkeypatch.setattr(Messenger, "log", [])
@@ -375,22 +378,40 @@ def test_what_was_read_ahead_goes_to_work(dispatched, saved, in_memory, tmp_path
     ]
 
 
+class OnPretendCuda(Transfer):
+    """Copies nothing, and tells the device that it was to copy to."""
+
+    def copy(self, reads, device):
+        return [torch.tensor(device.index)]
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """torch's own view of CUDA where there is none; gives a function that sets its free memory."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 0)
+
+    def set_free(size):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (size, size))
+
+    return set_free
+
+
 @pytest.mark.parametrize(
     ("device", "expected"),
     [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu"), ("mps", "mps"), ("meta", "meta")],
 )
-def test_an_accelerator_has_its_index(device, expected, monkeypatch):
+def test_an_accelerator_has_its_index(device, expected, pretend_cuda):
     """Also in the thread that reads ahead, whose own current device is another."""
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
-    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
-    monkeypatch.setattr(devices, "free_bytes", lambda device: 80)
-    monkeypatch.setattr(transfer, "_bring", lambda reads, device: [torch.tensor(device.index)])
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    pretend_cuda(80)
     device = torch.device(device)
     assert str(devices.with_index(device)) == expected
-    ahead = Transfer()
+    ahead = OnPretendCuda()
     ahead.send(0, [torch.empty], 10, device)
     assert [int(t) for t in ahead.receive(0)] == [3 if expected == "cuda:3" else 1] * (
         device.type == "cuda"
@@ -408,7 +429,7 @@ class Sharing(torch.nn.Module):
         self.own.register_buffer("numbers", torch.full((3,), number))
 
     def to(self, device):
-        self.shared.table = self.shared.home.to(device)
+        self.shared.table = self.shared.original.to(device)
         return self
 
 
@@ -417,7 +438,7 @@ def test_what_was_read_ahead_goes_to_its_own_tensor(monkeypatch):
     monkeypatch.setattr(Messenger, "send", copied_on_the_host)
     shared = torch.nn.Module()
     shared.register_buffer("table", torch.arange(4))
-    shared.home = shared.table
+    shared.original = shared.table
     layers = torch.nn.ModuleList(Sharing(number, shared) for number in range(3))
     placement = LayerPlacement(layers, torch.device("meta"))
     placement.transfer = Messenger()
@@ -432,7 +453,7 @@ def copied_on_the_host(self, label, reads, size, device):
     self.brought = {label: [read().clone() for read in reads]}
 
 
-def test_nothing_is_brought_to_a_cpu():
+def test_nothing_is_copied_to_a_cpu():
     def read():
         raise AssertionError("nothing was to be read")
 
@@ -441,19 +462,17 @@ def test_nothing_is_brought_to_a_cpu():
     assert transfer.receive(0) == []
 
 
-@pytest.mark.parametrize(("free", "sent"), [(80, True), (79, False)])
-def test_a_layer_is_read_ahead_into_an_eighth_of_the_room(free, sent, monkeypatch):
-    monkeypatch.setattr(devices, "free_bytes", lambda device: free)
-    monkeypatch.setattr(transfer, "_bring", lambda reads, device: 1 / 0)
-    ahead = Transfer()
+@pytest.mark.parametrize(("free", "sent"), [(80, 1), (79, 0)])
+def test_a_layer_is_read_ahead_into_an_eighth_of_the_room(free, sent, pretend_cuda):
+    pretend_cuda(free)
+    ahead = OnPretendCuda()
     ahead.send(0, [torch.empty], 10, torch.device("cuda"))
-    with pytest.raises(ZeroDivisionError) if sent else contextlib.nullcontext():
-        assert ahead.receive(0) == []
+    assert len(ahead.receive(0)) == sent
     assert ahead.receive(0) == []
 
 
 @cuda
-def test_tensors_are_brought_whole_while_the_device_computes():
+def test_tensors_are_copied_whole_while_the_device_computes():
     tensors = [torch.randn(257, 129), torch.arange(7), torch.randn(3, 5).to(torch.bfloat16)]
     device = torch.device("cuda")
     transfer = Transfer()
@@ -480,7 +499,7 @@ def test_a_failure_to_read_ahead_is_raised_where_the_layer_is_asked_for():
 
 @cuda
 @every_way
-def test_offloaded_layers_work_on_the_accelerator_and_come_home(dispatched, saved, tmp_path):
+def test_offloaded_layers_run_on_the_accelerator_and_are_moved_back(dispatched, saved, tmp_path):
     plain, model = load(saved("qwen2-mixed")), dispatched(saved("qwen2-mixed"), tmp_path)
     placement = [(name, p.device) for name, p in model.named_parameters()]
     compress(plain, selector="magnitude", device="cuda")
@@ -511,7 +530,7 @@ def test_a_device_map_over_accelerator_host_and_disk_is_respected(saved, tmp_pat
 def folder(tmp_path, monkeypatch):
     """The folder for temporary files; tensors of any size are worth a file in it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(placement, "_LEAST_MAPPED", 1)
+    monkeypatch.setattr(Place, "least_mapped", 1)
     return tmp_path
 
 
@@ -558,7 +577,7 @@ def test_the_held_out_moments_lie_with_the_hidden_states_while_units_are_chosen(
     seen = []
 
     def select(group, stats):
-        seen.append([file_behind(sums) for sums in stats.sums])
+        seen.append([file_of(sums) for sums in stats.sums])
         return SELECTORS["wanda"](group, stats)
 
     compress(tiny_model("llama"), hidden_states=place, selector=select)
@@ -569,7 +588,7 @@ def test_the_held_out_moments_lie_with_the_hidden_states_while_units_are_chosen(
     assert seen
 
 
-def file_behind(tensor):
+def file_of(tensor):
     """The path of the file that the tensor is mapped from; empty where there is none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, _, _, inode, *path = line.split(maxsplit=5)
@@ -611,13 +630,14 @@ def test_from_disk_to_disk_the_place_changes_no_bit_either(saved, folder, tmp_pa
 
 @pytest.mark.parametrize(("short", "mapped"), [(0, False), (1, True)])
 def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatch):
-    """Of 8 x 24 and 7 x 21 tokens: compressed, dense in front and behind, two dense outputs.
+    """Of 8 x 24 and 7 x 21 tokens: compressed, dense before and after, two dense outputs.
 
     Of half of them, what a refit starts from: the block's inputs and its target.
     """
     tokens = 8 * 24 + 7 * 21
     size = 48 * 4 * (tokens * (1 + 2 + 2) + tokens // 2 * 2)
-    monkeypatch.setattr(devices, "free_bytes", lambda device: 2 * size - short)
+    memory = psutil.virtual_memory()._replace(available=2 * size - short)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     keep, kept = Place.keep, []
 
     def seen(self, tensor, dtype=None):
@@ -629,7 +649,7 @@ def test_auto_counts_every_copy_of_every_token(short, mapped, folder, monkeypatc
     assert set(kept) == {folder if mapped else None}
 
 
-def test_a_full_disk_is_said_before_anything_is_changed(folder):
+def test_a_full_disk_is_named_before_anything_is_changed(folder):
     model = tiny_model("llama")
     state = state_of(model)
     with largest_file(1000), pytest.raises(OSError, match="TMPDIR") as caught:
@@ -662,10 +682,13 @@ def test_a_tensor_in_a_file_is_the_tensor(dtype, shape, folder):
         ("disk", 1000, 1000, "disk"),
     ],
 )
-def test_auto_goes_by_the_room_that_there_is(wanted, accelerator, host, expected, monkeypatch):
+def test_auto_depends_on_the_free_memory(
+    wanted, accelerator, host, expected, pretend_cuda, monkeypatch
+):
     """For 100 bytes."""
-    free = {"cpu": host, "cuda": accelerator}
-    monkeypatch.setattr(devices, "free_bytes", lambda device: free[device.type])
+    pretend_cuda(accelerator)
+    memory = psutil.virtual_memory()._replace(available=host)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     device = torch.device("cpu" if accelerator is None else "cuda")
     places = {
         "accelerator": Place(device),
@@ -701,7 +724,27 @@ def test_the_room_on_the_accelerator_is_known():
     assert 0 < devices.free_bytes(torch.device("cuda:0")) <= total
 
 
-def test_homes_are_chosen_by_the_hooks(saved, tmp_path):
+def test_what_is_used_of_accelerate_is_still_there(tmp_path):
+    """Semi-private; where this fails, `runtime/hooks.py` needs a revision."""
+    model = disk_offload(tiny_model("llama"), tmp_path, CPU)
+    norm = model.model.norm
+    hook = norm._hf_hook
+    assert isinstance(hook, AlignDevicesHook)
+    used = {"execution_device", "offload", "offload_buffers", "place_submodules"}
+    assert used <= vars(hook).keys()
+    assert hook.original_devices.keys() == {"weight"}
+    assert isinstance(hook.weights_map, PrefixedDataset)
+    loader = hook.weights_map.dataset
+    assert isinstance(loader, OffloadedWeightsLoader)
+    assert {"state_dict", "index", "all_keys", "save_folder"} <= vars(loader).keys()
+    assert f"{hook.weights_map.prefix}weight" in loader.index
+    assert norm._old_forward.__func__ is type(norm).forward
+    assert list(inspect.signature(SequentialHook).parameters) == ["hooks"]
+    expected = {"include_buffers", "recurse", "remove_non_persistent"}
+    assert expected <= inspect.signature(named_module_tensors).parameters.keys()
+
+
+def test_placements_are_chosen_by_the_hooks(saved, tmp_path):
     plain, model = load(saved("llama")), on_disk(saved("llama"), tmp_path)
     assert type(dispatched.placement_of(plain, layers_of(plain), CPU)) is LayerPlacement
     assert type(dispatched.placement_of(model, layers_of(model), CPU)) is DispatchedPlacement

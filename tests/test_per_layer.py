@@ -38,7 +38,7 @@ from grail_hf.models.groups import Group
 from grail_hf.models.modeling_grail import AUTO_MAP, LayerConfig, has_own_widths
 from grail_hf.models.surgery import apply_config_
 
-# Runs alone: loads every folder in one way, says what it found as JSON, and saves it again.
+# Runs alone: loads every folder in one way, prints what it found as JSON, and saves it again.
 LOADER = """
 import json, sys
 from pathlib import Path
@@ -47,24 +47,24 @@ import torch
 way, source, target, threads = sys.argv[1:]
 folders = sorted(Path(source).iterdir())
 torch.set_num_threads(int(threads))
-said = {"found": {}, "plain": {}}
+result = {"found": {}, "plain": {}}
 if way == "grail_hf":
     import grail_hf
-    from grail_hf.models.modeling_grail import _PatchOnImport, install_hook
+    from grail_hf.models.modeling_grail import install_hook
 
     def waiting():
-        return sum(isinstance(finder, _PatchOnImport) for finder in sys.meta_path)
+        return sum(type(finder).__module__ == install_hook.__module__ for finder in sys.meta_path)
 
     install_hook()
-    said["waiting"] = [waiting(), "transformers.modeling_utils" in sys.modules]
+    result["waiting"] = [waiting(), "transformers.modeling_utils" in sys.modules]
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 if way == "grail_hf":
     install_hook()
     build = PreTrainedModel.__init__
-    said["waiting"].append(waiting())
-    said["patched once"] = not hasattr(build.__wrapped__, "__wrapped__")
+    result["waiting"].append(waiting())
+    result["patched once"] = not hasattr(build.__wrapped__, "__wrapped__")
 untouched = MistralDecoderLayer.__init__
 AutoModelForCausalLM.from_config(
     AutoConfig.for_model(
@@ -72,14 +72,14 @@ AutoModelForCausalLM.from_config(
         num_attention_heads=2, num_key_value_heads=1,
     )
 )
-said["normal is untouched"] = MistralDecoderLayer.__init__ is untouched
+result["normal is untouched"] = MistralDecoderLayer.__init__ is untouched
 how = {}
 if way == "remote code":
     for folder in folders:  # before any remote code has run
         try:
             AutoModelForCausalLM.from_pretrained(folder)
         except RuntimeError as error:
-            said["plain"][folder.name] = str(error)
+            result["plain"][folder.name] = str(error)
     how = {"trust_remote_code": True}
 for folder in folders:
     bare = AutoModel.from_pretrained(folder, **how)
@@ -96,7 +96,7 @@ for folder in folders:
             for batch, logits in zip(expected["batches"], expected["logits"])
             for mask in [batch["attention_mask"].bool()]
         ]
-    said["found"][folder.name] = {
+    result["found"][folder.name] = {
         "equal": equal,
         "problems": {key: list(map(str, value)) for key, value in info.items() if value},
         "class": f"{type(model).__module__}.{type(model).__name__}",
@@ -105,8 +105,8 @@ for folder in folders:
         "bare": [type(m) is type(model.base_model) for m in bare]
         + [torch.equal(p, q) for p, q in zip(bare[1].parameters(), model.base_model.parameters())],
     }
-said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
-print(json.dumps(said))
+result["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
+print(json.dumps(result))
 """
 
 # Runs alone: loads a folder as remote code, or after vLLM's plug-in was called, and does with the
@@ -143,10 +143,10 @@ def error(model):
 
 
 model = load()
-said = {"loaded": error(model), "copied": error(copy.deepcopy(model))}
+result = {"loaded": error(model), "copied": error(copy.deepcopy(model))}
 model.save_pretrained(target)
-said["saved again"] = error(load(target))
-said["dispatched"] = error(load(device_map="auto"))
+result["saved again"] = error(load(target))
+result["dispatched"] = error(load(device_map="auto"))
 trained = load().train()
 trained.gradient_checkpointing_enable()
 for module in trained.modules():
@@ -160,7 +160,7 @@ for _ in range(2):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
-said["losses"] = losses
+result["losses"] = losses
 try:
     import peft
 except ImportError:
@@ -168,19 +168,19 @@ except ImportError:
 else:
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     lora = peft.get_peft_model(load(), settings)
-    said["lora at first"] = error(lora)
+    result["lora at first"] = error(lora)
     for name, parameter in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-    said["lora changed"] = error(lora)
+    result["lora changed"] = error(lora)
     lora.save_pretrained(f"{target}-lora")
     again = peft.PeftModel.from_pretrained(load(), f"{target}-lora").eval()
     with torch.no_grad():
         pair = [m(**batch, use_cache=False).logits[mask] for m in (lora.eval(), again)]
-    said["lora again"] = ((pair[0] - pair[1]).norm() / pair[0].norm()).item()
-said["class"] = f"{type(model).__module__}.{type(model).__name__}"
-said["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
-print(json.dumps(said))
+    result["lora again"] = ((pair[0] - pair[1]).norm() / pair[0].norm()).item()
+result["class"] = f"{type(model).__module__}.{type(model).__name__}"
+result["modules"] = [m for m in sys.modules if m.split(".")[0] == "grail_hf"]
+print(json.dumps(result))
 """
 
 # unit -> kind -> one width a layer. The first leaves no layer with every head, and llamas move to
@@ -281,20 +281,20 @@ def test_it_computes_what_the_dense_model_does_without_the_removed_columns(made,
 @every_case
 def test_the_config_names_the_layers_that_are_not_the_widest(made, case, unit):
     model, masked = made[case, unit]
-    said = json.loads(model.config.to_json_string())
+    config = json.loads(model.config.to_json_string())
     dense = masked.config
     widths = WIDTHS[unit]
     per_unit = {spec.kind: spec.config_per_unit for spec in specs_of(masked, unit)}
     for kind, keys in per_unit.items():
         for key, n in keys.items():
-            assert said[key] == n * max(widths[kind])
+            assert config[key] == n * max(widths[kind])
             for index, width in enumerate(widths[kind]):
-                listed = said["per_layer_config"].get(str(index), {})
+                listed = config["per_layer_config"].get(str(index), {})
                 expected = None if width == max(widths[kind]) else n * width
                 assert listed.get(key) == expected
-    assert said["auto_map"] == AUTO_MAP
-    assert said["model_type"] == model.config.model_type
-    heads = said["num_attention_heads"]
+    assert config["auto_map"] == AUTO_MAP
+    assert config["model_type"] == model.config.model_type
+    heads = config["num_attention_heads"]
     moved = dense.model_type == "llama" and dense.hidden_size % heads != 0
     assert model.config.model_type == ("mistral" if moved else dense.model_type)
     assert type(model).__module__.startswith("transformers.models.")
@@ -328,10 +328,11 @@ def test_equal_widths_make_a_stock_config(case):
     widths = {spec.kind: [spec.num_units // 2] * 3 for spec in specs}
     config = compressed_config(model.config, all_specs_of(model), widths)
     assert not config.is_heterogeneous
-    said = config.to_dict()
-    assert not {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"} & {*said}
-    assert said["intermediate_size"] == 41
-    assert said["num_attention_heads"] == model.config.num_attention_heads // 2
+    values = config.to_dict()
+    added = {"per_layer_config", "auto_map", "allow_global_per_layer_attribute_access"}
+    assert not added & values.keys()
+    assert values["intermediate_size"] == 41
+    assert values["num_attention_heads"] == model.config.num_attention_heads // 2
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_a_config_with_own_widths_can_become_one_of_equal_widths_and_back(made):
 
 
 @pytest.mark.parametrize("changes", [{"mlp_bias": True}, {"attention_bias": True}])
-def test_heads_that_no_config_can_say_are_refused(changes):
+def test_heads_that_no_config_represents_are_refused(changes):
     model = tiny_model("llama", **changes)
     rehome = ARCHITECTURES["llama"].rehome
     with pytest.raises(ValueError, match="num_attention_heads=9"):
@@ -457,15 +458,15 @@ def used(saved, plugin, tmp_path_factory):
 
 @pytest.mark.parametrize("way", USED)
 def test_what_users_do_in_a_process_of_their_own(used, way):
-    said = used[way]
+    found = used[way]
     for what in ("loaded", "copied", "saved again", "dispatched"):
-        assert said[what] < 1e-5, what
-    assert said["losses"][1] < said["losses"][0]
-    assert said["class"].startswith("transformers.models.")
-    assert (said["modules"] == []) is (way == "remote code")
-    if "lora at first" in said:
-        assert said["lora at first"] < 1e-5 and said["lora again"] < 1e-5
-        assert said["lora changed"] > 1e-2
+        assert found[what] < 1e-5, what
+    assert found["losses"][1] < found["losses"][0]
+    assert found["class"].startswith("transformers.models.")
+    assert (found["modules"] == []) is (way == "remote code")
+    if "lora at first" in found:
+        assert found["lora at first"] < 1e-5 and found["lora again"] < 1e-5
+        assert found["lora changed"] > 1e-2
 
 
 def test_the_plugin_is_the_hook_itself(plugin):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import batches, tiny_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
 import grail_hf
@@ -78,7 +79,7 @@ def test_three_processes_give_what_one_does(folder):
 
 def test_more_processes_than_batches_are_refused(folder):
     for message in results(folder, "too few", 3):
-        assert "batches, 2, are too few for 3 processes" in message
+        assert "2 calibration batches are too few for 3 processes" in message
         assert "batch_size" in message and "num_samples" in message
 
 
@@ -184,12 +185,15 @@ def test_the_command_joins_what_a_launcher_started(launched, tiny_llama_dir, tmp
 
 
 @pytest.mark.parametrize(("number", "count"), [(5, 2), (7, 3), (16, 4), (4, 4)])
-def test_shares_are_even_and_consecutive(monkeypatch, number, count):
+def test_shares_are_even_and_consecutive(number, count):
     shares = []
-    monkeypatch.setattr(processes, "count", lambda: count)
-    for index in range(count):
-        monkeypatch.setattr(processes, "index", lambda index=index: index)
-        shares.append(processes.share(number))
+    for rank in range(count):
+        store = FakeStore()
+        torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=count)
+        try:
+            shares.append(processes.share(number))
+        finally:
+            torch.distributed.destroy_process_group()
     assert [item for share in shares for item in share] == list(range(number))
     assert {len(share) for share in shares} <= {number // count, -(-number // count)}
 

@@ -28,7 +28,7 @@ def test_a_log_gets_lines(capsys):
     assert "step 249" in lines[0]
 
 
-def test_a_log_says_how_far_work_came_that_stopped(capsys):
+def test_a_log_shows_how_far_work_came_that_stopped(capsys):
     with Bar(total=100, shown=True, parts=2) as bar:
         bar.update(30)
     assert "30/100" in capsys.readouterr().err.splitlines()[-1]

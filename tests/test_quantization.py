@@ -59,7 +59,7 @@ def random_mxfp4(experts, inputs, outputs):
 
 
 def write(folder, tensors, quantization=None):
-    """Replace a checkpoint's weights, and what its config says of quantisation."""
+    """Replace a checkpoint's weights, and the quantisation settings in its config."""
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     if quantization:
@@ -68,7 +68,7 @@ def write(folder, tensors, quantization=None):
 
 
 def with_config(source, folder, quantization):
-    """A folder with a tokenizer and a config that says `quantization`, without weights."""
+    """A folder with a tokenizer and a config with these settings, without weights."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
@@ -139,7 +139,7 @@ def test_an_mxfp4_checkpoint_is_compressed_as_floats(tmp_path):
     ],
     ids=lambda value: value.get("quant_method") if isinstance(value, dict) else "",
 )
-def test_the_refusal_says_how_the_weights_are_loaded_as_floats(
+def test_the_refusal_tells_how_to_load_the_weights_as_floats(
     quantization, words, tiny_llama_dir, jargon_train, tmp_path
 ):
     """From the config alone: there are no weights."""
@@ -193,7 +193,7 @@ def test_a_model_from_a_gguf_file_is_compressed_and_saved(gguf_type, sparsity, t
 
 
 def test_what_is_used_of_transformers_is_still_there():
-    """Not quite public; where this fails, `quantization.py` is to be read again."""
+    """Semi-private; where this fails, `models/quantization.py` needs a revision."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     for method in ("fp8", "mxfp4"):

@@ -36,7 +36,7 @@ from grail_hf import ALLOCATIONS, CompressionReport, GrailConfig
 from grail_hf.methods.widths import TOLERANCE
 from grail_hf.planning.plan import plan_compression
 
-# Runs alone, with plain transformers: loads every folder and says what it found, as JSON.
+# Runs alone, with plain transformers: loads every folder and prints what it found, as JSON.
 LOADER = """
 import json, sys, traceback
 from pathlib import Path
@@ -150,7 +150,7 @@ def test_grail_hf_was_not_imported_to_load_them(reloaded):
 
 
 @every_saved
-def test_the_type_changes_only_where_the_stock_config_cannot_say_the_heads(saved, name):
+def test_the_type_changes_only_where_the_stock_config_cannot_represent_the_heads(saved, name):
     model, report = saved.models[name], saved.reports[name]
     heads = model.config.num_attention_heads
     moved = report.model_type == "llama" and model.config.hidden_size % heads != 0
@@ -163,11 +163,11 @@ def test_a_moved_llama_is_a_mistral_with_the_same_rotary_and_norms(saved):
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (9, 3)
     assert type(model).__name__ == "MistralForCausalLM"
     assert model.config.sliding_window is None
-    said, moved = dense.config.to_dict(), model.config.to_dict()
+    dense_config, moved = dense.config.to_dict(), model.config.to_dict()
     new = {"num_attention_heads", "num_key_value_heads", "intermediate_size"}
-    keys = said.keys() & moved.keys() - new - {"model_type", "architectures"}
+    keys = dense_config.keys() & moved.keys() - new - {"model_type", "architectures"}
     assert {"rope_parameters", "rms_norm_eps", "pad_token_id", "head_dim"} < keys
-    assert {key: moved[key] for key in keys} == {key: said[key] for key in keys}
+    assert {key: moved[key] for key in keys} == {key: dense_config[key] for key in keys}
 
 
 def test_shards_reload(tmp_path):
@@ -252,9 +252,9 @@ def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(dense)
     code = "from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM): pass\n"
     (dense / "own_code.py").write_text(code)
-    said = json.loads((dense / "config.json").read_text())
-    said["auto_map"] = {"AutoModelForCausalLM": "own_code.Own"}
-    (dense / "config.json").write_text(json.dumps(said))
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own_code.Own"}
+    (dense / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(dense, trust_remote_code=True)
     assert type(model).__name__ == "Own"
     compress(model, mlp_sparsity=0.4, attention_sparsity=0, sparsity=None)
@@ -264,7 +264,7 @@ def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
     assert torch.equal(logits(again, batches()), logits(model, batches()))
 
 
-# Heads that the config cannot say: 9 do not divide 48
+# Heads that the config cannot represent: 9 do not divide 48
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -278,7 +278,9 @@ def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
         ("llama", {"mlp_bias": True}, True),
     ],
 )
-def test_heads_are_as_many_as_the_config_can_say(model_type, changes, rehome, allocation, tmp_path):
+def test_heads_are_as_many_as_the_config_can_represent(
+    model_type, changes, rehome, allocation, tmp_path
+):
     """Before and after the allocation has measured; the widest layer's, where they differ."""
     for sparsity in (0.2, 0.3, 0.4):
         model = random_model(config_of({"model_type": model_type} | SIZES | changes))
@@ -343,16 +345,16 @@ def test_a_report_survives_json(saved, name):
 
 
 @pytest.mark.parametrize(
-    ("dense", "said"), [("some/model", "some/model"), ("/home/me/model", None), ("", None)]
+    ("dense", "expected"), [("some/model", "some/model"), ("/home/me/model", None), ("", None)]
 )
-def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
+def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, expected):
     model = tiny_model("qwen2")
     model.name_or_path = dense
     report = compress(model)
     report.evaluation["perplexity"] = 12.3
     report.save(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == said
+    assert card.data.base_model == expected
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.tags == ["grail", "structured-pruning"]
@@ -362,7 +364,7 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
 
 
 @pytest.mark.parametrize(
-    ("case", "settings", "said"),
+    ("case", "settings", "expected"),
     [
         ("qwen2", {}, "ignores head_dim"),
         ("qwen2", {"sparsity": None, "mlp_sparsity": 0.3, "attention_sparsity": 0.0}, None),
@@ -371,7 +373,7 @@ def test_the_card_has_front_matter_that_the_hub_reads(tmp_path, dense, said):
         ("llama-biases", {"bias": "auto"}, None),
     ],
 )
-def test_the_card_says_what_vllm_s_own_code_ignores(case, settings, said, tmp_path):
+def test_the_card_names_what_vllm_s_own_code_ignores(case, settings, expected, tmp_path):
     model = tiny_model(case)
     report = compress(model, **settings)
     model.save_pretrained(tmp_path / "out")
@@ -379,16 +381,16 @@ def test_the_card_says_what_vllm_s_own_code_ignores(case, settings, said, tmp_pa
     grail_hf.export(tmp_path / "out", tmp_path / "again", "stock")
     for folder in ("out", "again"):
         card = (tmp_path / folder / "README.md").read_text()
-        assert ("--model-impl transformers" in card) is bool(said)
-        assert said is None or said in card
+        assert ("--model-impl transformers" in card) is bool(expected)
+        assert expected is None or expected in card
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"),
+    ("folder", "expected"),
     [("mine", "mine"), ("models--some--model/snapshots/0f", "some/model"), ("models--gpt2", None)],
 )
 def test_the_card_names_a_folder_and_what_lies_in_the_hub_s_cache(
-    folder, said, tmp_path, monkeypatch
+    folder, expected, tmp_path, monkeypatch
 ):
     source = tmp_path / folder
     source.mkdir(parents=True)
@@ -397,12 +399,12 @@ def test_the_card_names_a_folder_and_what_lies_in_the_hub_s_cache(
         model = tiny_model("qwen2")
         model.name_or_path = name
         report = compress(model)
-        assert report.base_model == (said or folder)
-        assert f"Made from {said or folder} by" in report.card()
+        assert report.base_model == (expected or folder)
+        assert f"Made from {expected or folder} by" in report.card()
 
 
 @pytest.mark.parametrize(
-    ("front", "said"),
+    ("front", "expected"),
     [
         ("license: mit\ntags: [a]", {"license": "mit"}),
         (
@@ -414,17 +416,17 @@ def test_the_card_names_a_folder_and_what_lies_in_the_hub_s_cache(
         ("- license", {}),
     ],
 )
-def test_the_license_is_carried_over(front, said, tmp_path):
+def test_the_license_is_carried_over(front, expected, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n\n# Mine\n")
     model = tiny_model("qwen2")
     model.name_or_path = str(tmp_path)
     report = compress(model)
-    assert report.license == CompressionReport.from_dict(report.to_dict()).license == said
+    assert report.license == CompressionReport.from_dict(report.to_dict()).license == expected
     data = ModelCard(report.card()).data.to_dict()
-    assert {key: value for key, value in data.items() if "license" in key} == said
+    assert {key: value for key, value in data.items() if "license" in key} == expected
 
 
-def test_the_card_says_that_the_type_has_changed(saved):
+def test_the_card_tells_that_the_type_has_changed(saved):
     assert "The dense model is a `llama`" in saved.reports["llama-kv_group"].card()
     assert "The dense model is a" not in saved.reports["mistral-kv_group"].card()
 
@@ -443,7 +445,7 @@ def test_a_report_is_saved_over_an_earlier_one_only(saved, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3-kv_group", "llama-kv_group"])
-def test_the_table_and_the_text_say_the_widths(saved, name):
+def test_the_table_and_the_text_show_the_widths(saved, name):
     from rich.console import Console
 
     report = saved.reports[name]
@@ -542,8 +544,8 @@ def test_fitted_biases_are_in_the_checkpoint_and_are_read(case, settings, tmp_pa
 
     added = {key for key in model.state_dict() if key.endswith("bias")} - before
     keys = [spec.bias_key for spec in specs_of(model)]
-    says = any(key and getattr(model.config, key) for key in keys)
-    assert bool(added) <= says
+    represented = any(key and getattr(model.config, key) for key in keys)
+    assert bool(added) <= represented
     for key, value in model.state_dict().items():
         if key in added:
             left_whole = any(f"layers.{i}." in key for i in settings.get("ignore", ()))

@@ -49,7 +49,7 @@ from grail_hf.models.decoder import (
     vocabulary_size,
 )
 from grail_hf.runtime import processes
-from grail_hf.runtime.devices import is_dispatched
+from grail_hf.runtime.hooks import is_dispatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

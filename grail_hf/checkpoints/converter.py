@@ -1,6 +1,6 @@
-"""Weights of a checkpoint to weights of the live model, layer by layer, and back.
+"""Convert a checkpoint's weights to those of the live model, layer by layer, and back.
 
-The semi-private uses of transformers' weight conversion are here alone.
+The semi-private uses of transformers' weight conversion are in this module alone.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Parts:
             name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
             if name not in state and key in state:
                 name = key
-            if name in state:  # others are of parts that the model class does not have
+            if name in state:  # others belong to parts that the model class lacks
                 self.keys[self._part_of(name)].append(key)
         self._check()
 
     def _check(self) -> None:
-        """Raise OSError where the checkpoint's tensors are not what the model needs, or too few."""
+        """Raise OSError where the checkpoint's tensors do not fit the model, or are missing."""
         files, spans = self.checkpoint.files, self.checkpoint.spans
         keys = [key for part in self.keys.values() for key in part]
         shapes = {key: spans[files[key]][key].shape for key in keys}
@@ -69,8 +69,8 @@ class Parts:
         missing = sorted(info.missing_keys & own - self.model.all_tied_weights_keys.keys())
         if missing:
             raise OSError(
-                f"{self.checkpoint.name} has no weights for {missing[0]}: get it again, or mend "
-                "its config"
+                f"{self.checkpoint.name} has no weights for {missing[0]}: download it again, or "
+                "correct its config"
             )
 
     def _part_of(self, name: str) -> int:
@@ -80,20 +80,20 @@ class Parts:
         return int(name[len(self._prefix) :].partition(".")[0])
 
     def _own(self, part: int) -> Iterator[tuple[nn.Module, str]]:
-        """(module, parameter's name in it) of a part's parameters."""
+        """(module, name) of a part's parameters; the name is the one within the module."""
         for path, module in self.model.named_modules():
             for name in module._parameters:
                 if self._part_of(f"{path}.{name}" if path else name) == part:
                     yield module, name
 
     def load_(self, part: int) -> None:
-        """Give the part its weights, mapped from the files wherever they need no conversion."""
+        """Load the part's weights, mapped from the files where they need no conversion."""
         self._load_(self.checkpoint.tensors(self.keys[part]), "cpu")
         if part == REST:
             self.model.tie_weights(recompute_mapping=False)
 
     def _load_(self, tensors: dict[str, Tensor], device: str) -> Any:
-        """Convert tensors of the checkpoint and give them to the model: transformers' report."""
+        """Convert tensors of the checkpoint and load them. Returns transformers' report."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -109,7 +109,7 @@ class Parts:
         return info
 
     def drop_(self, part: int) -> None:
-        """Take the part's weights away; shapes, buffers and settings stay."""
+        """Move the part's weights to the meta device; buffers and settings stay."""
         empty: dict[int, nn.Parameter] = {}
         for module, name in self._own(part):
             parameter = module._parameters[name]
@@ -120,7 +120,7 @@ class Parts:
                 )
 
     def state(self, part: int) -> dict[str, Tensor]:
-        """The part's tensors as they are now, under the names that a checkpoint has for them."""
+        """The part's current tensors, under their names in a checkpoint."""
         from transformers.core_model_loading import revert_weight_conversion
 
         model = self.model
@@ -136,7 +136,7 @@ class Parts:
 
 @contextmanager
 def _no_loading_bar() -> Iterator[None]:
-    """transformers shows no bar of its own inside the context."""
+    """Hide transformers' own progress bars inside the context."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

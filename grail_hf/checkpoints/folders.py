@@ -1,4 +1,4 @@
-"""Folders that come into their place whole or not at all."""
+"""Output folders that are replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,25 +9,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from grail_hf.checkpoints.journal import OWN, Journal
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
 def claimed(output: Path) -> Iterator[Path]:
-    """The folder beside `output` in which its successor grows, for this process alone.
+    """The work folder beside `output`, in which its successor is written, locked for this process.
 
-    What an earlier process left there stays, so that a run can go on; what it was about to replace
-    when it was killed is back in its place, or gone where that was taken. Where `output` is a link,
-    all this is about the folder that it leads to.
+    Files of an earlier process are kept, so that its run can be resumed. An old output that it was
+    about to replace when it was killed is restored, or deleted if it has been replaced. Where
+    `output` is a link, all this applies to the folder that it leads to.
 
     Raises:
-        OSError: another process is at work for the same output, nothing can be written there, or
-            the folder cannot be replaced (see `check_replaceable`).
+        OSError: another process is writing the same output, nothing can be written there, or the
+            folder cannot be replaced (see `check_replaceable`).
     """
     from filelock import FileLock, Timeout
 
@@ -53,7 +49,7 @@ def claimed(output: Path) -> Iterator[Path]:
 
 
 def put_in_place(work: Path, output: Path) -> None:
-    """Have a whole folder take the place of `output`, which is there or not."""
+    """Replace `output`, which need not exist, by a complete work folder."""
     output = output.resolve()
     old = _beside(output, "old")
     _clear(old)
@@ -65,25 +61,26 @@ def put_in_place(work: Path, output: Path) -> None:
 
 
 def check_replaceable(output: Path) -> None:
-    """Raise OSError where no other folder can take the place of `output`, which is there or not.
+    """Raise OSError where `output`, which need not exist, cannot be replaced by another folder.
 
-    A mount point cannot be renamed; a shell in the current folder would be left in a deleted one.
+    A mount point cannot be renamed, and a shell in the current folder would be left in a deleted
+    one.
     """
     output = output.resolve()
     if os.path.ismount(output):
         what = "is a mount point"
     elif Path.cwd().is_relative_to(output):
-        what = "is the current folder, or holds it"
+        what = "is the current folder, or contains it"
     else:
         return
     raise OSError(
-        f"{output} {what}, so that the result cannot take its place as a whole: name a folder "
-        f"inside it, for example {output / 'model'}"
+        f"{output} {what}, so it cannot be replaced as a whole: name a folder inside it, for "
+        f"example {output / 'model'}"
     )
 
 
 def empty(work: Path) -> None:
-    """Delete all in a claimed folder but what claims it."""
+    """Delete everything in a claimed folder except its lock."""
     for path in work.iterdir():
         if path.name == OWN:
             for own in path.iterdir():
@@ -98,7 +95,7 @@ def _delete(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Delete a folder as far as that can be done, or a link to one."""
+    """Delete a folder as far as possible, or a link to one."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -111,11 +108,12 @@ def _beside(output: Path, what: str) -> Path:
 
 @contextmanager
 def replaced_when_whole(output: Path) -> Iterator[Path]:
-    """A folder to write in, that takes `output`'s place when everything is written.
+    """A folder to write in, which replaces `output` once everything is written.
 
     Raises:
-        FileExistsError: a run from disk to disk, which can go on, was stopped there.
-        OSError: the folder is whole and cannot take that place; names the folder, which is kept.
+        FileExistsError: a run from disk to disk was stopped there, and can be resumed.
+        OSError: the folder is complete and cannot replace `output`; names the folder, which is
+            kept.
     """
     with claimed(output) as work:
         _refuse_stopped(work)
@@ -128,26 +126,26 @@ def replaced_when_whole(output: Path) -> Iterator[Path]:
         except BaseException as error:
             if whole and isinstance(error, OSError) and work.exists():
                 raise OSError(
-                    f"{output} cannot be replaced ({error}): what was to be there is in {work}"
+                    f"{output} cannot be replaced ({error}): the complete result is in {work}"
                 ) from error
-            if work.exists():  # else it is in the output's place
+            if work.exists():  # else it has replaced the output
                 empty(work)
             raise
 
 
 def save_or_rescue(save: Callable[[Path], None], folder: Path, output: Path) -> None:
-    """Fill a folder by `save`; where that cannot be written, another one, and say so.
+    """Save into a folder or, if that cannot be written, into another one, and raise.
 
-    What took long to compute is not lost to a disk that has filled up in the meantime.
+    A result that took long to compute is thus not lost to a disk that has filled up meanwhile.
 
     Args:
         save: writes everything into the folder that it is given.
-        folder: a claimed folder, emptied where it cannot be filled.
-        output: what the folder stands for, for messages.
+        folder: a claimed folder, emptied if it cannot be written.
+        output: the output that the folder is for, for messages.
 
     Raises:
-        OSError: the folder cannot be filled. Names the folder that was filled instead, in the one
-            for temporary files or in the user's home, or says that there was no room there either.
+        OSError: the folder cannot be written. Names the folder that was written instead, in the one
+            for temporary files or in the user's home directory, if either had room.
     """
     from safetensors import SafetensorError
 
@@ -172,12 +170,12 @@ def save_or_rescue(save: Callable[[Path], None], folder: Path, output: Path) -> 
             shutil.rmtree(rescue, ignore_errors=True)
             continue
         raise OSError(
-            f"{output} cannot be written ({failure}): the compressed model is in {rescue} instead, "
-            "whole; move it where you want it"
+            f"{output} cannot be written ({failure}): the complete compressed model is in {rescue} "
+            "instead; move it where you want it"
         ) from failure
     raise OSError(
         f"{output} cannot be written ({failure}), and neither can {' nor '.join(tried)}: the "
-        "compressed model is lost; make room and start again"
+        "compressed model is lost; free some space and start again"
     ) from failure
 
 
@@ -187,14 +185,14 @@ def check_room(folder: Path, needed: int) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: make "
-            "room, or choose an output on another disk",
+            f"{needed / 2**30:.2f} GiB are to be written and {free / 2**30:.2f} GiB are free: free "
+            "some space, or choose an output on another disk",
             str(folder),
         )
 
 
 def check_not_stopped(output: Path) -> None:
-    """Raise FileExistsError where a run from disk to disk, which can go on, was stopped."""
+    """Raise FileExistsError where a run from disk to disk was stopped, and can be resumed."""
     with claimed(output) as work:
         _refuse_stopped(work)
 
@@ -205,9 +203,9 @@ def _refuse_stopped(work: Path) -> None:
 
 
 def stopped_there(work: Path) -> FileExistsError:
-    """The error where a run that can go on was not asked to."""
+    """The error for a stopped run that is in the way and could be resumed."""
     layers = Journal.read(work).layers
     return FileExistsError(
-        f"{work} holds a run that was stopped after {layers} layers: resume=True (--resume) goes "
-        "on with it; delete that folder to start again"
+        f"{work} holds a run that was stopped after {layers} layers: resume it with resume=True "
+        "(--resume), or delete that folder to start again"
     )

@@ -1,4 +1,4 @@
-"""The journal of a run from disk to disk: what is written, and where a stopped run goes on."""
+"""The journal of a run from disk to disk: what is written, and where a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from grail_hf.runtime import processes
 from grail_hf.runtime.placement import HiddenStates, Place
 
-if TYPE_CHECKING:
-    pass
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 2**24
 JOURNAL, OWN = "journal.json", ".grail"
@@ -28,18 +26,18 @@ JOURNAL, OWN = "journal.json", ".grail"
 
 @dataclass
 class Journal:
-    """What a run has done, in its work folder: it can go on from the last layer written here.
+    """What a run has done, in its work folder: the run can be resumed after the last layer in it.
 
-    Of several processes each has the same journal, each writes the hidden states of its batches,
-    and the first everything else.
+    Several processes have the same journal. Each writes the hidden states of its own batches, and
+    the first writes everything else.
 
     Attributes:
-        folder: the work folder, in which the new checkpoint grows.
-        identity: what the result depends on: name -> JSON.
-        layers: decoder layers that are done.
-        shards: file's name -> its sha256 and the tensors that it holds, with their bytes.
-        hidden_states: file's name -> its sha256, of the generation in front of the next layer.
-        notes: what else the run keeps: JSON.
+        folder: the work folder, in which the new checkpoint is written.
+        identity: everything that the result depends on: name -> JSON.
+        layers: number of decoder layers that are done.
+        shards: file name -> its sha256, and its tensors with their bytes.
+        hidden_states: file name -> its sha256, of the hidden states before the next layer.
+        notes: other data of the run, as JSON.
     """
 
     folder: Path
@@ -51,7 +49,7 @@ class Journal:
 
     @property
     def own(self) -> Path:
-        """The subfolder of what is no part of the result."""
+        """The subfolder for files that are not in the result."""
         return self.folder / OWN
 
     @classmethod
@@ -60,7 +58,11 @@ class Journal:
 
     @classmethod
     def read(cls, folder: Path) -> Journal:
-        """Raises OSError where there is none of this version's, naming the file."""
+        """The journal in a work folder.
+
+        Raises:
+            OSError: it is damaged or of another version; names the file.
+        """
         path = folder / OWN / JOURNAL
         try:
             return cls(folder, **json.loads(path.read_text("utf-8")))
@@ -71,29 +73,29 @@ class Journal:
             ) from error
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Raise ValueError where the run was another one, naming what differs."""
+        """Raise ValueError where the run is a different one, naming what differs."""
         for name, new in identity.items():
             old = self.identity.get(name)
             if json.loads(json.dumps(new)) != old:
                 raise ValueError(
                     f"the run in {self.folder} had {name}={old!r}, and now it is {new!r}: resume "
-                    "with what it had, or delete that folder"
+                    "with the old value, or delete that folder"
                 )
 
     def check_files(self) -> None:
-        """Raise OSError where a file is not what the run wrote, naming it."""
+        """Raise OSError where a file is not as the run wrote it, naming the file."""
         recorded = {name: shard["sha256"] for name, shard in self.shards.items()}
         recorded |= {f"{OWN}/{name}": digest for name, digest in self.hidden_states.items()}
         for name, digest in recorded.items():
             path = self.folder / name
             if not path.is_file() or file_digest(path) != digest:
                 raise OSError(
-                    f"{path} is missing or not what the run wrote: delete {self.folder} and start "
+                    f"{path} is missing or not as the run wrote it: delete {self.folder} and start "
                     "again"
                 )
 
     def write(self) -> None:
-        """Put it on disk, in place of what was there."""
+        """Write the journal to disk, in place of the previous one."""
         processes.once(self._write, "the journal")
 
     def _write(self) -> None:
@@ -116,7 +118,7 @@ class Journal:
         self.shards[name] = {"sha256": digest, "bytes": sizes}
 
     def add_hidden_states(self, layer: int, batches: Sequence[HiddenStates]) -> None:
-        """Write the hidden states in front of a layer."""
+        """Write the hidden states before a layer."""
         folder = self.own / f"hidden-states-{layer:05d}"
         folder.mkdir(exist_ok=True)
         written = []
@@ -128,7 +130,7 @@ class Journal:
         self.hidden_states = dict(processes.gather(written, folder.name))
 
     def read_hidden_states(self, batches: Sequence[HiddenStates], place: Place) -> None:
-        """Give the batches the hidden states that were written last."""
+        """Load the hidden states that were written last into the batches."""
         from safetensors.torch import load_file
 
         (folder,) = {name.partition("/")[0] for name in self.hidden_states}
@@ -138,7 +140,7 @@ class Journal:
             batch.dense = place.keep(tensors["dense"]) if "dense" in tensors else None
 
     def sweep(self) -> None:
-        """Delete generations of hidden states that the run on disk no longer goes by."""
+        """Delete hidden states that the journal on disk no longer refers to."""
         if not processes.is_first():
             return
         current = {name.partition("/")[0] for name in self.hidden_states}
@@ -148,13 +150,13 @@ class Journal:
 
     @property
     def bytes_written(self) -> int:
-        """Of the files that the run goes by."""
+        """Bytes of the files that the journal refers to."""
         files = [self.folder / name for name in self.shards]
         files += [self.own / name for name in self.hidden_states]
         return sum(path.stat().st_size for path in files)
 
     def write_index(self) -> None:
-        """Write which file of the new checkpoint holds which tensor."""
+        """Write the index of the new checkpoint: tensor -> file."""
         weights = {key: name for name, shard in self.shards.items() for key in shard["bytes"]}
         size = sum(sum(shard["bytes"].values()) for shard in self.shards.values())
         index = {"metadata": {"total_size": size}, "weight_map": weights}
@@ -165,10 +167,10 @@ class Journal:
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> str:
-    """Write a safetensors file beside, flush it to disk, and rename it. Returns its sha256.
+    """Write a safetensors file under another name, flush it, and rename it. Returns its sha256.
 
     Raises:
-        OSError: it cannot be written (a full disk); names the file. What was there stays.
+        OSError: it cannot be written (a full disk); names the file. An old file is kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -183,7 +185,7 @@ def save_tensors(
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when all of it is on disk."""
+    """A path to write to; the file replaces `path` once all of it is on disk."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         yield beside

@@ -1,10 +1,10 @@
-"""Decoder layers whose home is a checkpoint on disk, read when they are needed."""
+"""Decoder layers that are read from a checkpoint on disk when they are needed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,12 +14,9 @@ from grail_hf.checkpoints.sources import REST
 from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import HiddenStates, Place
 
-if TYPE_CHECKING:
-    pass
-
 
 class CheckpointPlacement(LayerPlacement):
-    """Decoder layers whose home is a checkpoint: nothing of them is kept, and nothing written."""
+    """Decoder layers that are read from a checkpoint, and dropped without being written."""
 
     def __init__(self, parts: Parts, device: torch.device) -> None:
         super().__init__(parts.layers, device)
@@ -46,9 +43,9 @@ class CheckpointPlacement(LayerPlacement):
 
 
 class WritingPlacement(CheckpointPlacement):
-    """Decoder layers that come from one checkpoint and go, as they then are, into another.
+    """Decoder layers that are read from one checkpoint and written, once changed, to another.
 
-    After each, the journal has all that is needed to go on behind it.
+    After each, the journal has everything that is needed to resume after it.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class WritingPlacement(CheckpointPlacement):
         return f"model-{number:05d}-of-{len(self.layers) + 1:05d}.safetensors"
 
     def write_rest(self) -> None:
-        """Write what is in no decoder layer, unless that is done."""
+        """Write the weights outside the decoder layers, unless that is done."""
         name = self._name(1)
         if name not in self.journal.shards:
             with self.meter.phase("write"), self.rest_of_model():

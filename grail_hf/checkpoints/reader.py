@@ -1,4 +1,4 @@
-"""Read a checkpoint in safetensors tensor by tensor, and name what is damaged."""
+"""Read a checkpoint in safetensors tensor by tensor, and name damaged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIGEST = 64  # hexadecimal digits of sha256
 
 
 class Span(NamedTuple):
-    """A tensor in a file: its first byte, the one behind its last, and its shape."""
+    """A tensor in a file: its first byte, the byte after its last, and its shape."""
 
     start: int
     end: int
@@ -38,10 +38,10 @@ class Checkpoint:
     """A checkpoint's folder, and the file of each of its tensors.
 
     Attributes:
-        name: what it was asked for by: a folder, or a name on the hub.
-        folder: where it lies.
-        files: tensor's name -> file.
-        spans: file -> tensor's name -> where it lies in the file.
+        name: as given by the caller: a folder, or a name on the hub.
+        folder: with its files.
+        files: tensor name -> file.
+        spans: file -> tensor name -> position in the file.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> Checkpoint:
-        """Find a checkpoint's weights and what its files hold; a hub's are downloaded.
+        """Find a checkpoint's weight files and the tensors in them, downloading them from the hub.
 
-        Of a hub's repository only the weight files that its index lists are downloaded.
+        Of a repository on the hub, only the weight files in its index are downloaded.
 
         Args:
             source: a folder, or a name on the hub.
-            revision: of the hub's repository: a branch, a tag or a commit.
+            revision: of the repository on the hub: a branch, a tag or a commit.
 
         Raises:
-            ValueError: a revision of a folder.
+            ValueError: a revision is given for a folder.
             OSError: there is no such checkpoint, it is not in safetensors, or a file is missing,
-                cut short or damaged; names the file.
+                truncated or damaged; names the file.
         """
         check_revision(source, revision)
         folder, commit = small_files(source, revision)
@@ -74,28 +74,28 @@ class Checkpoint:
             files = {}
         else:
             raise FileNotFoundError(
-                f"{source} has neither {WEIGHTS} nor {INDEX}: load the model, save it by "
-                "save_pretrained, and take that folder"
+                f"{source} has neither {WEIGHTS} nor {INDEX}: load the model, save it with "
+                "save_pretrained, and use that folder"
             )
         paths = sorted(set(files.values())) or [folder / WEIGHTS]
         spans = {path: read_spans(path) for path in paths}
         files = files or dict.fromkeys(spans[paths[0]], paths[0])
         for name, path in files.items():
             if name not in spans[path]:
-                raise OSError(f"{path} lacks {name}, which {INDEX} says it holds: get it again")
+                raise OSError(f"{path} lacks {name}, which {INDEX} lists: download it again")
         return cls(str(source), folder, files, spans)
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(path.stat().st_size for path in self.spans)
 
     def verify(self, progress: bool = True) -> dict[str, str]:
-        """Read every file once: file's name -> its sha256.
+        """Read every file once. Returns file name -> sha256.
 
         Raises:
             FloatingPointError: a tensor holds NaN or Inf; names it.
-            OSError: a file is not what its name in the hub's cache says it is.
+            OSError: the sha256 of a file in the hub's cache is not the one in its name.
         """
         digests = {}
         with Bar(
@@ -131,11 +131,13 @@ class Checkpoint:
         # The hub's cache names a large file after its sha256.
         named = path.resolve().name
         if len(named) == _DIGEST and set(named) <= set("0123456789abcdef") and named != found:
-            raise OSError(f"{path} is damaged: its sha256 is {found}, not {named}; get it again")
+            raise OSError(
+                f"{path} is damaged: its sha256 is {found}, not {named}; download it again"
+            )
         return found
 
     def will_need(self, names: Iterable[str]) -> None:
-        """Have the system read tensors ahead, into its own cache; nothing is waited for."""
+        """Let the system read tensors ahead into its cache, without waiting for it."""
         if not hasattr(os, "posix_fadvise"):
             return
         by_file: dict[Path, list[str]] = {}
@@ -162,7 +164,7 @@ class Checkpoint:
         return found
 
     def skeleton(self) -> PreTrainedModel:
-        """The model of the checkpoint's config: no weights, but its buffers."""
+        """The model of the checkpoint's config, with buffers but without weights."""
         from accelerate import init_empty_weights
         from transformers import AutoConfig
 
@@ -173,25 +175,25 @@ class Checkpoint:
         auto = auto_class(config.model_type)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = auto.from_config(config, dtype=config.dtype)
-        model.tie_weights()  # the context makes new parameters of tied ones, too
+        model.tie_weights()  # the context also replaces tied parameters by new ones
         return model
 
     def _dtype(self) -> torch.dtype:
-        """Of the first floating-point tensor, as `dtype="auto"` means where a config has none."""
+        """The dtype of the first floating-point tensor, as with `dtype="auto"` in transformers."""
         every = (self.tensors([name])[name].dtype for name in self.files)
         return next((dtype for dtype in every if dtype.is_floating_point), torch.float32)
 
 
 def read_spans(path: Path) -> dict[str, Span]:
-    """Of a safetensors file, tensor's name -> where it lies.
+    """Tensor name -> position, in a safetensors file.
 
     Raises:
-        OSError: the file is missing, cut short, or no safetensors file; names it.
+        OSError: the file is missing, truncated, or not in safetensors format; names it.
     """
     from safetensors import safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: get it again")
+        raise FileNotFoundError(f"{path} is missing: download it again")
     with damage_named(str(path)):
         with safe_open(path, framework="pt"):  # checks lengths and offsets
             pass
@@ -208,10 +210,10 @@ def read_spans(path: Path) -> dict[str, Span]:
 
 @contextmanager
 def damage_named(what: str) -> Iterator[None]:
-    """An error of safetensors, which names no file, is an OSError that says `what` was read."""
+    """Turn an error of safetensors, which names no file, into an OSError that names `what`."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{what} is cut short or damaged ({error}): get it again") from error
+        raise OSError(f"{what} is truncated or damaged ({error}): download it again") from error

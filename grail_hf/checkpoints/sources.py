@@ -1,4 +1,4 @@
-"""A checkpoint's folder, or its name on the hub: what it has, before its weights are fetched."""
+"""Small files of a checkpoint, in a folder or on the hub, which are read before its weights."""
 
 from __future__ import annotations
 
@@ -22,22 +22,20 @@ _PROCESSOR = ["*processor_config.json", "chat_template*"]
 
 
 def check_revision(source: str | Path, revision: str | None) -> None:
-    """Raise ValueError for a revision of a folder, which has none."""
+    """Raise ValueError where a revision is given for a folder, which has none."""
     if revision is not None and Path(source).is_dir():
-        raise ValueError(
-            f"revision={revision!r} goes with a name on the hub, and {source} is a folder"
-        )
+        raise ValueError(f"revision={revision!r} needs a name on the hub, and {source} is a folder")
 
 
 def meta_model(
     source: str | Path, revision: str | None = None, dequantize: bool = False
 ) -> PreTrainedModel:
-    """The model of a source's config on the meta device: no file but the config is fetched.
+    """The model of a source's config on the meta device; only the config is downloaded.
 
     Args:
         source: a folder, or a name on the hub.
-        revision: of the hub's repository.
-        dequantize: the model as it will be when its weights are loaded as floats.
+        revision: of the repository on the hub.
+        dequantize: give the model as it is when its weights are loaded as floats.
 
     Raises:
         ValueError: the weights are quantised and cannot be loaded as floats.
@@ -55,20 +53,20 @@ def meta_model(
 
 
 def has_safetensors(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a source's weights are in safetensors; a hub is asked, and nothing is fetched."""
+    """Whether a source's weights are in safetensors; nothing is downloaded."""
     from transformers.utils.hub import has_file
 
     return any(has_file(source, name, revision=revision) for name in (INDEX, WEIGHTS))
 
 
 def small_files(source: str | Path, revision: str | None) -> tuple[Path, str | None]:
-    """A checkpoint's folder with everything but its weights; a hub's files are fetched.
+    """A checkpoint's folder with everything but its weights, downloaded from the hub if need be.
 
     Returns:
-        The folder, and the commit that its files are of; None for a folder of the user's own.
+        The folder, and the commit of its files; None for the commit of a local folder.
 
     Raises:
-        FileNotFoundError: neither a folder nor a name on the hub.
+        FileNotFoundError: the source is neither a folder nor a name on the hub.
     """
     if Path(source).is_dir():
         return Path(source), None
@@ -85,7 +83,7 @@ def small_files(source: str | Path, revision: str | None) -> tuple[Path, str | N
 
 
 def fetch_weights(name: str, commit: str) -> None:
-    """Fetch the index of a repository's weights, if there is one, and the files that it lists."""
+    """Download the index of a repository's weights, if it has one, and the files in the index."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -98,18 +96,18 @@ def fetch_weights(name: str, commit: str) -> None:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor. Raises OSError where that is not what the file at `path` holds."""
+    """Tensor name -> file name. Raises OSError where the file at `path` is not an index."""
     try:
         files: dict[str, str] = json.loads(path.read_text("utf-8"))["weight_map"]
         return dict(files.items())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OSError(f"{path} is damaged ({error!r}): get it again") from error
+        raise OSError(f"{path} is damaged ({error!r}): download it again") from error
 
 
 def processor_folder(source: str | Path, revision: str | None) -> Path:
-    """Where the files lie that make a processor of a tokenizer; a hub's are fetched.
+    """A folder with the files that turn a tokenizer into a processor, downloaded if need be.
 
-    Where the hub cannot be reached, that is what it gave earlier.
+    Where the hub cannot be reached, files that were downloaded earlier are used.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -123,7 +121,7 @@ def processor_folder(source: str | Path, revision: str | None) -> Path:
 
 
 def copy_processor(source: Path, folder: Path) -> None:
-    """Copy those files that are not in `folder`, a new checkpoint's with its tokenizer."""
+    """Copy a processor's files that the new checkpoint in `folder` lacks from `source`."""
     for pattern in _PROCESSOR:
         for path in source.glob(pattern):
             if path.is_file() and not (folder / path.name).exists():

@@ -51,10 +51,11 @@ from grail_hf.checkpoints.reader import damage_named
 from grail_hf.config import unknown_name
 from grail_hf.exports.gguf import GGUF_FILE, ExportError, check_gguf, plan_gguf, write_gguf
 from grail_hf.models.architectures import find_architecture
+from grail_hf.models.compatibility import Rehome
 from grail_hf.models.configs import edited_config, rehomed_config, uniform_config
 from grail_hf.models.decoder import decoder_layers
 from grail_hf.models.modeling_grail import has_own_widths
-from grail_hf.models.schema import Architecture, GroupSpec, Rehome
+from grail_hf.models.schema import Architecture, GroupSpec
 from grail_hf.report import REPORT_FILE, CompressionReport
 
 if TYPE_CHECKING:

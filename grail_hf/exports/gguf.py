@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from grail_hf.config import unknown_name
-from grail_hf.models.schema import Architecture, Gguf, head_dim
+from grail_hf.models.compatibility import Gguf, head_dim
+from grail_hf.models.schema import Architecture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its projections: data, one entry a model type.
+"""Where each architecture keeps its projections: data, one entry per model type.
 
 An `Architecture` names the modules of a decoder layer and the config keys that hold its widths.
 `Architecture.groups(config, layer, …)` resolves them against one decoder layer into `GroupSpec`s,
@@ -18,10 +18,10 @@ a config could switch on and that the model at hand does not use, so review the 
         mlp=Mlp(inputs=("mlp.dense_h_to_4h",), linear=None, output="mlp.dense_4h_to_h"),
     )
 
-How a projection's rows fall to the units is said by sections alone (`Producer`): `[gate; up]` and
+Sections alone describe how a projection's rows belong to units (`Producer`): `[gate; up]` and
 `[q; k; v]` are two and three sections, `[q, k, v]` head by head is one section with the rows of all
-three. What a stock config cannot say, or what would not compute the same, is a `Refusal`: the
-block keeps its width, and the reason is told to whoever asks for less.
+three. What a stock config cannot represent, or what would not compute the same, is a `Refusal`: the
+block keeps its width, and the error for a setting that asks otherwise gives the reason.
 """
 
 from __future__ import annotations
@@ -30,20 +30,15 @@ from dataclasses import replace
 from typing import Any
 
 from grail_hf.config import ATTENTION, SHARED, unknown_name
-from grail_hf.models.schema import (
+from grail_hf.models.compatibility import (
     HEAD_DIM,
     OUTPUT_BIAS,
-    Architecture,
-    Attention,
-    Block,
-    Experts,
     Gguf,
-    Mlp,
     Refusal,
     Rehome,
-    Whole,
     head_dim,
 )
+from grail_hf.models.schema import Architecture, Attention, Block, Experts, Mlp, Whole
 
 
 def find_architecture(model_type: str) -> Architecture:
@@ -58,7 +53,7 @@ def find_architecture(model_type: str) -> Architecture:
 
 
 def architectures_table() -> str:
-    """What is offered for each model type, as a Markdown table."""
+    """What can be pruned in each model type, as a Markdown table."""
     lines = [
         "| model type | MLP | heads | per-layer widths | notes |",
         "|---|---|---|---|---|",
@@ -69,10 +64,10 @@ def architectures_table() -> str:
         offered = [_offered(refusals) for refusals in refused.values()]
         own = "no" if entry.per_layer or offered == ["no", "no"] else "yes"
         notes = [entry.note] if entry.note else []
-        notes += [_said("nothing", refusal) for refusal in entry.refused]
-        notes += [_said(f"no {what}", r) for what, refusals in refused.items() for r in refusals]
+        notes += [_note("nothing", refusal) for refusal in entry.refused]
+        notes += [_note(f"no {what}", r) for what, refusals in refused.items() for r in refusals]
         notes += [
-            _said(f"`{block.path}` stays", Refusal(block.reason))
+            _note(f"`{block.path}` stays", Refusal(block.reason))
             for block in entry.others
             if isinstance(block, Whole)
         ]
@@ -82,11 +77,13 @@ def architectures_table() -> str:
                 f"experts: one width in a layer, own channels{tied}; uniform allocation alone"
             )
         if entry.per_layer:
-            notes.append(_said("no per-layer widths", entry.per_layer))
+            notes.append(_note("no per-layer widths", entry.per_layer))
         if any(block.post_norm for block in blocks.values()):
             notes.append("a norm follows each block: target `residual` means `dense`")
         if entry.rehome:
-            notes.append(f"saved as {entry.rehome.model_type} where its own config cannot say it")
+            notes.append(
+                f"saved as {entry.rehome.model_type} where its own config cannot represent it"
+            )
         lines.append(f"| {name} | {offered[0]} | {offered[1]} | {own} | {'; '.join(notes)} |")
     return "\n".join(lines)
 
@@ -105,15 +102,15 @@ def _offered(refusals: tuple[Refusal, ...]) -> str:
     return "in part" if refusals else "yes"
 
 
-def _said(what: str, refusal: Refusal) -> str:
+def _note(what: str, refusal: Refusal) -> str:
     values = " and ".join(f"`{key}={value}`" for key, value in refusal.unless.items())
     unless = f" unless {values}" if values else ""
     return f"{what}{unless}: {refusal.reason}"
 
 
-HEADS_FILL_HIDDEN = Refusal("its attention takes heads * head_dim to be the hidden size")
+HEADS_FILL_HIDDEN = Refusal("its attention assumes that heads * head_dim is the hidden size")
 NORM_SPANS_HEADS = Refusal(
-    "its query and key norms span all heads, so the heads that are left would change"
+    "its query and key norms span all heads, so removing heads would change the others"
 )
 DIVIDES = "the number of heads must divide the hidden size"
 RECURRENT = "its heads share a state over the sequence"
@@ -121,7 +118,7 @@ SANDWICH_ATTENTION = Attention(post_norm="post_attention_layernorm")
 SANDWICH_MLP = Mlp(post_norm="post_feedforward_layernorm")
 FUSED_GATE = Mlp(inputs=("mlp.gate_up_proj",), sections=2, linear="mlp.gate_up_proj")
 UNGATED = Mlp(inputs=("mlp.up_proj",), linear=None)
-# Wide as a multiple of the routed experts, by the same config key.
+# Their width is a multiple of the routed experts' width, from the same config key.
 SHARED_EXPERTS = Mlp(
     inputs=("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
     linear="mlp.shared_experts.up_proj",
@@ -141,7 +138,7 @@ LATENT_ATTENTION = Whole(
     ATTENTION,
     "self_attn",
     "self_attn.o_proj",
-    "its heads' keys and values are made of one latent vector",
+    "the keys and values of all heads are computed from one latent vector",
 )
 LINEAR_ATTENTION = Whole(ATTENTION, "linear_attn", "linear_attn.out_proj", RECURRENT)
 GEMMA4: dict[str, Any] = {
@@ -161,21 +158,21 @@ GEMMA4: dict[str, Any] = {
     ),
 }
 OWN_LAYERS = Refusal("its config has per-layer values of its own")
-INNER_CONFIG = Refusal("the text decoder's config lies inside another")
-# Models with a text decoder inside: it is compressed, on text alone, and the rest stays as it is.
+INNER_CONFIG = Refusal("the text decoder's config is nested in another config")
+# Models that contain a text decoder: it is compressed, on text alone, and the rest is kept.
 INSIDE: dict[str, Any] = {
     "layers": "language_model.layers",
     "per_layer": INNER_CONFIG,
-    "note": "the text decoder inside; the rest stays",
+    "note": "the text decoder alone; the rest is kept",
 }
-# A mistral without a sliding window is a llama without biases that takes any number of heads.
+# A mistral without a sliding window is a llama without biases that accepts any number of heads.
 MISTRAL = Rehome(
     "mistral",
     sets={"sliding_window": None},
     requires={"attention_bias": False, "mlp_bias": False},
 )
 FULL_ATTENTION = {"sliding_window": None}
-# A granite is a llama with four more factors, which are 1 or the usual one here; it takes any
+# A granite is a llama with four more factors, which are 1 or the usual value here; it accepts any
 # number of heads, and biases everywhere.
 GRANITE = Rehome(
     "granite",
@@ -210,7 +207,7 @@ ENTRIES = (
             "mistral": "it has biases on q, k and v, and a mistral has none",
             "granite": replace(GRANITE, sets=GRANITE.sets | {"attention_bias": True}),
         },
-        # llama.cpp's qwen2 has no other number of heads; its llama takes biases, and any number.
+        # llama.cpp's qwen2 fixes the number of heads; its llama accepts biases and any number.
         gguf=(Gguf("qwen2", square=True, requires=FULL_ATTENTION), GGUF_LLAMA),
         vllm_ignores=HEAD_DIM,
     ),

@@ -1,4 +1,4 @@
-"""What modules are called with in a forward pass, and what they return: hooks."""
+"""Capture the inputs and outputs of modules in a forward pass, by hooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Every layer's `forward` is `forward` inside the context, and as it was after it."""
+    """Replace every layer's `forward` by `forward` inside the context."""
     originals = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
@@ -35,16 +35,16 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
-    """The forward pass has come to the module that was waited for."""
+    """The forward pass has reached the module that it is to stop at."""
 
 
 @contextmanager
 def _stopped_at(
     module: nn.Module, take: Callable[[tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
-    """The pass inside the context goes as far as `module`, whose arguments `take` is given.
+    """Stop the pass inside the context at `module`, and give the module's arguments to `take`.
 
-    Raises RuntimeError where the pass never comes to the module.
+    Raises RuntimeError where the pass never reaches the module.
     """
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ def _stopped_at(
 def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """The input [.., H] of `module`, at which the pass inside the context stops.
 
-    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    The list is empty until then. Raises RuntimeError where the pass never reaches the module.
     """
     seen: list[Tensor] = []
     with _stopped_at(module, lambda args, kwargs: seen.append(args[0])):
@@ -76,7 +76,7 @@ def captured_input(module: nn.Module) -> Iterator[list[Tensor]]:
 def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
     """The arguments of `module`, at which the pass inside the context stops.
 
-    The list is empty until then. Raises RuntimeError where the pass never comes to the module.
+    The list is empty until then. Raises RuntimeError where the pass never reaches the module.
     """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     with _stopped_at(module, lambda args, kwargs: seen.append((args, kwargs))):
@@ -98,7 +98,7 @@ def captured_calls(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, 
     seen: list[tuple[Tensor, Tensor]] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output.clone()))  # some layers go on to add to it in place
+        seen.append((inputs[0], output.clone()))  # some layers add to it in place
 
     handles = [module.register_forward_hook(take) for module in modules]
     try:
@@ -112,13 +112,13 @@ def captured_calls(modules: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, 
 def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """The input and the output of `module` in the pass inside the context.
 
-    The output is a leaf: derivatives are taken from what follows it back to it, and no further.
+    The output is detached, a leaf: backpropagation from later modules ends there.
     """
     seen: list[Tensor] = []
 
     def take(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.extend((inputs[0], output.detach().requires_grad_()))
-        return seen[1].clone()  # some layers go on to add to it in place
+        return seen[1].clone()  # some layers add to it in place
 
     handle = module.register_forward_hook(take)
     try:
@@ -131,10 +131,10 @@ def detached_output(module: nn.Module) -> Iterator[list[Tensor]]:
 def takes_tuples(model: PreTrainedModel, layers: nn.ModuleList) -> bool:
     """Whether the model expects its decoder layers to return a tuple, not a tensor.
 
-    This differs between model types and between versions of transformers. So the first layer is
-    replaced by one that returns a tensor: a model that expects a tuple takes element 0 of that, and
-    hands on hidden states that lack the batch dimension. No decoder layer runs or needs its
-    weights.
+    This differs between model types and between versions of transformers. To find out, the first
+    layer is replaced by one that returns a tensor: a model that expects a tuple takes element 0 of
+    that, and passes on hidden states without the batch dimension. No decoder layer runs or needs
+    its weights.
     """
     seen: list[Tensor] = []
 
@@ -156,12 +156,12 @@ def layer_calls(
 ) -> tuple[Tensor, list[Call]]:
     """The hidden states before layer 0, and every layer's other arguments for these inputs.
 
-    No decoder layer runs: each hands on the hidden states that it gets.
+    No decoder layer runs: each passes on the hidden states that it gets.
 
     Args:
         model: any decoder-only transformers model.
         layers: its decoder layers.
-        inputs: of the model: `input_ids` [b, T], and perhaps `attention_mask` [b, T].
+        inputs: of the model: `input_ids` [b, T] and, optionally, `attention_mask` [b, T].
         in_tuple: the model expects its layers to return a tuple (`takes_tuples`).
     """
     seen: list[Tensor] = []
@@ -179,11 +179,11 @@ def layer_calls(
 
 
 def as_returned(hidden: Tensor, in_tuple: bool) -> Any:
-    """Hidden states as the model expects a decoder layer to return them, see `takes_tuples`."""
+    """Hidden states as the model expects a decoder layer to return them (`takes_tuples`)."""
     return (hidden, None) if in_tuple else hidden
 
 
 def hidden_states_of(output: Any) -> Tensor:
-    """A decoder layer returns its hidden states, alone or as the first of a tuple."""
+    """The hidden states in a decoder layer's output, which may be a tuple that starts with them."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

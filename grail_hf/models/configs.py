@@ -1,8 +1,8 @@
-"""Config edits: how a stock `config.json` says the new widths, and another type where it cannot.
+"""Config edits that represent new widths, in the model's own type or in another one.
 
-Nothing of grail_hf is needed to load the result, unless widths differ between layers (see
-`modeling_grail`): the live model is given the very config that a plain `from_pretrained` will read,
-and, where it moves to another model type, that type's own modules around the same tensors.
+The result loads without grail_hf, unless widths differ between layers (see `modeling_grail`). The
+live model is given the very config that a plain `from_pretrained` will read; where it is converted
+to another model type, `surgery` gives it that type's modules around the same tensors.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from grail_hf.config import ATTENTION
+from grail_hf.models.compatibility import Rehome
 from grail_hf.models.modeling_grail import AUTO_MAP, has_own_widths
-from grail_hf.models.schema import GroupSpec, Rehome
+from grail_hf.models.schema import GroupSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,21 +28,21 @@ def compressed_config(
     widths: Mapping[str, Sequence[int]],
     rehome: Rehome | None = None,
 ) -> PreTrainedConfig:
-    """A config that says `widths`, of the same model type or, failing that, of `rehome`'s.
+    """A config that represents `widths`, of the same model type or, failing that, of `rehome`'s.
 
-    Where layers differ, the widest gives the config's own values, and `per_layer_config` those of
-    the others; `modeling_grail` is what reads it. Of a model with a text decoder inside, only the
-    decoder's part changes.
+    Where layers differ, the config's own values are those of the widest layer, and
+    `per_layer_config` holds those of the others, which `modeling_grail` reads. Of a model that
+    contains a text decoder, only the decoder's part changes.
 
     Args:
         config: of the dense model; not changed.
-        specs: of each decoder layer, its groups.
-        widths: kind -> units kept, one width a decoder layer.
-        rehome: where the model may move; None forbids it.
+        specs: the groups of each decoder layer.
+        widths: kind -> units kept, one width per decoder layer.
+        rehome: the model type that the model may be converted to; None forbids a conversion.
 
     Raises:
-        ValueError: neither type's config can say the widths, or this transformers knows no config
-            whose layers differ.
+        ValueError: neither type's config can represent the widths, or this transformers has no
+            configs whose layers differ.
     """
     text = config.get_text_config()
     if text is not config:
@@ -76,67 +77,67 @@ def edited_config(
     """A config with `edits`, of the same model type or, failing that, of `rehome`'s.
 
     Args:
-        config: is not changed; if its layers differ, those of the result do not, but by `layers`.
-        specs: of each decoder layer, its groups, for what a refusal says.
-        edits: config key -> value, of all layers.
-        rehome: where the model may move; None forbids it.
-        layers: the layers that differ from that -> their own values.
+        config: not changed. Where its layers differ, the result's differ by `layers` alone.
+        specs: the groups of each decoder layer, for the error message.
+        edits: config key -> value, in all layers.
+        rehome: the model type that the model may be converted to; None forbids a conversion.
+        layers: layer -> its own values, of the layers that differ from `edits`.
 
     Raises:
-        ValueError: neither type's config can say it, or this transformers knows no config whose
-            layers differ.
+        ValueError: neither type's config can represent the edits, or this transformers has no
+            configs whose layers differ.
     """
-    says = ", ".join(f"{key}={value}" for key, value in edits.items())
     config = uniform_config(config)
     if layers:
         _check_own_widths(config)
     try:
         return _with_own_widths(_edited(config, edits), layers)
-    except _Unsayable as error:
-        refusal = f"a stock {config.model_type} config cannot say {says} ({error})"
+    except _NotRepresentable as error:
+        values = ", ".join(f"{key}={value}" for key, value in edits.items())
+        refusal = f"a stock {config.model_type} config cannot represent {values} ({error})"
         remedy = "choose another sparsity, attention_sparsity or attention_unit"
-        if said := said_widths(config, specs):
-            kept = ", ".join(map(str, sorted(said)))
-            remedy += f"; of {max(said)} attention units a layer it can keep {kept}"
+        if widths := representable_widths(config, specs):
+            kept = ", ".join(map(str, sorted(widths)))
+            remedy += f"; it can keep {kept} of the {max(widths)} attention units in a layer"
         if rehome is None:
             raise ValueError(f"{refusal}; {remedy}") from error
         if obstacles := rehome.obstacles(config):
             raise ValueError(
-                f"{refusal}, and {', '.join(obstacles)} keeps it from being saved as "
+                f"{refusal}, and {', '.join(obstacles)} prevents a conversion to "
                 f"{rehome.model_type}; {remedy}"
             ) from error
     return _with_own_widths(rehomed_config(config, rehome, edits), layers)
 
 
-def said_widths(
+def representable_widths(
     config: PreTrainedConfig, specs: Sequence[Sequence[GroupSpec]]
 ) -> frozenset[int] | None:
-    """The attention widths that a config of this type can say of all layers alike.
+    """The attention widths that a config of this type can represent, equal in all layers.
 
-    The full width is always among them. None where no attention units can be removed.
+    They include the full width. None where no attention units can be removed.
 
     Args:
         config: of the dense model; not changed.
-        specs: of each decoder layer, its groups.
+        specs: the groups of each decoder layer.
     """
     attention = (s for layer in specs for s in layer if s.kind == ATTENTION and s.offered)
     spec = next(attention, None)
     if spec is None:
         return None
     config = uniform_config(config.get_text_config())
-    said = {spec.num_units}
+    widths = {spec.num_units}
     for width in range(spec.partitions, spec.num_units, spec.partitions):
-        with suppress(_Unsayable):
+        with suppress(_NotRepresentable):
             _edited(config, spec.config_values(width))
-            said.add(width)
-    return frozenset(said)
+            widths.add(width)
+    return frozenset(widths)
 
 
 def uniform_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of the config in which every layer is as wide as the widest.
 
-    It has no `auto_map`: the stock class loads such a model, and code from the hub may compute a
-    width from others. A model that is itself made of such code names it again when it is saved.
+    It has no `auto_map`: the stock class loads such a model, and code from the hub may compute one
+    width from another. A model whose class comes from such code names it again when it is saved.
     """
     config = copy.deepcopy(config)
     if has_own_widths(config):
@@ -152,11 +153,11 @@ def switch_on_biases_(
     specs: Sequence[Sequence[GroupSpec]],
     widths: Mapping[str, Sequence[int]],
 ) -> set[str]:
-    """Have the compressed model's config say biases for the groups that it reduces.
+    """Enable biases in the compressed model's config, in place, for the groups that are reduced.
 
     Returns:
-        The kinds of group whose projections now have biases and had none. Where the model moves to
-        another type, that is none: the other type may not know the key.
+        The kinds of group whose projections now have biases and had none. None are enabled where
+        the model is converted to another type, which may not have the key.
     """
     if new.model_type != dense.model_type:
         return set()
@@ -174,12 +175,12 @@ def switch_on_biases_(
     return {spec.kind for _, spec in every if spec.bias_key in keys}
 
 
-class _Unsayable(ValueError):
-    """What a config class says of values that it does not take."""
+class _NotRepresentable(ValueError):
+    """The message of a config class that rejects its values."""
 
 
 def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedConfig:
-    """A copy with other values. Raises `_Unsayable` where the class does not take them."""
+    """A copy with other values. Raises `_NotRepresentable` where the class rejects them."""
     from huggingface_hub.errors import StrictDataclassError
 
     edited = copy.deepcopy(config)
@@ -188,7 +189,7 @@ def _edited(config: PreTrainedConfig, edits: Mapping[str, Any]) -> PreTrainedCon
             setattr(edited, key, value)
         edited.validate()
     except (StrictDataclassError, ValueError) as error:
-        raise _Unsayable(str(error).strip().splitlines()[-1].strip()) from error
+        raise _NotRepresentable(str(error).strip().splitlines()[-1].strip()) from error
     return edited
 
 
@@ -197,8 +198,8 @@ def _with_own_widths(
 ) -> PreTrainedConfig:
     """Give some layers values of their own, in place.
 
-    This comes after all other edits: transformers compares these values with the config's, and it
-    warns when a config whose layers differ is validated.
+    This comes after all other edits, because transformers compares these values with the config's
+    and warns when a config whose layers differ is validated.
     """
     if layers:
         vars(config).update({ALLOW: True, "auto_map": dict(AUTO_MAP)})
@@ -207,12 +208,12 @@ def _with_own_widths(
 
 
 def _check_own_widths(config: PreTrainedConfig) -> None:
-    """Raise ValueError where no config can have layers that differ."""
+    """Raise ValueError where this transformers has no configs whose layers differ."""
     from transformers import __version__
 
     if not hasattr(type(config), "per_layer_config"):
         raise ValueError(
-            f"transformers {__version__} has no config whose layers differ (per_layer_config): "
+            f"transformers {__version__} has no configs whose layers differ (per_layer_config): "
             "update transformers, or give every layer the same width (allocation='uniform' and no "
             "single layers in ignore)"
         )
@@ -221,7 +222,7 @@ def _check_own_widths(config: PreTrainedConfig) -> None:
 def rehomed_config(
     config: PreTrainedConfig, rehome: Rehome, edits: Mapping[str, object] | None = None
 ) -> PreTrainedConfig:
-    """The config as `rehome`'s model type, with `edits` and the keys that the type knows."""
+    """The config converted to `rehome`'s model type, with `edits` and the keys of that type."""
     from transformers import AutoConfig
 
     to = rehome.model_type

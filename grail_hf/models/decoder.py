@@ -1,4 +1,4 @@
-"""What can be asked of any decoder-only model: its layers, vocabulary, context, class."""
+"""Properties of any decoder-only model: its layers, vocabulary, context length and class."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decoder_layers(model: PreTrainedModel, architecture: Architecture) -> nn.Mod
 
 
 def check_apart(layers: nn.ModuleList) -> None:
-    """Raise ValueError where two decoder layers hold one parameter: each is cut by itself."""
+    """Raise ValueError where decoder layers share a parameter, since each is cut by itself."""
     owners: dict[int, tuple[int, str]] = {}
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
@@ -42,7 +42,7 @@ def check_apart(layers: nn.ModuleList) -> None:
 
 
 def check_model(model: object) -> None:
-    """Raise TypeError or ValueError for a model that no setting could compress."""
+    """Raise TypeError or ValueError for a model that cannot be compressed by any settings."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -73,8 +73,8 @@ def check_model(model: object) -> None:
 def check_weights(model: PreTrainedModel) -> None:
     """Raise FloatingPointError naming the first parameter that holds NaN or Inf.
 
-    Raises ValueError where a parameter has no values (it is on the meta device, and no hook of
-    accelerate's knows them).
+    Raises ValueError where a parameter has no values: it is on the meta device, and accelerate has
+    not offloaded it.
     """
     for name, parameter in weights_of(model):
         if parameter.is_meta:
@@ -84,31 +84,31 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding; token ids lie below it."""
+    """Rows of the input embedding, an upper bound of the token ids."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Positions that the model was made for; None where its config names no limit."""
+    """The most positions that the model was trained for; None where its config has no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit
 
 
 def check_positions(model: PreTrainedModel, length: int, name: str) -> None:
-    """Warn of sequences of `length` tokens, called `name`, that exceed what a model was made for.
+    """Warn where sequences of `length` tokens, called `name`, exceed the model's context length.
 
-    Raises ValueError where it looks its positions up in a table, which ends there. Rotary ones are
-    computed for any position: what the model makes of them is for the caller to judge.
+    Raises ValueError where the model has a table of position embeddings, which ends there. Rotary
+    embeddings are computed for any position, at whatever quality.
     """
     limit = context_length(model)
     if limit is None or length <= limit:
         return
-    says = f"{name} has sequences of {length} tokens, more than the model's {limit} positions"
+    excess = f"{name} has sequences of {length} tokens, more than the model's {limit} positions"
     if not hasattr(type(model.config.get_text_config()), "rope_parameters"):
-        raise ValueError(f"{says}: cut them")
-    logger.warning("%s: what it makes of the rest may mean little, cut them", says)
+        raise ValueError(f"{excess}: cut them")
+    logger.warning("%s: its predictions beyond these may be poor, cut the sequences", excess)
 
 
 @contextmanager
@@ -124,17 +124,34 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def causal_lm_name(model: PreTrainedModel, config: PreTrainedConfig) -> str:
-    """The class that the model will have under its new config."""
+    """Name of the class that the model has under the config, which may be of another type."""
+    return str(_class_under(model, config).__name__)
+
+
+def skeleton_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the config on the meta device, with the dtype and the attention of `model`.
+
+    It is of the model's own class, or of the other type's causal LM if the config is of another.
+    """
+    model_class = _class_under(model, config)
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = model_class._from_config(
+            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
+        )
+    return skeleton
+
+
+def _class_under(model: PreTrainedModel, config: PreTrainedConfig) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.model_type == model.config.model_type:
-        return type(model).__name__
+        return type(model)
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    return str(mapping[type(config)].__name__)
+    return mapping[type(config)]
 
 
 def is_stock_causal_lm(model: PreTrainedModel) -> bool:
-    """Whether the model is just what `AutoModelForCausalLM` makes of its config."""
+    """Whether the model's class is the one that `AutoModelForCausalLM` gives for its config."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
@@ -142,9 +159,10 @@ def is_stock_causal_lm(model: PreTrainedModel) -> bool:
 
 
 def auto_class(model_type: str) -> Any:
-    """What loads the whole of a model of this type: `AutoModelForCausalLM`, as a rule.
+    """The auto class that loads a whole model of this type.
 
-    `AutoModelForImageTextToText` where that gives another class, around the text decoder.
+    It is `AutoModelForCausalLM`, or `AutoModelForImageTextToText` where that gives another class,
+    which contains the text decoder.
     """
     import transformers
     from transformers.models.auto import modeling_auto as names

@@ -1,15 +1,22 @@
 """Decoder layers of different widths, in transformers' own models.
 
-A checkpoint that grail_hf has made narrower by different amounts in different layers lists them
-in its config under transformers' own `per_layer_config`, which most model code does not read.
-This file closes that gap. It needs torch and transformers alone, and is used in two ways:
+A checkpoint whose layers grail_hf has narrowed by different amounts lists their widths in its
+config under transformers' own `per_layer_config`, which most model code does not read. This file
+closes that gap. It needs torch and transformers alone, and is used in two ways:
 
-- `import grail_hf` installs it: from then on such a checkpoint loads like any other.
-- A copy lies beside the weights: `from_pretrained(…, trust_remote_code=True)` runs it, and
+- `import grail_hf` installs it, and such a checkpoint then loads like any other.
+- A copy is saved beside the weights: `from_pretrained(…, trust_remote_code=True)` runs it, and
   grail_hf is not needed.
 
-Either way the model is one of the stock class. Each decoder layer is built with its own layer's
-config. Models of other configs are built as ever.
+Either way the model is of the stock class, and each decoder layer is built with its own layer's
+config. Models of other configs are built as usual.
+
+Two classes of transformers are patched: `PreTrainedModel.__init__`, because no hook runs before a
+model builds its layers, and `PreTrainedConfig.save_pretrained`, which writes the copy. Importing
+them takes seconds, and vLLM calls `install_hook` in each of its processes, so a finder in
+`sys.meta_path` patches them right after transformers imports them for its own use. All of this can
+be removed once transformers builds each decoder layer from `config.per_layer_config[layer_idx]`.
+The semi-private uses of how transformers builds models are in this module alone.
 """
 
 from __future__ import annotations
@@ -32,9 +39,9 @@ MARK = "_knows_grail"
 
 
 class GrailForCausalLM:
-    """What the config's `auto_map` names: gives the stock causal LM of the config.
+    """The class in the config's `auto_map`: it builds the stock causal LM of the config.
 
-    The methods are those that transformers calls of a class that it finds beside the weights.
+    The methods are those that transformers calls on a class that it finds beside the weights.
     """
 
     mapping = "MODEL_FOR_CAUSAL_LM_MAPPING"
@@ -57,11 +64,11 @@ class GrailForCausalLM:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: `auto_map` is in the config, and the config brings this file along."""
+        """Do nothing: `auto_map` is in the config, and saving the config copies this file."""
 
 
 class GrailModel(GrailForCausalLM):
-    """The same without a head."""
+    """The same for the base model, which has no head."""
 
     mapping = "MODEL_MAPPING"
 
@@ -73,7 +80,7 @@ AUTO_MAP = {
 
 
 def has_own_widths(config: Any) -> bool:
-    """Whether grail_hf made this config, with widths that differ between layers."""
+    """Whether grail_hf wrote this config, with widths that differ between layers."""
     auto_map = getattr(config, "auto_map", None) or {}
     name = auto_map.get("AutoModelForCausalLM")
     # Older transformers write `repository--module.class` where the code came from a repository.
@@ -82,9 +89,10 @@ def has_own_widths(config: Any) -> bool:
 
 
 def install_hook() -> None:
-    """Let transformers build, load and save such models; at once, or when it loads its models.
+    """Let transformers build, load and save such models.
 
-    Changes `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`, each once.
+    Patches `PreTrainedModel.__init__` and `PreTrainedConfig.save_pretrained`, each once: now, or
+    when transformers imports them.
     """
     if MODELS in sys.modules:
         _patch_(sys.modules[MODELS])
@@ -93,7 +101,7 @@ def install_hook() -> None:
 
 
 class _PatchOnImport(MetaPathFinder):
-    """Patches transformers' models right after their import, which it does not cause."""
+    """Patches transformers' models right after their import, without importing them itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -139,7 +147,7 @@ def _patch_(models: ModuleType) -> None:
 
 
 def layer_classes(model_class: type) -> Iterator[type]:
-    """The classes of a model's decoder layers: those that transformers keeps on one device."""
+    """The classes of a model's decoder layers: those that transformers does not split."""
     for name in getattr(model_class, "_no_split_modules", None) or ():
         for base in model_class.__mro__:
             found = getattr(sys.modules.get(base.__module__), name, None)
@@ -149,7 +157,7 @@ def layer_classes(model_class: type) -> Iterator[type]:
 
 
 def _patch_layer_class_(layer_class: Any) -> None:
-    """Let `layer_class(config, layer_idx)` read its own layer's config while it is built."""
+    """Patch `layer_class(config, layer_idx)` to be built with its own layer's config."""
     build = layer_class.__init__
     signature = inspect.signature(build)
     if hasattr(build, MARK) or not {"config", "layer_idx"} <= signature.parameters.keys():
@@ -171,13 +179,13 @@ def _patch_layer_class_(layer_class: Any) -> None:
 
 
 def share_config_(layer: nn.Module, old: Any, config: Any, index: int) -> None:
-    """Give `config` to the layer's modules that hold `old`, or widths of their own over it.
+    """Replace `old` in the layer's modules by `config`, with the layer's widths where needed.
 
-    A module that kept a copy would not see later changes of the model's config, such as another
-    attention implementation, and compute something else without a word.
+    A module that kept a copy would not see later changes to the model's config, such as another
+    attention implementation, and would silently compute something else.
 
     Args:
-        layer: the decoder layer.
+        layer: the decoder layer; changed in place.
         old: the config that is replaced.
         config: the model's.
         index: the layer's.
@@ -193,7 +201,7 @@ def share_config_(layer: nn.Module, old: Any, config: Any, index: int) -> None:
 
 
 def names_read_after_init(module_class: type) -> set[str]:
-    """Names that the class's methods use when they run, a config's keys among them."""
+    """Names that the class's methods use after construction, such as keys of a config."""
     methods = inspect.getmembers(module_class, inspect.isfunction)
     return {
         name
@@ -204,16 +212,16 @@ def names_read_after_init(module_class: type) -> set[str]:
 
 
 class LayerConfig:
-    """The model's live config, under one layer's widths.
+    """The model's live config, overridden by one layer's widths.
 
-    For the few modules that read a width from their config when they run, not when they are built.
+    It serves the few modules that read a width from their config at each forward pass.
     """
 
     def __init__(self, config: Any, widths: dict[str, Any]) -> None:
         vars(self).update(widths, _config=config)
 
     def __getattr__(self, name: str) -> Any:
-        # Only for what is not among the widths. Copying asks before there is a `_config`.
+        # Called for keys other than the widths. `copy` looks keys up before `_config` is set.
         if name == "_config" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._config, name)

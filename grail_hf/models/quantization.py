@@ -1,7 +1,8 @@
-"""Quantised models: telling them from float ones, and loading their checkpoints as floats.
+"""Quantised models: detecting them, and loading their checkpoints as floats.
 
 A model's weights decide whether it is quantised. Its `hf_quantizer` and `quantization_config` do
 not: transformers leaves both on a model that it has read from a GGUF file and dequantised.
+The semi-private uses of transformers' quantisers are in this module alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 _KEY = "quantization_config"
-_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # not int64: that is of positions
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)  # not int64, the dtype of positions
 
 
 def check_not_quantised(model: PreTrainedModel) -> None:
@@ -74,7 +75,7 @@ def dequantizing(config: PreTrainedConfig) -> Any:
 
 
 def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the config that says nothing of quantisation."""
+    """A copy of the config without quantisation settings."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         vars(part).pop(_KEY, None)
@@ -82,10 +83,10 @@ def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def forget_quantization_(model: PreTrainedModel) -> None:
-    """Remove what a model whose weights are floats still has of quantisation.
+    """Remove, in place, the traces of quantisation from a model whose weights are floats.
 
-    Without this `save_pretrained` refuses a model that comes from a GGUF file, and gives the
-    weights of one that was dequantised the names of quantised tensors (transformers < 5.24).
+    Otherwise `save_pretrained` refuses a model that was read from a GGUF file, and saves the
+    weights of a dequantised model under the names of quantised tensors (transformers < 5.24).
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -95,11 +96,11 @@ def forget_quantization_(model: PreTrainedModel) -> None:
     conversions = getattr(model, "_weight_conversions", None) or ()
     operations = [op for each in conversions for op in getattr(each, "operations", ())]
     if any(hasattr(operation, "hf_quantizer") for operation in operations):
-        vars(model).pop("_weight_conversions")  # then saving takes those of the model type
+        vars(model).pop("_weight_conversions")  # saving then uses those of the model type
 
 
 def _quantization(config: PreTrainedConfig) -> Any:
-    """What a config says of quantisation: a dict, transformers' settings, or None."""
+    """The quantisation settings in a config: a dict, transformers' own class, or None."""
     parts = (config, config.get_text_config())
     return next((found for part in parts if (found := getattr(part, _KEY, None))), None)
 
@@ -115,7 +116,7 @@ def _method(settings: Any) -> str | None:
 
 
 def _offers_dequantization(settings: Any) -> type | None:
-    """transformers' class of settings for the method, if it takes `dequantize`."""
+    """transformers' settings class for the method, if it has the argument `dequantize`."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     kind: type | None = AUTO_QUANTIZATION_CONFIG_MAPPING.get(_method(settings) or "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -10,18 +10,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from grail_hf.config import ATTENTION, EXPERTS, MLP
+from grail_hf.models.compatibility import Gguf, Refusal, Rehome, has_values, refusal_of
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A module whose weight's rows make the units, the rows in consecutive sections.
+    """A module whose weight's rows compute the units, in consecutive sections of rows.
 
-    In a section of `n` rows a unit, unit `i` owns the rows [i*n, (i+1)*n) from the section's start.
-    Rows behind the last section are no unit's and stay.
+    In a section of `n` rows per unit, unit `i` owns rows [i*n, (i+1)*n) from the section's start.
+    Rows after the last section belong to no unit and are kept.
 
     Attributes:
         path: inside the decoder layer.
-        rows: of each section, the rows that one unit owns.
+        rows: the rows that one unit owns, for each section.
     """
 
     path: str
@@ -30,16 +31,17 @@ class Producer:
 
 @dataclass(frozen=True)
 class LinearRows:
-    """Rows of a projection in whose weights a block's output is linear, all else fixed.
+    """The rows of a projection in whose weights a block's output is linear, all else fixed.
 
-    They are the projection's last ones (the second half of [gate; up], the values of [q; k; v]) or,
-    where a projection goes unit by unit, the last ones of each unit.
+    They are the projection's last rows (the second half of [gate; up], the values of [q; k; v]) or,
+    where the projection is laid out unit by unit, the last rows of each unit.
 
     Attributes:
         path: of the projection, inside the decoder layer and in the consumer's module.
         size: rows of one channel or head.
-        count: rows that there are whatever the width; None where there are `size` for each unit.
-        interleaved: the projection goes unit by unit.
+        count: number of rows where it does not depend on the width; None where each unit has
+            `size` rows.
+        interleaved: the projection is laid out unit by unit.
     """
 
     path: str
@@ -50,36 +52,35 @@ class LinearRows:
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """All units in front of one consumer, resolved for one decoder layer.
+    """All units that one consumer reads, resolved for one decoder layer.
 
     Attributes:
-        kind: `ATTENTION`, `MLP`, or of a mixture `EXPERTS` and `SHARED` experts.
-        num_units: units there are; 0 where the block has none that could be removed. Of experts,
-            those of one.
+        kind: `ATTENTION` or `MLP`; in a mixture of experts, `EXPERTS` or `SHARED`.
+        num_units: number of units, per expert in a mixture; 0 where the block has no units that
+            could be removed.
         producers: the projections that shrink with the units.
         consumer: path, inside the decoder layer, of the projection that reads the units.
+        columns: consumer columns per unit: unit `i` owns [i*columns, (i+1)*columns).
         linear: the rows in which the block's output is linear; None where there are none.
-        columns: consumer columns a unit owns: unit `i` owns [i*columns, (i+1)*columns).
-        partitions: the units form this many equal runs, each of which keeps equally many.
-        unshrunk: modules of the block that stay whole whatever the width.
+        partitions: the units form this many runs of equal length, and each run keeps equally many.
+        unshrunk: modules of the block whose size does not depend on the width.
         norms: norms, and bare parameters, with rows for each unit: they shrink with the units.
         transposed: the projections store their weights as [in, out].
         config_per_unit: config key -> what one kept unit adds to its value.
         config_pinned: config keys that a stock config would otherwise derive from the widths.
-        attributes: attribute path in the layer -> factor: where there is such an attribute, its
-            value is width * factor.
+        attributes: attribute path in the layer -> factor: the attribute, where it exists, is
+            width * factor.
         bias_key: config key that, where true, gives each of the block's projections a bias.
         refusal: why the units cannot be removed; None where they can.
         residual_scale: factor with which the block's output is added to the residual stream; None
-            where something else than a factor lies in between, so that no output can make up for
-            what the stream lacks.
+            where more than a factor lies in between, so that the output cannot compensate for
+            errors in the stream.
         post_norm: norm between the block's output and the residual stream; None where there is
             none.
-        experts: experts there are, each with units of its own and all of one width; 0 where the
-            units are one block's.
-        routed: of these, the experts that a token goes to.
-        tied_to: kind whose config key says this width too, so that both keep the same fraction of
-            their units in a layer; None where there is a key of its own.
+        experts: number of experts, each with its own units, all of one width; 0 outside a mixture.
+        routed: number of experts that a token is routed to.
+        tied_to: kind whose config key also holds this width, so that both keep the same fraction
+            of their units in a layer; None where this kind has its own key.
     """
 
     kind: str
@@ -114,24 +115,8 @@ class GroupSpec:
         return self.num_units > 0 and self.refusal is None
 
     def config_values(self, width: int) -> dict[str, Any]:
-        """The config keys, and their values, that say `width` units."""
+        """The config keys that represent `width` units, with their values."""
         return {key: width * n for key, n in self.config_per_unit.items()} | self.config_pinned
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why something is not offered, and for which configs.
-
-    Attributes:
-        reason: to be read after "because".
-        unless: config values under which it is offered after all; empty where it never is.
-    """
-
-    reason: str
-    unless: Mapping[str, Any] = field(default_factory=dict)
-
-    def holds(self, config: Any) -> bool:
-        return not self.unless or not _has_values(config, self.unless)
 
 
 @dataclass(frozen=True)
@@ -139,18 +124,18 @@ class Attention:
     """Paths inside a decoder layer, and config keys, of grouped-query attention.
 
     Attributes:
-        inputs: the query, key and value projection, or the one that holds all three.
-        interleaved: the one projection holds [queries, key, value] for each KV head in turn, and
-            not [queries; keys; values].
+        inputs: the query, key and value projection, or the single one that holds all three.
+        interleaved: the single projection holds [queries, key, value] for each KV head in turn,
+            instead of [queries; keys; values].
         query_rows: rows of the query projection for each channel of a head (2: with a gate).
-        output: the projection behind the heads.
+        output: the projection after the heads.
         linear_if: config values under which the output is linear in the values; None where it never
             is.
         head_norms: norms of queries and of keys whose weights are [heads, head_dim].
-        sinks: the parameter [heads] of attention sinks, a logit a query head.
+        sinks: the parameter [heads] of attention sinks, one logit per query head.
         post_norm: a norm between the output and the residual stream, in layers that have it.
         transposed: see `GroupSpec`.
-        refused: why heads stay.
+        refused: why heads cannot be removed.
         bias_key: see `GroupSpec`.
     """
 
@@ -172,32 +157,27 @@ class Attention:
     def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
         """The attention group; `unit` is "kv_group" or "query_head" (see `GrailConfig`).
 
-        With one query head to a KV head the two are the same.
+        With one query head per KV head the two are the same.
         """
         head_dim = getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // getattr(config, self.heads_key)
         heads = _shape(layer, self.output, self.transposed)[1] // head_dim
         rows = sum(_shape(layer, path, self.transposed)[0] for path in self.inputs)
         kv_heads = (rows // head_dim - heads * self.query_rows) // 2
-        group_size = heads // kv_heads
+        spec = self._by_kv_group(config, layer, head_dim, heads // kv_heads, kv_heads)
+        if unit == "kv_group" or heads == kv_heads or self.interleaved:
+            return spec
+        return self._by_query_head(spec, head_dim, heads, kv_heads)
+
+    def _by_kv_group(
+        self, config: Any, layer: nn.Module, head_dim: int, group_size: int, kv_heads: int
+    ) -> GroupSpec:
         linear = None
-        if self.linear_if is not None and _has_values(config, self.linear_if):
+        if self.linear_if is not None and has_values(config, self.linear_if):
             linear = LinearRows(self.inputs[-1], head_dim, interleaved=self.interleaved)
         norms = [path for path in self.head_norms if _has(layer, path)]
         sinks = (self.sinks,) if self.sinks else ()
-        block = self.output.rpartition(".")[0]
-
-        def attributes(heads: int | Fraction, kv_heads: int, size: int | Fraction) -> Any:
-            """Factors of what attention modules call their numbers; 0 where it stays."""
-            factors = {
-                "num_heads": heads,
-                "num_attention_heads": heads,
-                "num_key_value_heads": kv_heads,
-                "num_key_value_groups": size,
-            }
-            return {f"{block}.{name}": Fraction(n) for name, n in factors.items() if n}
-
-        spec = GroupSpec(
+        return GroupSpec(
             ATTENTION,
             num_units=kv_heads,
             producers=self._producers(group_size, head_dim),
@@ -211,25 +191,38 @@ class Attention:
             transposed=self.transposed,
             config_per_unit={self.heads_key: group_size, self.kv_heads_key: 1},
             config_pinned={"head_dim": head_dim},
-            attributes=attributes(group_size, 1, 0),
+            attributes=self._attributes(
+                num_heads=group_size, num_attention_heads=group_size, num_key_value_heads=1
+            ),
             bias_key=self.bias_key,
-            refusal=_refusal(self.refused, config),
+            refusal=refusal_of(self.refused, config),
         )
-        if unit == "kv_group" or group_size == 1 or self.interleaved:
-            return spec
+
+    def _by_query_head(
+        self, spec: GroupSpec, head_dim: int, heads: int, kv_heads: int
+    ) -> GroupSpec:
+        """The group by KV groups, with single query heads as units; keys and values are kept."""
         return replace(
             spec,
             num_units=heads,
             producers=(Producer(self.inputs[0], (self.query_rows * head_dim,)),),
             columns=head_dim,
-            linear=linear and replace(linear, count=kv_heads * head_dim),
+            linear=spec.linear and replace(spec.linear, count=kv_heads * head_dim),
             partitions=kv_heads,
             unshrunk=self.inputs[1:],
-            norms=tuple(Producer(path) for path in (*norms[:1], *sinks)),
+            # Key norms have a row per KV head, and those stay.
+            norms=tuple(Producer(n.path) for n in spec.norms if n.path not in self.head_norms[1:]),
             config_per_unit={self.heads_key: 1},
             config_pinned={self.kv_heads_key: kv_heads, "head_dim": head_dim},
-            attributes=attributes(1, 0, Fraction(1, kv_heads)),
+            attributes=self._attributes(
+                num_heads=1, num_attention_heads=1, num_key_value_groups=Fraction(1, kv_heads)
+            ),
         )
+
+    def _attributes(self, **factors: int | Fraction) -> dict[str, Fraction]:
+        """Attributes of the attention module and their values per unit, as in `GroupSpec`."""
+        block = self.output.rpartition(".")[0]
+        return {f"{block}.{name}": Fraction(factor) for name, factor in factors.items()}
 
     def _producers(self, group_size: int, head_dim: int) -> tuple[Producer, ...]:
         rows = (self.query_rows * group_size * head_dim, head_dim, head_dim)
@@ -243,14 +236,14 @@ class Mlp:
     """Paths inside a decoder layer, and the config key, of an MLP, gated or not.
 
     Attributes:
-        inputs: the projections in front of the activation.
+        inputs: the projections before the activation.
         sections: of each input; 2 where one projection holds [gate; up].
         linear: the input in whose last section the output is linear; None where there is none.
-        output: the projection behind it.
-        width_key: config key of the width; None where the routed experts' key says it too.
+        output: the projection after the activation.
+        width_key: config key of the width; None where the routed experts' key holds it too.
         pins: config values without which the config would give the layers another width.
         kind: `MLP`, or `SHARED` for experts that see every token, beside the routed ones.
-        gate: of shared experts, the projection that scales their output token by token.
+        gate: the projection that scales the output of shared experts token by token.
         post_norm, transposed, refused, bias_key: as in `Attention`.
     """
 
@@ -268,7 +261,7 @@ class Mlp:
     bias_key: str | None = None
 
     def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
-        """The MLP's group; `unit` is attention's."""
+        """The MLP's group; `unit` concerns attention alone."""
         block = self.output.rpartition(".")[0]
         return GroupSpec(
             self.kind,
@@ -283,7 +276,7 @@ class Mlp:
             config_pinned=dict(self.pins),
             attributes={f"{block}.intermediate_size": Fraction(1)},
             bias_key=self.bias_key,
-            refusal=_refusal(self.refused, config),
+            refusal=refusal_of(self.refused, config),
             residual_scale=None if self.gate else 1.0,
             tied_to=None if self.width_key else EXPERTS,
         )
@@ -298,11 +291,11 @@ class Experts:
 
     Attributes:
         path: of that module.
-        router: of the module that gives a token its experts.
-        interleaved: a unit's gate and up rows lie side by side, and not in [gate; up].
+        router: of the module that routes tokens to experts.
+        interleaved: a unit's gate and up rows lie side by side, instead of in [gate; up].
         transposed: an expert's weights are stored as [in, out].
         width_key: config key of an expert's width.
-        refused: why experts keep their width.
+        refused: why experts cannot be narrowed.
         post_norm: as in `Attention`.
     """
 
@@ -317,11 +310,11 @@ class Experts:
 
     @property
     def output(self) -> str:
-        """Path of the weights behind the activation."""
+        """Path of the weights after the activation."""
         return f"{self.path}.down_proj"
 
     def group(self, config: Any, layer: nn.Module, unit: str) -> GroupSpec:
-        """The group of all experts; `unit` is attention's."""
+        """The group of all experts; `unit` concerns attention alone."""
         weight: Any = layer.get_submodule(self.path).down_proj
         block = self.path.rpartition(".")[0]
         names = (f"{self.path}.intermediate_size", f"{self.path}.intermediate_dim")
@@ -337,7 +330,7 @@ class Experts:
             transposed=self.transposed,
             config_per_unit={self.width_key: 1},
             attributes=dict.fromkeys((*names, f"{block}.ffn_dim"), Fraction(1)),
-            refusal=_refusal(self.refused, config),
+            refusal=refusal_of(self.refused, config),
             experts=len(weight),
             routed=config.num_experts_per_tok,
         )
@@ -345,16 +338,16 @@ class Experts:
 
 @dataclass(frozen=True)
 class Whole:
-    """A block that has no units which could be removed: it stays as it is.
+    """A block without units that could be removed: it is kept as it is.
 
-    Its parameters count, and what it puts out on the compressed path is known to the blocks
-    behind it.
+    Its parameters count towards the sparsity, and later blocks are calibrated on its output on the
+    compressed path.
 
     Attributes:
-        kind: what it is or stands in the place of.
+        kind: `ATTENTION` or `MLP`: what it is, or what it replaces in the layer.
         path: of the block inside the decoder layer.
-        output: of the module whose output goes to the residual stream.
-        reason: why, to be read after "because".
+        output: path of the module whose output is added to the residual stream.
+        reason: a clause that follows "because".
         post_norm: as in `Attention`.
     """
 
@@ -377,105 +370,33 @@ class Whole:
         )
 
 
-@dataclass(frozen=True)
-class Rehome:
-    """Another model type that computes the same function and whose config can say more shapes.
-
-    Attributes:
-        model_type: the other type.
-        sets: config values that make the other type compute the same function.
-        requires: values that this type's config must have, because the other cannot say others.
-        derives: config key -> its value, from this type's config.
-    """
-
-    model_type: str
-    sets: dict[str, Any] = field(default_factory=dict)
-    requires: dict[str, Any] = field(default_factory=dict)
-    derives: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
-
-    def values(self, config: Any) -> dict[str, Any]:
-        """The config values that the other type needs to compute the same as `config`."""
-        return self.sets | {key: derive(config) for key, derive in self.derives.items()}
-
-    def obstacles(self, config: Any) -> list[str]:
-        """Why this config cannot move, as `key=value` strings; empty where it can."""
-        return _unmet(self.requires, config)
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """How llama.cpp computes a model type.
-
-    Attributes:
-        name: llama.cpp's name for the architecture.
-        interleaved: its rotary embedding turns neighbours (2i, 2i + 1) where transformers' turns
-            (i, i + d/2): the rows of q and k are reordered.
-        rope_factors: it reads a tensor that divides each rotary frequency.
-        square: its query heads are as wide together as the hidden state.
-        requires: values that the config must have, because llama.cpp computes no others.
-    """
-
-    name: str
-    interleaved: bool = False
-    rope_factors: bool = False
-    square: bool = False
-    requires: dict[str, Any] = field(default_factory=dict)
-
-    def obstacles(self, config: Any) -> list[str]:
-        """Why llama.cpp's architecture is another function, as `key=value`; empty if it is not."""
-        found = _unmet({"hidden_act": "silu"} | self.requires, config)
-        kind = config.rope_parameters["rope_type"]
-        if kind not in ("default", "linear") and not (kind == "llama3" and self.rope_factors):
-            found.append(f"rope_type={kind!r}")
-        if self.square and config.num_attention_heads * head_dim(config) != config.hidden_size:
-            found.append(f"num_attention_heads={config.num_attention_heads!r}")
-        return found
-
-
-def head_dim(config: Any) -> int:
-    """Channels of an attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
-def _unmet(requires: dict[str, Any], config: Any) -> list[str]:
-    return [
-        f"{key}={getattr(config, key)!r}"
-        for key, value in requires.items()
-        if getattr(config, key, value) != value
-    ]
-
-
 Block = Attention | Mlp | Experts | Whole
-HEAD_DIM = "head_dim: it takes hidden_size / num_attention_heads"
-OUTPUT_BIAS = "the bias of o_proj, without a word"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model type: where its decoder layers lie in the base model, and what is in them.
+    """One model type: where its decoder layers are in the base model, and what they consist of.
 
     Attributes:
         model_type: of the config.
         layers: path of the decoder layers in the base model.
         attention, mlp: the blocks of a decoder layer.
-        experts: a mixture that some or all layers have in place of the MLP.
-        shared: experts beside these that see every token.
-        shared_first: these run before the routed ones.
-        others: blocks that some layers have in place of attention or the MLP.
+        experts: a mixture of experts that some or all layers have instead of the MLP.
+        shared: experts beside the routed ones that see every token.
+        shared_first: the shared experts run before the routed ones.
+        others: blocks that some layers have instead of attention or the MLP.
         residual_scale_key: config key of the factor with which a block's output is added to the
             residual stream.
         additive: config values under which the stream is the sum of the blocks' outputs.
         per_layer: why layers cannot differ in width.
         refused: why the type cannot be compressed at all.
-        rehome: where it may move.
-        exports: other types that a checkpoint can be exported as, or why it cannot be.
-        gguf: llama.cpp's architectures for it, of which the first that fits is taken.
-        vllm_ignores: what vLLM's own code for the type does not read and a result may have,
-            `HEAD_DIM` or `OUTPUT_BIAS`, for the model card (vLLM 0.33.0, 4ba787ec9:
+        rehome: the model type that it can be converted to.
+        exports: other types that a checkpoint can be exported as, or why it cannot.
+        gguf: llama.cpp's architectures for it; the first that fits is used.
+        vllm_ignores: config values or weights of a compressed model that vLLM's own code for the
+            type ignores, `HEAD_DIM` or `OUTPUT_BIAS`, for the model card (vLLM 0.33.0, 4ba787ec9:
             `vllm/model_executor/models`).
-        note: what else there is to know, for the table.
+        note: a remark for the table of architectures.
     """
 
     model_type: str
@@ -502,16 +423,17 @@ class Architecture:
         """The groups of a decoder layer in the order in which they run.
 
         Args:
-            config: the model's; of a model with a text decoder inside, the decoder's part counts.
-            layer: the decoder layer, which may be on the meta device: blocks are told apart by the
-                modules that it has, and their sizes are its own.
+            config: the model's; of a model that contains a text decoder, the decoder's part is
+                used.
+            layer: the decoder layer, which may be on the meta device. Blocks and their sizes are
+                read off its modules.
             attention_unit: "kv_group" or "query_head".
 
         Raises:
             ValueError: the type cannot be compressed, or the layer has none of the known blocks.
         """
         config = config.get_text_config()
-        if reason := _refusal(self.refused, config):
+        if reason := refusal_of(self.refused, config):
             raise ValueError(f"this {self.model_type} cannot be compressed because {reason}")
         groups = []
         for block in self._blocks(layer):
@@ -542,7 +464,7 @@ class Architecture:
         return found
 
     def _residual_scale(self, config: Any) -> float | None:
-        if not _has_values(config, self.additive):
+        if not has_values(config, self.additive):
             return None
         return getattr(config, self.residual_scale_key) if self.residual_scale_key else 1.0
 
@@ -552,14 +474,6 @@ def _has(layer: nn.Module, path: str) -> bool:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module is not None
-
-
-def _has_values(config: Any, values: Mapping[str, Any]) -> bool:
-    return all(getattr(config, key, None) == value for key, value in values.items())
-
-
-def _refusal(refusals: tuple[Refusal, ...], config: Any) -> str | None:
-    return next((refusal.reason for refusal in refusals if refusal.holds(config)), None)
 
 
 def _shape(layer: nn.Module, path: str, transposed: bool) -> tuple[int, int]:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grail_hf.models.schema import Architecture
 
-if TYPE_CHECKING:
-    pass
 LINE = 100  # characters
 
 
 def architecture_source(architecture: Architecture) -> str:
-    """The entry as Python for `grail_hf/models/architectures.py`: what differs from the defaults.
+    """The entry as Python source for `grail_hf/models/architectures.py`, without defaults.
 
-    Its `exports` and `gguf` are left out: they hold functions, and nothing infers them.
+    Its `exports` and `gguf` are left out: they hold functions, and are not inferred.
     """
     return _source(replace(architecture, exports={}, gguf=()), indent=0)
 
 
 def _source(value: Any, indent: int, used: int = 0) -> str:
-    """Python for the value, over several lines where one does not hold it.
+    """Python source for the value, over several lines where it does not fit on one.
 
     Args:
         value: of an entry.
         indent: of the line that it is on.
-        used: characters in front of it on its line.
+        used: characters before it on its line.
     """
     inner = indent + 4
     if isinstance(value, Mapping):

@@ -1,14 +1,12 @@
-"""Give a narrowed model in memory the config, and the class, that its checkpoint will have."""
+"""Give a narrowed model in memory the config and the class that its checkpoint will have."""
 
 from __future__ import annotations
 
-from functools import update_wrapper
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from grail_hf.models.decoder import skeleton_like
 from grail_hf.models.modeling_grail import LayerConfig, layer_classes, share_config_
+from grail_hf.runtime.hooks import replace_hooked_forward_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,9 +15,9 @@ if TYPE_CHECKING:
 def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     """Give the live, already narrowed model its new config, and its new type if that differs."""
     if config.model_type != model.config.model_type:
-        _rehome_(model, config)
+        _convert_(model, config)
         return
-    # Replaced rather than edited: other models may have been built from the same config object.
+    # Replaced, not edited: other models may have been built from the same config object.
     dense, text = model.config, config.get_text_config()
     kinds = tuple(layer_classes(type(model)))
     layers = [module for module in model.modules() if isinstance(module, kinds)]
@@ -32,22 +30,16 @@ def apply_config_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if held is dense:
             module.config = config
         elif text is not config and isinstance(held, (type(text), LayerConfig)):
-            module.config = text  # the decoder inside may hold a copy of its part
+            module.config = text  # a nested decoder may hold a copy of its part
 
 
-def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Turn the model into `config`'s stock causal LM: each module takes the other type's class.
+def _convert_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Convert the model to the stock causal LM of `config`: each module takes the other's class.
 
-    Modules stay the objects they are, with their parameters, buffers, hooks and training flags;
-    what the other type's constructor sets and this one's does not is taken from a model of the
-    other type on the meta device.
+    Modules remain the same objects, with their parameters, buffers, hooks and training flags.
+    Attributes that only the other type's constructor sets are copied from a skeleton of it.
     """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        stock = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
-        )
+    stock = skeleton_like(model, config)
     pairs = list(zip(stock.named_modules(), model.named_modules(), strict=True))
     for (new_name, new), (name, module) in pairs:
         expected = {key: p.shape for key, p in new.named_parameters(recurse=False)}
@@ -55,14 +47,12 @@ def _rehome_(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if new_name != name or expected != present:
             raise RuntimeError(
                 f"{type(model).__name__} and {type(stock).__name__} no longer agree: {present} at "
-                f"{name!r} against {expected} at {new_name!r}"
+                f"{name!r} versus {expected} at {new_name!r}"
             )
     for (_, new), (_, module) in pairs:
         state = vars(module)
         state.update({key: value for key, value in vars(new).items() if key not in state})
         if "config" in state:
             state["config"] = config
-        if "_old_forward" in state:  # what accelerate's hook calls
-            module._old_forward = MethodType(type(new).forward, module)
-            update_wrapper(module.forward, module._old_forward)
+        replace_hooked_forward_(module, type(new).forward)
         module.__class__ = type(new)

@@ -1,16 +1,14 @@
-"""Run a decoder layer and see which module reads what, by gradients."""
+"""Run a decoder layer and find by gradients which module depends on which."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
 TOKENS = 16  # enough for an activation that is zero for half of its inputs
 TOLERANCE = 1e-5
 HIDDEN = "the residual stream"
@@ -23,7 +21,7 @@ class Example:
     Attributes:
         index: of the layer.
         layer: the copy.
-        args, kwargs: what the model calls it with, behind the hidden states.
+        args, kwargs: the arguments that the model calls it with, after the hidden states.
         hidden: [1, T, D], random.
     """
 
@@ -34,7 +32,7 @@ class Example:
     hidden: Tensor
 
     def output(self, layer: nn.Module | None = None, hidden: Tensor | None = None) -> Tensor:
-        """[1, T, D], what this layer, or another in its place, makes of the hidden states."""
+        """[1, T, D], the output of this layer, or of another in its place."""
         args, kwargs = copy.copy(self.args), copy.copy(self.kwargs)
         out = (layer or self.layer)(self.hidden if hidden is None else hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -42,7 +40,7 @@ class Example:
 
 
 def is_projection(module: nn.Module) -> bool:
-    # transformers' Conv1D, which stores its weight transposed, is no subclass of Linear.
+    # transformers' Conv1D, which stores its weight transposed, is not a subclass of Linear.
     return isinstance(module, nn.Linear) or hasattr(module, "nf")
 
 
@@ -99,7 +97,7 @@ class Trace:
         return cut
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
-        """Of sum(x * noise): path -> [T, …], of the leaves that `x` is made of."""
+        """Gradients of sum(x * noise): path -> [T, …], for the leaves that `x` depends on."""
         total = (x * noise(x)).sum()
         if not total.requires_grad:
             return {}
@@ -113,7 +111,7 @@ class Trace:
         }
 
     def consumers(self) -> dict[str, dict[str, Tensor]]:
-        """Path -> the gradients of its last token's input, of the projections it is made of."""
+        """Path -> gradients of its last token's input by the projections that this depends on."""
         consumers = {}
         for path in self.gradients(self.output):
             if path not in self.projections:
@@ -147,16 +145,16 @@ class Trace:
         return relative_error(seen[0], -2 * self.inputs[path]) < TOLERANCE
 
     def residual_scale(self, path: str) -> float | None:
-        """Factor with which a leaf reaches the layer's output; None where it is more than one."""
+        """The factor with which a leaf is added to the output; None where it is not a factor."""
         weights = noise(self.output).reshape(TOKENS, -1)
         gradient = self.gradients(self.output).get(path)
         if gradient is None or gradient.shape != weights.shape:
             return None
         factor = ((gradient * weights).sum() / weights.square().sum()).item()
-        scale = float(f"{factor:.5g}")  # as a config has it, without the noise of float32
+        scale = float(f"{factor:.5g}")  # the config's value, without float32 noise
         return scale if relative_error(gradient, scale * weights) < 10 * TOLERANCE else None
 
-    def norm_behind(self, path: str) -> str | None:
+    def norm_after(self, path: str) -> str | None:
         """The first module with weights that reads the output of the projection at `path`."""
         for other, x in self.inputs.items():
             if other not in self.projections and path in self.gradients(x):
@@ -165,7 +163,7 @@ class Trace:
 
 
 def noise(like: Tensor, seed: int = 0) -> Tensor:
-    """Normal numbers of a tensor's shape, the same at each call."""
+    """Standard normal numbers in a tensor's shape, the same at each call."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator).to(like.device)
 

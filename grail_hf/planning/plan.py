@@ -1,28 +1,28 @@
 """What a compression will do, from shapes alone: widths, parameters, config.
 
-Everything that can be refused is refused here, before a weight or a calibration token is read.
-A plan can be made of a model on the meta device.
+Bad input is refused here, before a weight or a calibration token is read. A plan can be made of a
+model on the meta device.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from grail_hf.calibration.refit import refit_batches, refit_stride
-from grail_hf.config import ATTENTION, ATTENTION_UNITS, AUTO, EXPERTS, GrailConfig
-from grail_hf.methods.allocation import MLP_MULTIPLES, allocate, expected_loss, find_allocation
-from grail_hf.methods.budget import Budget, Profiles, Widths
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, AUTO, GrailConfig
+from grail_hf.methods.allocation import allocate, expected_loss, find_allocation
+from grail_hf.methods.budget import Budget, Budgets, Profiles, Widths
 from grail_hf.methods.selectors import Selector, find_selector
-from grail_hf.methods.widths import EXPERTS_STEP, TOLERANCE, one_width_a_kind
+from grail_hf.methods.widths import one_width_a_kind
 from grail_hf.models.architectures import find_architecture
-from grail_hf.models.configs import compressed_config, said_widths, switch_on_biases_
+from grail_hf.models.compatibility import Rehome
+from grail_hf.models.configs import compressed_config, switch_on_biases_
 from grail_hf.models.decoder import (
     check_apart,
     check_model,
@@ -33,7 +33,8 @@ from grail_hf.models.decoder import (
 from grail_hf.models.experts import ExpertsGroup, group_in
 from grail_hf.models.groups import Group
 from grail_hf.models.quantization import without_quantization
-from grail_hf.models.schema import Architecture, GroupSpec, Rehome
+from grail_hf.models.schema import Architecture, GroupSpec
+from grail_hf.planning.budgets import budgets_of, resolved_allocation, with_representable_widths
 from grail_hf.planning.checks import (
     check_comparable,
     check_equal,
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# With 2 tokens a channel and little ridge, repair did worse than plain pruning on held-out text of
-# the bundled model; with 8 it did much better.
+# With 2 tokens per channel and little ridge, repair was worse than plain pruning on held-out text
+# for the bundled model; with 8 it was much better.
 TOKENS_PER_CHANNEL = 4
 
 
@@ -59,24 +60,24 @@ class Plan:
 
     Attributes:
         architecture: the model type's entry.
-        specs: of each decoder layer, its groups.
+        specs: the groups of each decoder layer.
         select: scores the units of a group.
-        budgets: what the units of each kind cost.
-        widths: kind -> units kept, one number a layer, 0 where a layer has no units; a forecast
-            until the allocation's profiles are measured.
-        mended: (layer, kind) of the groups that keep all units and are repaired all the same,
-            because of what the groups in front of them lost.
+        budgets: kind -> what its units cost.
+        widths: kind -> units kept, one number per layer, 0 where a layer has no such units; a
+            forecast until the allocation has measured its profiles.
+        mended: (layer, kind) of the groups that keep all units and are repaired nevertheless, for
+            what groups before them lost.
         config: of the compressed model.
         biased: kinds of group whose consumer's bias is fitted.
         newly_biased: kinds whose projections have biases in `config`, and did not have them.
-        projection_parameters: of all decoder blocks' projections, before and after.
+        projection_parameters: of all decoder blocks, before and after.
         total_parameters: of the whole model, tied ones once, before and after.
         experts_at_once: experts of a layer whose Grams are held at a time.
-        allocation: the rule that gives the widths.
-        attention_unit: what the attention's units are.
-        attention_units: what they may be, where the allocation is to choose; else this one alone.
-        errors: what these widths lose by the `error` rule, and what one width a kind would; None
-            where the rule is another, or has not measured.
+        allocation: name of the rule that gives the widths.
+        attention_unit: the attention unit.
+        attention_units: those that the allocation may choose from; else this one alone.
+        errors: what these widths lose by the `error` rule, and what one width per kind would lose;
+            None where the rule is another, or has not measured yet.
     """
 
     architecture: Architecture
@@ -98,12 +99,12 @@ class Plan:
 
     @property
     def measures(self) -> bool:
-        """Whether the widths depend on what is measured of the dense model."""
+        """Whether the widths depend on measurements of the dense model."""
         return bool(self.reduced) and find_allocation(self.allocation).measures
 
     @property
     def units(self) -> dict[str, int]:
-        """kind -> units in a layer, before."""
+        """kind -> units per layer, before."""
         return {
             kind: max(spec.num_units for layer in self.specs for spec in layer if spec.kind == kind)
             for kind in self.widths
@@ -131,7 +132,7 @@ class Plan:
         return any((index, spec.kind) == (layer, kind) for index, spec in self.repaired)
 
     def runs(self, spec: GroupSpec) -> int:
-        """Passes that a group's Grams take: of a mixture, as many as hold all experts in turns."""
+        """Passes that a group's Grams take, of which each holds those of `experts_at_once`."""
         return -(-spec.experts // self.experts_at_once) if spec.experts else 1
 
     @property
@@ -148,127 +149,144 @@ def plan_compression(
     profiles: Profiles | None = None,
     widths: Widths | None = None,
 ) -> Plan:
-    """Check the model against the config and settle the widths.
+    """Check the model against the config and determine the widths.
 
     Args:
-        model: the dense model; on the meta device it will do.
+        model: the dense model; it may be on the meta device.
         config: the settings.
         architecture: the model type's entry; None for the table's.
-        profiles: what the allocation goes by (`profiling.profile`), if it has been measured.
-        widths: those of a plan made earlier from the same.
+        profiles: the measurements that the allocation uses (`profiling.profile`), once they exist.
+        widths: those of an earlier plan of the same model and settings, kept as they are.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: a selector, allocation or architecture that is not known, a model that cannot
-            be compressed (encoder-decoder, quantised, sharded over processes, with adapters, with
-            layers that share parameters), a sparsity that cannot be reached, an `ignore` entry that
-            matches nothing, widths that no config can say.
+        ValueError: an unknown selector, allocation or architecture; a model that cannot be
+            compressed (encoder-decoder, quantised, sharded over processes, with adapters, with
+            layers that share parameters); a sparsity that cannot be reached; an `ignore` entry that
+            matches nothing; widths that no config can represent.
     """
     select = find_selector(config.selector)
     check_model(model)
+    dense = _resolved(model, config, architecture)
+    check_offered(dense.groups, model.config.model_type, config)
+    ignored = _ignored_groups(dense.groups, config)
+    budgets = budgets_of(dense.groups, ignored, dense.config)
+    budgets[ATTENTION] = with_representable_widths(
+        budgets[ATTENTION], dense.specs, model.config, dense.convertible_to, config.rehome
+    )
+    config = dense.config
+    if config.allocation == AUTO:
+        config = replace(config, allocation=resolved_allocation(budgets, config))
+    _check_allocation(dense, select, config)
+    widths = widths or allocate(budgets, config, profiles)
+    _check_widths(dense, widths)
+    new_config, biased, newly_biased = _new_config(dense, widths)
+    projections, total = _parameters(dense, budgets, widths, newly_biased)
+    return Plan(
+        architecture=dense.architecture,
+        specs=dense.specs,
+        select=select,
+        budgets=budgets,
+        widths=widths,
+        mended=_mended(dense.specs, widths, ignored, config),
+        config=new_config,
+        biased=frozenset(biased),
+        newly_biased=frozenset(newly_biased),
+        projection_parameters=projections,
+        total_parameters=total,
+        experts_at_once=_experts_at_once(dense),
+        allocation=config.allocation,
+        attention_unit=config.attention_unit,
+        attention_units=dense.attention_units,
+        errors=_errors(budgets, widths, config, profiles) if profiles else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The dense model, and the settings with its attention unit.
+
+    Attributes:
+        model: the model.
+        config: the settings, whose attention unit is no longer "auto".
+        architecture: the model type's entry.
+        attention_units: those that the allocation may choose from.
+        specs: the groups of each decoder layer.
+        groups: the same, live.
+        convertible_to: the model type that the model can be converted to, if any.
+    """
+
+    model: PreTrainedModel
+    config: GrailConfig
+    architecture: Architecture
+    attention_units: tuple[str, ...]
+    specs: tuple[tuple[GroupSpec, ...], ...]
+    groups: tuple[tuple[Group, ...], ...]
+    convertible_to: Rehome | None
+
+
+def _resolved(
+    model: PreTrainedModel, config: GrailConfig, architecture: Architecture | None
+) -> _Dense:
+    """Find the model's groups by its architecture and the attention unit."""
     architecture = architecture or find_architecture(model.config.model_type)
     if architecture.model_type != model.config.model_type:
         raise ValueError(
             f"architecture is an entry for {architecture.model_type!r} and the model is a "
-            f"{model.config.model_type!r}: give that type's, or None for the table's"
+            f"{model.config.model_type!r}: pass that type's entry, or None for the table's"
         )
     layers = decoder_layers(model, architecture)
     check_apart(layers)
     attention_units = _attention_units(architecture, model.config, layers, config)
-    # From here on, "auto" is what it stands for.
-    config = replace(config, attention_unit=attention_units[0])
-    specs = tuple(
-        architecture.groups(model.config, layer, config.attention_unit) for layer in layers
-    )
+    unit = attention_units[0]
+    specs = tuple(architecture.groups(model.config, layer, unit) for layer in layers)
     names = {id(module): name for name, module in model.named_modules()}
-    groups = [
-        [group_in(layer, spec, names[id(layer)]) for spec in of_layer]
+    groups = tuple(
+        tuple(group_in(layer, spec, names[id(layer)]) for spec in of_layer)
         for layer, of_layer in zip(layers, specs, strict=True)
-    ]
-    check_offered(groups, model.config.model_type, config)
-    ignored = _ignored_groups(groups, config)
-    movable = architecture.rehome if is_stock_causal_lm(model) else None
-    budgets = _budgets(groups, ignored, config)
-    budgets[ATTENTION] = _sayable(budgets[ATTENTION], specs, model.config, movable, config.rehome)
-    if config.allocation == AUTO:
-        config = replace(config, allocation=_measurable(budgets, config))
-    if architecture.per_layer is not None:
-        check_one_width(config, architecture.model_type, architecture.per_layer.reason)
-    check_experts(specs, select, config)
-    check_comparable(select, config)
-    widths = widths or allocate(budgets, config, profiles)
-    errors = profiles and _errors(budgets, widths, config, profiles)
-    check_tied(groups, widths)
-    if architecture.per_layer is not None:
-        check_equal(widths, architecture.model_type, architecture.per_layer.reason)
-    before = sum(budget.cost(budget.num_units) for budget in budgets.values())
-    after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    new_config = compressed_config(
-        without_quantization(model.config),
-        specs,
-        widths,
-        movable if config.rehome else None,
     )
-    biased, newly_biased = set(), set()
-    if config.bias:
-        newly_biased = switch_on_biases_(new_config, model.config, specs, widths)
-        biased = newly_biased | {
-            group.kind
-            for layer in groups
-            for group in layer
-            if group.num_units and group.bias is not None
-        }
-    after += sum(
-        group.missing_biases(widths[group.kind][index])
-        for index, layer in enumerate(groups)
-        for group in layer
-        if group.kind in newly_biased
-    )
-    norms = sum(
-        group.norm_cost * (group.num_units - widths[group.kind][index])
-        for index, layer in enumerate(groups)
-        for group in layer
-    )
-    return Plan(
+    return _Dense(
+        model,
+        replace(config, attention_unit=unit),
         architecture,
-        specs,
-        select,
-        budgets,
-        widths,
-        _mended(specs, widths, ignored, config),
-        new_config,
-        frozenset(biased),
-        frozenset(newly_biased),
-        (before, after),
-        (total, total - before + after - norms),
-        min(
-            (
-                group.at_once(config.solve_torch_dtype.itemsize * (1 + config.holds_out))
-                for layer in groups
-                for group in layer
-                if isinstance(group, ExpertsGroup)
-            ),
-            default=0,
-        ),
-        config.allocation,
-        config.attention_unit,
         attention_units,
-        errors or None,
+        specs,
+        groups,
+        architecture.rehome if is_stock_causal_lm(model) else None,
     )
+
+
+def _check_allocation(dense: _Dense, select: Selector, config: GrailConfig) -> None:
+    """Raise ValueError where the model or the selector does not support the allocation."""
+    alike = dense.architecture.per_layer
+    if alike is not None:
+        check_one_width(config, dense.architecture.model_type, alike.reason)
+    check_experts(dense.specs, select, config)
+    check_comparable(select, config)
+
+
+def _check_widths(dense: _Dense, widths: Widths) -> None:
+    """Raise ValueError where the model type does not support the widths."""
+    check_tied(dense.groups, widths)
+    alike = dense.architecture.per_layer
+    if alike is not None:
+        check_equal(widths, dense.architecture.model_type, alike.reason)
 
 
 def _attention_units(
-    architecture: Architecture, model_config: Any, layers: nn.ModuleList, config: GrailConfig
+    architecture: Architecture,
+    model_config: PreTrainedConfig,
+    layers: nn.ModuleList,
+    config: GrailConfig,
 ) -> tuple[str, ...]:
-    """What may count as an attention unit: of "auto", whatever gives a choice of widths."""
+    """The possible attention units; for "auto", those that give a choice of widths."""
     if config.attention_unit != AUTO:
         return (config.attention_unit,)
     choices: dict[str, list[GroupSpec]] = {}
     for unit in ATTENTION_UNITS:
         every = (architecture.groups(model_config, layer, unit) for layer in layers)
         attention = [spec for of_layer in every for spec in of_layer if spec.kind == ATTENTION]
-        # Where queries are not grouped, both units are the same.
+        # Without grouped queries both units are the same.
         if attention not in choices.values() and any(
             spec.offered and spec.partitions < spec.num_units for spec in attention
         ):
@@ -276,23 +294,55 @@ def _attention_units(
     return tuple(choices) or ATTENTION_UNITS[:1]
 
 
-def _measurable(budgets: Mapping[str, Budget], config: GrailConfig) -> str:
-    """The rule that "auto" stands for: one that measures where there is a split to choose."""
-    free = [budget for budget in budgets.values() if len(budget.uniform_widths) > 1]
-    fixed = config.mlp_sparsity is not None or config.attention_sparsity is not None
-    a_choice = config.sparsity and not fixed and len(free) > 1
-    return "uniform-split" if a_choice and EXPERTS not in budgets else "uniform"
+def _new_config(dense: _Dense, widths: Widths) -> tuple[PreTrainedConfig, set[str], set[str]]:
+    """The compressed model's config, and the kinds of group with a fitted and with a new bias."""
+    config, model = dense.config, dense.model
+    rehome = dense.convertible_to if config.rehome else None
+    new_config = compressed_config(without_quantization(model.config), dense.specs, widths, rehome)
+    if not config.bias:
+        return new_config, set(), set()
+    newly_biased = switch_on_biases_(new_config, model.config, dense.specs, widths)
+    biased = {
+        group.kind
+        for layer in dense.groups
+        for group in layer
+        if group.num_units and group.bias is not None
+    }
+    return new_config, newly_biased | biased, newly_biased
+
+
+def _parameters(
+    dense: _Dense, budgets: Budgets, widths: Widths, newly_biased: set[str]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters before and after: of all blocks' projections, and of the whole model."""
+    groups = [(index, group) for index, layer in enumerate(dense.groups) for group in layer]
+    before = sum(budget.cost(budget.num_units) for budget in budgets.values())
+    after = sum(budget.cost_of(widths[kind]) for kind, budget in budgets.items())
+    after += sum(
+        group.missing_biases(widths[group.kind][index])
+        for index, group in groups
+        if group.kind in newly_biased
+    )
+    norms = sum(
+        group.norm_cost * (group.num_units - widths[group.kind][index]) for index, group in groups
+    )
+    total = sum(parameter.numel() for parameter in dense.model.parameters())
+    return (before, after), (total, total - before + after - norms)
+
+
+def _experts_at_once(dense: _Dense) -> int:
+    """Experts whose Grams are held at a time; 0 without a mixture of experts."""
+    item = dense.config.solve_torch_dtype.itemsize * (1 + dense.config.holds_out)
+    experts = (g for layer in dense.groups for g in layer if isinstance(g, ExpertsGroup))
+    return min((group.at_once(item) for group in experts), default=0)
 
 
 def _errors(
-    budgets: Mapping[str, Budget],
-    widths: Widths,
-    config: GrailConfig,
-    profiles: Profiles,
+    budgets: Budgets, widths: Widths, config: GrailConfig, profiles: Profiles
 ) -> tuple[float, float] | None:
     """The expected losses of `widths` and of one width per kind, if the rule compares layers."""
     if not find_allocation(config.allocation).sensitivities:
-        return None  # errors of different layers do not compare
+        return None  # errors of different layers are not comparable
     try:
         others = one_width_a_kind(budgets, config)
     except ValueError:  # it may not reach the sparsity
@@ -308,7 +358,7 @@ def _mended(
     ignored: set[tuple[int, str]],
     config: GrailConfig,
 ) -> frozenset[tuple[int, str]]:
-    """(layer, kind) of the groups that lose nothing, and can make up for what others lost."""
+    """(layer, kind) of the groups that lose nothing, and can compensate for earlier losses."""
     mended: set[tuple[int, str]] = set()
     lost = False
     for index, layer in enumerate(specs):
@@ -321,105 +371,8 @@ def _mended(
     return frozenset(mended) if config.targeted else frozenset()
 
 
-def _budgets(
-    groups: Sequence[Sequence[Group]], ignored: set[tuple[int, str]], config: GrailConfig
-) -> dict[str, Budget]:
-    """Of each kind of group that there is, the attention's first."""
-    kinds = dict.fromkeys([ATTENTION, *(group.kind for layer in groups for group in layer)])
-    budgets: dict[str, Budget] = {}
-    total = sum(group.num_parameters for layer in groups for group in layer)
-    for kind in kinds:
-        of_kind = [next((g for g in layer if g.kind == kind), None) for layer in groups]
-        budgets[kind] = _budget(of_kind, {i for i, own in ignored if own == kind}, total, config)
-    for group in (group for layer in groups for group in layer if group.spec.tied_to):
-        leader = budgets[str(group.spec.tied_to)]
-        step = leader.step * group.num_units // leader.num_units
-        budgets[group.kind] = replace(budgets[group.kind], step=step)
-    return budgets
-
-
-def _budget(
-    groups: Sequence[Group | None], ignored: set[int], total: int, config: GrailConfig
-) -> Budget:
-    """Of one kind's groups, at most one a layer; those in layers `ignored` keep their width.
-
-    So do those that are not offered. `total` is the number of all blocks' projection parameters.
-    Raises ValueError where the layers' units are not alike.
-    """
-    present = [group for group in groups if group is not None]
-    counted = [group for group in present if group.num_units]
-    sizes = {(group.num_units, group.unit_cost) for group in counted}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the layers of {counted[0].name} and others differ in units or in their size, "
-            f"{sorted(sizes)} (units, parameters of one): compress the dense model instead"
-        )
-    ((num_units, unit_cost),) = sizes or {(1, 0)}
-    first = counted[0] if counted else present[0]
-    kept = {i for i, group in enumerate(groups) if group is None or not group.spec.offered}
-    free = len(groups) - len(ignored | kept)
-    own = config.attention_sparsity if first.kind == ATTENTION else config.mlp_sparsity
-    whole = total if own is None else free * num_units * unit_cost
-    return Budget(
-        num_units,
-        unit_cost,
-        fixed_cost=first.num_parameters - num_units * unit_cost,
-        step=_step(first, config, whole / max(free * unit_cost, 1)),
-        layers=len(groups),
-        ignored=frozenset(ignored | kept),
-        absent=frozenset(i for i, g in enumerate(groups) if g is None or not g.num_units),
-        whole_cost=sum(group.num_parameters for group in present if not group.num_units),
-    )
-
-
-def _sayable(
-    budget: Budget,
-    specs: Sequence[Sequence[GroupSpec]],
-    model_config: PreTrainedConfig,
-    movable: Rehome | None,
-    may_move: bool,
-) -> Budget:
-    """The attention's budget with the widths that the result's config can say.
-
-    These are any where the model can become one of another type, and where a layer keeps all its
-    units: the widest layer's width is the config's own, and the others have entries of theirs.
-    """
-    moves = movable is not None and not movable.obstacles(model_config)
-    if (moves and may_move) or budget.ignored > budget.absent:
-        return budget
-    return replace(
-        budget,
-        representable=said_widths(model_config, specs),
-        remedy="rehome=True" if moves else "",
-    )
-
-
-def _step(group: Group, config: GrailConfig, units: float) -> int:
-    """Widths of such groups are multiples of this.
-
-    "auto" rounds to what kernels like where a step in all layers moves the sparsity by so little
-    that any one can still be reached: by `TOLERANCE` in either direction.
-
-    Args:
-        group: one of them.
-        config: the settings.
-        units: that a layer would have if they held all the parameters the sparsity is counted in.
-    """
-    if group.kind == ATTENTION:
-        return group.partitions
-    least = EXPERTS_STEP if group.spec.experts else 1
-    if not isinstance(config.multiple_of, str):
-        return math.lcm(config.multiple_of, least)
-    fitting = (
-        multiple
-        for multiple in MLP_MULTIPLES
-        if group.num_units % multiple == 0 and multiple <= 2 * TOLERANCE * units
-    )
-    return next(fitting, MLP_MULTIPLES[-1])
-
-
 def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) -> int:
-    """Batches that are run for groups, from layer `first` on, with `number` of calibration."""
+    """Batches that are run for the groups from layer `first` on, with `number` in one pass."""
     folding = 0
     if plan.select.folds:
         folding = 1 if config.targeted else 2
@@ -439,9 +392,9 @@ def group_batches(plan: Plan, config: GrailConfig, number: int, first: int = 0) 
 
 
 def refits(plan: Plan, config: GrailConfig) -> dict[str, tuple[int, int]]:
-    """Of each kind, the groups that will be refitted, of how many that are repaired.
+    """kind -> (groups that will be refitted, groups that are repaired); empty without a refit.
 
-    The others are linear in no producer, or a mixture's experts. Empty without a refit.
+    A refit needs a block that is linear in a producer, and leaves out a mixture's experts.
     """
     found: dict[str, tuple[int, int]] = {}
     for _, spec in plan.repaired if config.refit_steps else ():
@@ -451,24 +404,27 @@ def refits(plan: Plan, config: GrailConfig) -> dict[str, tuple[int, int]]:
 
 
 def warn_of_few_tokens(tokens: int, plan: Plan, config: GrailConfig) -> None:
-    """Warn where a consumer has so many channels that the solve would fit the tokens' noise."""
+    """Warn where a consumer has so many channels that the solve would fit noise in the tokens."""
     channels = max(plan.widths[spec.kind][i] * spec.columns for i, spec in plan.reduced)
     few = tokens < TOKENS_PER_CHANNEL * channels
     if few and not isinstance(config.ridge, str) and config.ridge < 0.1:
         logger.warning(
-            "%d calibration tokens for %d channels are fewer than %d a channel: the repair may do "
-            "harm on other text; use more num_samples, or ridge='auto'",
+            "%d calibration tokens for %d channels are fewer than %d per channel: the repair may "
+            "do harm on other text; use more num_samples, or ridge='auto'",
             *(tokens, channels, TOKENS_PER_CHANNEL),
         )
 
 
 def window_length(model: PreTrainedModel, config: GrailConfig) -> int:
-    """Tokens in a window: as the config says, within the model's limit."""
+    """Tokens per window: `seq_length`, within the model's limit."""
     return min(config.seq_length, context_length(model) or config.seq_length)
 
 
 def _ignored_groups(groups: Sequence[Sequence[Group]], config: GrailConfig) -> set[tuple[int, str]]:
-    """(layer, kind) of the groups that keep their width. ValueError if an entry matches nothing."""
+    """(layer, kind) of the groups that `ignore` matches.
+
+    Raises ValueError where an entry matches nothing.
+    """
     ignored: set[tuple[int, str]] = set()
     for entry in config.ignore:
         found = {

@@ -1,4 +1,4 @@
-"""Which device computes, and how much memory it has left."""
+"""Which device computes, and how much memory is free on it."""
 
 from __future__ import annotations
 
@@ -8,72 +8,46 @@ import torch
 from torch import nn
 
 from grail_hf.runtime import processes
+from grail_hf.runtime.hooks import computes_on, is_dispatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is not in use; what torch holds in reserve is free for its tensors."""
+    """Memory that is not in use, with what torch's allocator has reserved for later tensors."""
     backend: Any = torch.get_device_module(device)
     if hasattr(backend, "mem_get_info"):
         reserve = backend.memory_reserved(device) - backend.memory_allocated(device)
         return int(backend.mem_get_info(device)[0] + reserve)
     import psutil
 
-    return int(psutil.virtual_memory().available)  # MPS has the host's
+    return int(psutil.virtual_memory().available)  # MPS shares the host's
 
 
 def with_index(device: torch.device) -> torch.device:
-    """The device with its index, where it names the current accelerator by its type alone."""
+    """The device, with the current accelerator's index where it is one without an index."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device.index is not None or accelerator is None or accelerator.type != device.type:
         return device
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
-def is_dispatched(model: nn.Module) -> bool:
-    """Whether accelerate's hooks give the model's modules their devices."""
-    return bool(hooks_of(model))
-
-
 def input_device(model: nn.Module) -> torch.device:
-    """Where the model takes its inputs: where its embeddings lie or, if offloaded, compute."""
+    """The device of the model's inputs: that of its embeddings, or that they compute on."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     return computes_on(embeddings)
 
 
-def hooks_of(root: nn.Module) -> list[Any]:
-    """accelerate's hooks under `root` that give modules a device."""
-    return [hook for module in root.modules() for hook in own_hooks(module)]
-
-
-def own_hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        return []
-    from accelerate.hooks import AlignDevicesHook, SequentialHook
-
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
-    return [hook for hook in hooks if isinstance(hook, AlignDevicesHook)]
-
-
-def computes_on(module: nn.Module) -> torch.device:
-    """Where accelerate's hooks have the module compute, or where it lies."""
-    for hook in hooks_of(module):
-        if hook.execution_device is not None:
-            return torch.device(hook.execution_device)
-    return next(module.parameters()).device
-
-
 def choose_device(model: PreTrainedModel, wanted: str | None) -> torch.device:
-    """Where layers run: as wanted, else the model's accelerator, else the machine's, else CPU.
+    """The device that layers run on.
 
-    A model that accelerate has dispatched runs where it takes its inputs, a CPU too. Of several
-    processes, each has an accelerator of its own. An accelerator has its index, as tensors have.
+    It is the wanted one, else the model's accelerator, else the machine's, else the CPU. A model
+    that accelerate has dispatched runs where it takes its inputs, even on a CPU. Each of several
+    processes has its own accelerator. An accelerator is given with its index, as tensors give it.
 
-    Raises ValueError where this machine does not have the wanted device, or it is another
-    process's.
+    Raises:
+        ValueError: this machine does not have the wanted device, or it belongs to another process.
     """
     if wanted is not None:
         device = usable_device(wanted)

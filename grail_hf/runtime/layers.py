@@ -1,4 +1,4 @@
-"""Where the decoder layers of a model in memory lie, and how each gets to where it runs."""
+"""Decoder layers of a model in memory, each moved to the device that it runs on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from grail_hf.runtime.transfer import Transfer
 
 
 class LayerPlacement:
-    """Decoder layers that lie in the model itself: each goes to a device to work, and comes home.
+    """Decoder layers that are in the model itself: each runs on a device, and is moved back.
 
     Attributes:
-        layers: the model's.
-        device: where they work.
-        first: layers in front of it were done earlier.
-        meter: of what the work on them takes.
+        layers: the model's decoder layers.
+        device: that they run on.
+        first: index of the first layer that is not done yet.
+        meter: measures memory and time by phase.
     """
 
     first = 0
@@ -34,24 +34,25 @@ class LayerPlacement:
 
     @contextmanager
     def rest_of_model(self) -> Iterator[None]:
-        """All of the model but its decoder layers has its weights inside the context."""
+        """The model has the weights outside its decoder layers inside the context."""
         yield
 
     def start(self, batches: Sequence[HiddenStates]) -> None:
-        """Give the batches, which have hidden states in front of layer 0, those of `first`."""
+        """Replace the batches' hidden states, those before layer 0, by those before `first`."""
 
     @contextmanager
     def on_device(self, index: int) -> Iterator[torch.device]:
-        """The layer has its weights, on the device that this gives; it goes home as it then is.
+        """The layer has its weights inside the context, on the device that this yields.
 
-        The next layer's weights are read meanwhile, where a CUDA device waits for them.
+        Afterwards the layer, with any changes, is moved back. Meanwhile the next layer's weights
+        are read, if they are to be moved to a CUDA device.
         """
         layer = self.layers[index]
-        home = next(layer.parameters()).device
+        original = next(layer.parameters()).device
         self._receive_(index)
         layer.to(self.device)
         if index + 1 < len(self.layers):
-            # Kept, not looked up again when they arrive: what layers share is on the device now.
+            # Kept, not looked up again on arrival: buffers that layers share are on the device now.
             self._read_ahead = self._offloaded_tensors(index + 1)
             size = sum(tensor.nbytes for tensor in self._read_ahead)
             reads = [tensor.detach for tensor in self._read_ahead]
@@ -59,26 +60,26 @@ class LayerPlacement:
         try:
             yield self.device
         finally:
-            layer.to(home)
+            layer.to(original)
 
     def _receive_(self, index: int) -> None:
-        """Give the layer's tensors the values that were read ahead, if any were."""
+        """Give the layer's tensors their values that were read ahead, if any."""
         tensors, self._read_ahead = self._read_ahead, []
-        if brought := self.transfer.receive(index):
-            for tensor, values in zip(tensors, brought, strict=True):
+        if arrived := self.transfer.receive(index):
+            for tensor, values in zip(tensors, arrived, strict=True):
                 tensor.data = values
 
     def _offloaded_tensors(self, index: int) -> list[Tensor]:
-        """The layer's tensors that lie in host memory."""
+        """The layer's tensors in host memory."""
         layer = self.layers[index]
         return [t for t in (*layer.parameters(), *layer.buffers()) if t.device.type == "cpu"]
 
     def done(self, index: int, batches: Sequence[HiddenStates]) -> None:
-        """Layer `index` went home; unless it is the last, the batches hold what it put out."""
+        """Layer `index` is done; unless it is the last, the batches hold its outputs."""
 
 
 def move_(module: nn.Module, device: torch.device) -> None:
-    # Returns nothing: what a hook returns takes the place of inputs or outputs.
+    # Returns nothing: a value that a hook returns replaces the module's inputs or outputs.
     module.to(device)
 
 

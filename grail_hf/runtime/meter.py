@@ -1,8 +1,8 @@
-"""What memory each phase of a compression takes at its peak, and how long, measured as it runs.
+"""Measure the peak memory and the time of each phase of a compression.
 
-Host memory is the process's anonymous memory: what is mapped from files (a checkpoint's tensors,
-hidden states on disk) is the system's to drop, and does not count. It is sampled by a thread, since
-no operating system keeps its peak by phase; an accelerator's is kept by torch.
+Host memory is the process's anonymous memory: the system can drop what is mapped from files (a
+checkpoint's tensors, hidden states on disk), so that does not count. A thread samples it, since no
+operating system keeps its peak by phase. torch keeps an accelerator's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-_SECONDS = 0.05  # between samples: more of them take the processor from threads that compute
-_WORTH_GIVING_BACK = 8 * 2**20  # of memory that has come to be held since it was last given back
+_SECONDS = 0.05  # between samples: more samples would slow the threads that compute
+_WORTH_GIVING_BACK = 8 * 2**20  # growth of memory since it was last given back
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 _RETURNED = 4 * 2**20
 
@@ -27,11 +27,11 @@ _RETURNED = 4 * 2**20
 class Meter:
     """Peaks by phase, in bytes above what the process held when the meter was switched on.
 
-    Where the platform cannot say what memory is anonymous (any but Linux), there are no peaks of
-    host memory; where layers do not run on CUDA, none of an accelerator's.
+    There are no peaks of host memory on platforms other than Linux, which do not report anonymous
+    memory, and none of an accelerator's memory where layers do not run on CUDA.
 
     Attributes:
-        device: where layers run.
+        device: that layers run on.
         seconds: phase -> wall time.
         host: phase -> peak of anonymous host memory.
         accelerator: phase -> peak of CUDA memory.
@@ -71,11 +71,11 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str, whole: bool = False) -> Iterator[None]:
-        """What happens inside is a phase's; of phases inside a phase, the innermost's.
+        """Attribute the work inside the context to a phase; nested phases count for themselves.
 
-        Where the phase is a `whole`, those inside it count as part of it. Memory that is free goes
-        back to the system on the way in and out, where it may be much, so that no phase pays for
-        another's.
+        With `whole`, nested phases count as part of this one. Free memory is given back to the
+        system on entry and exit, where it may be much, so that it does not count for the next
+        phase.
         """
         if self._whole:
             yield
@@ -89,7 +89,7 @@ class Meter:
 
     @property
     def measured(self) -> dict[str, dict[str, Any]]:
-        """phase -> {"seconds": …, "host_bytes": peak, "accelerator_bytes": peak}, as known."""
+        """phase -> {"seconds": …, "host_bytes": peak, "accelerator_bytes": peak}, if measured."""
         kinds: dict[str, dict[str, Any]] = {
             "seconds": self.seconds,
             "host_bytes": self.host,
@@ -135,20 +135,20 @@ class Meter:
 
 
 def anonymous_bytes() -> int | None:
-    """Memory of this process that no file stands behind; None where that is not known."""
+    """Memory of this process that is not mapped from files; None where that is not known."""
     if not sys.platform.startswith("linux"):
         return None
-    # What psutil reads too, at a tenth of its cost: pages in all, resident, and shared.
+    # The file that psutil reads, at a tenth of its cost: total, resident and shared pages.
     with open("/proc/self/statm", "rb", buffering=0) as file:  # noqa: PTH123
         _, resident, shared, *_ = map(int, file.read(200).split())
     return (resident - shared) * mmap.PAGESIZE
 
 
 def give_back() -> None:
-    """Return free memory of the C library to the system, where it can (glibc).
+    """Return the C library's free memory to the system (glibc only).
 
-    It keeps freed blocks of up to 32 MB for later, whole squares of a small group among them, even
-    where the next request is a larger one that they cannot serve.
+    glibc keeps freed blocks of up to 32 MB for later requests, including whole matrices of a small
+    group, even where the next request is too large for them.
     """
     trim = _of_c_library("malloc_trim")
     if trim is not None:
@@ -158,8 +158,8 @@ def give_back() -> None:
 def keep_no_freed_blocks() -> None:
     """Have the C library (glibc) return every block of 4 MiB or more as soon as it is freed.
 
-    Of itself it comes to keep blocks of up to 32 MB, more or fewer of them by chance. The setting
-    is the process's, and lasts: for programs, not for libraries.
+    By default glibc learns to keep blocks of up to 32 MB, and how many varies between runs. The
+    setting is permanent and affects the whole process: it is for programs, not for libraries.
     """
     set_option = _of_c_library("mallopt")
     if set_option is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,22 +13,19 @@ from torch import Tensor
 from grail_hf.config import AUTO
 from grail_hf.runtime import devices
 
-# Smaller tensors are not worth a file.
-_LEAST_MAPPED = 2**20
-_NUMBERS_AT_ONCE = 2**22  # numbers that are written to a file at a time
-# Of the memory that is free, what "auto" lets hidden states have, and what a layer that is read
-# ahead may take of the accelerator's: Grams and solves come after it.
+_NUMBERS_AT_ONCE = 2**22  # written to a file at a time
+# The shares of free memory that hidden states may take with "auto"; Grams and solves need the rest.
 ACCELERATOR_SHARE = 1 / 4
 HOST_SHARE = 1 / 2
 
 
 @dataclass
 class HiddenStates:
-    """The hidden states of one micro-batch in front of a decoder layer.
+    """The hidden states of one micro-batch before a decoder layer.
 
     Attributes:
-        number: the micro-batch's, of all that there are.
-        hidden: [b, T, D] on the compressed path.
+        number: index of the micro-batch in the calibration.
+        hidden: [b, T, D] in the compressed model.
         dense: [b, T, D] in the dense model, where the target needs it and they differ.
     """
 
@@ -42,22 +39,24 @@ class Place:
     """Where hidden states are kept: on a device, or in files that are mapped into memory.
 
     Attributes:
-        device: to keep them on, if there is no folder.
-        folder: of the files. They have no name there (on Linux; elsewhere for no longer than it
-            takes to open one), and are gone with the tensors, or with the process, however it ends.
+        device: that they are kept on without a folder.
+        folder: of the files. The files have no name (on Linux; elsewhere only while one is being
+            opened), and are deleted with the tensors, or with the process, however it ends.
+        least_mapped: bytes; smaller tensors are not worth a file and stay on the device.
     """
 
     device: torch.device
     folder: Path | None = None
+    least_mapped: ClassVar[int] = 2**20
 
     def keep(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, moved here, in a dtype or its own. Raises OSError where the disk is full."""
+        """The tensor, kept here in `dtype`, or its own. Raises OSError where the disk is full."""
         dtype = dtype or tensor.dtype
-        if self.folder is None or tensor.nbytes < _LEAST_MAPPED:
+        if self.folder is None or tensor.nbytes < self.least_mapped:
             return tensor.to(self.device, dtype)
         try:
             with tempfile.TemporaryFile(dir=self.folder) as file:
-                # Written, not copied into the map: a full disk would kill the process there.
+                # Written, not copied into the map, where a full disk would kill the process.
                 for part in torch.split(tensor.detach().flatten(), _NUMBERS_AT_ONCE):
                     file.write(part.to(dtype).cpu().view(torch.uint8).numpy().data)
                 file.flush()
@@ -67,13 +66,13 @@ class Place:
             raise OSError(
                 error.errno,
                 f"hidden states and moments cannot be kept in {self.folder} ({error.strerror}): "
-                "make room, lower num_samples, or choose another disk, from disk to disk by the "
-                "output, else by the environment variable TMPDIR",
+                "free some space, lower num_samples, or choose another disk, from disk to disk by "
+                "the output folder, else by the environment variable TMPDIR",
             ) from error
         return mapped.view(tensor.shape)
 
     def keep_all(self, data: Any) -> Any:
-        """Nested tuples, lists and dicts with their tensors kept."""
+        """Nested tuples, lists and dicts, with their tensors kept here."""
         from accelerate.utils.operations import recursively_apply
 
         kept: Any = recursively_apply(self.keep, data)
@@ -87,8 +86,8 @@ def choose_place(
 
     Args:
         wanted: `GrailConfig.hidden_states`.
-        size: bytes of all of them together.
-        accelerator: where layers run.
+        size: bytes of all hidden states.
+        accelerator: the device that layers run on.
         folder: for "disk"; by default the one for temporary files.
     """
     host = torch.device("cpu")

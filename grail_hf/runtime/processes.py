@@ -1,14 +1,14 @@
-"""Several processes that share one compression: the calibration's batches, and what they sum up to.
+"""Several processes that share one compression: its calibration batches, and sums over them.
 
-Each process runs the same program on the same model. The micro-batches are cut into consecutive
-shares; what is summed over them is summed over the processes too, and what is decided or solved
-from the sums is so by the first process, and sent to the others. Everything here does nothing where
-there is one process alone. All processes must come to the same calls in the same order.
+Each process runs the same program on the same model. The micro-batches are divided into consecutive
+shares. Sums over batches are summed over the processes too, and the first process alone decides and
+solves on these sums, and sends its results to the others. With a single process, everything here
+does nothing. All processes must make the same calls in the same order.
 
-Processes take part where the program has joined them, by accelerate or by torch.distributed. The
-command line alone joins those that `accelerate launch` or `torchrun` has started (`join`): a script
-that a launcher runs may well call the library in one process only. The exchange is
-torch.distributed's own, because accelerate copies what it reduces, which is too much for a Gram.
+Processes take part where the program has joined them, by accelerate or by torch.distributed. Only
+the command line joins those that `accelerate launch` or `torchrun` has started (`join`): a script
+under a launcher may well call the library in one process alone. The exchange is torch.distributed's
+own, because accelerate copies the tensors that it reduces, which takes too much memory for a Gram.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
-# The others wait while the first process solves, evaluates or saves. That a process has ended is
-# noticed at once; this is for one that hangs, or whose machine is gone.
+# The others wait while the first process solves, evaluates or saves. A process that ends is noticed
+# at once; this is for one that hangs, or whose machine is lost.
 TIMEOUT = timedelta(hours=6)
 
 
 class ProcessGroupError(RuntimeError):
-    """Another process has ended, or does not answer: this one cannot go on alone."""
+    """Another process has ended or does not answer, and this one cannot continue alone."""
 
 
 def join(device: str | None = None) -> None:
-    """Join the other processes that a launcher has started, if it has and they are not joined yet.
+    """Join the processes that a launcher has started, if any, unless they are joined already.
 
-    For the command line. On accelerators each process's current device is from then on its own
+    For the command line. With accelerators, the current device of each process becomes its own
     (`cuda:LOCAL_RANK`).
 
     Args:
-        device: where layers will run, as in `GrailConfig.device`.
+        device: that layers will run on, as in `GrailConfig.device`.
     """
     if count() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
@@ -52,12 +52,12 @@ def join(device: str | None = None) -> None:
         if not torch.accelerator.is_available() or device == "cpu":
             settings["cpu"] = True
         elif torch.cuda.is_available():
-            settings["backend"] = "cpu:gloo,cuda:nccl"  # what is no tensor stays on the host
+            settings["backend"] = "cpu:gloo,cuda:nccl"  # gloo exchanges Python objects
         PartialState(**settings)
 
 
 def silence_copies() -> None:
-    """Silence the warnings and bars of all but the first process: they would be copies."""
+    """Silence the warnings and bars of all processes but the first, whose copies they are."""
     if not is_first():
         from transformers.utils.logging import disable_progress_bar
 
@@ -66,13 +66,13 @@ def silence_copies() -> None:
 
 
 def count() -> int:
-    """Processes that share the work."""
+    """Number of processes that share the work."""
     joined = distributed.is_available() and distributed.is_initialized()
     return distributed.get_world_size() if joined else 1
 
 
 def index() -> int:
-    """Of this process among them."""
+    """Index of this process among them."""
     return distributed.get_rank() if count() > 1 else 0
 
 
@@ -82,40 +82,40 @@ def is_first() -> bool:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device with its index, where each process has one of its own.
+    """The device, with this process's own index where processes share the work.
 
-    Raises ValueError for an accelerator that is another process's.
+    Raises ValueError for an accelerator that belongs to another process.
     """
     if count() == 1 or device.type == "cpu" or not torch.accelerator.is_available():
         return device
     own = torch.accelerator.current_device_index()
     if device.index not in (None, own):
         raise ValueError(
-            f"process {index()} of {count()} cannot use {device}: its own is "
+            f"process {index()} of {count()} cannot use {device}: its own device is "
             f"{device.type}:{own}; use device={device.type!r}, and load the model on the CPU"
         )
     return torch.device(device.type, own)
 
 
 def share(number: int) -> range:
-    """Which of `number` micro-batches are this process's: consecutive ones, as many as others have.
+    """This process's share of `number` micro-batches: consecutive, and as large as the others'.
 
-    Raises ValueError where there are fewer than processes.
+    Raises ValueError where there are fewer micro-batches than processes.
     """
     if number < count():
         raise ValueError(
-            f"the calibration's batches, {number}, are too few for {count()} processes to share: "
-            "use a smaller batch_size, more num_samples, or fewer processes"
+            f"{number} calibration batches are too few for {count()} processes: use a smaller "
+            "batch_size, more num_samples, or fewer processes"
         )
     return range(number * index() // count(), number * (index() + 1) // count())
 
 
 def sum_(tensors: Sequence[Tensor], name: str) -> None:
-    """Replace each tensor by the sum of all processes' own, in its dtype, bit-equal in all of them.
+    """Replace each tensor by its sum over all processes, in its dtype, the same bits in each.
 
     Args:
         tensors: of the same shapes and dtypes in each process.
-        name: of the group that is worked on, for messages.
+        name: of the group in question, for messages.
 
     Raises:
         ProcessGroupError: another process has ended.
@@ -141,17 +141,17 @@ def gather(items: Sequence[T], name: str) -> list[T]:
 
 
 def total(numbers: Sequence[float], name: str) -> list[float]:
-    """Of each number, the sum of all processes' own; integers stay integers. Raises as `sum_`."""
+    """The sum of each number over all processes; integers stay integers. Raises as `sum_`."""
     return [sum(column) for column in zip(*gather([numbers], name), strict=True)]
 
 
 def once(function: Callable[[], T], name: str) -> T:
-    """What `function` returns or raises, called in the first process, in all of them.
+    """Call `function` in the first process, and return or raise its result in all of them.
 
     Args:
-        function: of no collective operation of its own. What it returns is pickled; tensors in it
-            come to the other processes' own devices.
-        name: of the group that is worked on, for messages.
+        function: without collective operations of its own. Its result is pickled; tensors in it
+            go to the other processes' own devices.
+        name: of the group in question, for messages.
 
     Raises:
         ProcessGroupError: another process has ended.
@@ -175,9 +175,9 @@ def once(function: Callable[[], T], name: str) -> T:
 
 @contextmanager
 def first_within(context: AbstractContextManager[T], name: str) -> Iterator[T]:
-    """The first process is in the context, and all have what it gives.
+    """Enter the context in the first process, and yield its value in all of them.
 
-    What it raises at its beginning, or at an end without an error, all raise.
+    An error that it raises on entry, or on an exit without an error, is raised in all of them.
     """
     with ExitStack() as stack:
         yield once(partial(stack.enter_context, context), name)
@@ -185,7 +185,7 @@ def first_within(context: AbstractContextManager[T], name: str) -> Iterator[T]:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves out the tensors, which go from device to device, and lists them."""
+    """Lists the tensors instead of pickling them: they are sent from device to device."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -199,7 +199,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the tensors in where they were left out."""
+    """Puts the listed tensors back in their places."""
 
     def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
         super().__init__(file)
@@ -218,7 +218,7 @@ def _sent(data: Any, name: str) -> Any:
         pickler = _Pickler(file)
         pickler.dump(data)
         tensors = pickler.tensors
-        # Of a device only the type: its index is the receiver's own.
+        # Only the type of a device: the index is the receiver's own.
         kinds = [(tensor.shape, tensor.dtype, tensor.device.type) for tensor in tensors]
         header = [(file.getvalue(), kinds)]
     with _ended_at(name):
@@ -235,14 +235,14 @@ def _sent(data: Any, name: str) -> Any:
 
 
 def _carried(tensor: Tensor) -> Tensor:
-    """The tensor as the group's backend takes it: NCCL alone takes none of the host's."""
+    """The tensor on a device that the group's backend supports: NCCL has no CPU tensors."""
     if f"{tensor.device.type}:" not in distributed.get_backend_config():
         tensor = tensor.to(torch.accelerator.current_accelerator())
     return tensor.contiguous()
 
 
 def _picklable(error: Exception) -> Exception:
-    """The error, or one that says the same where its type cannot be sent."""
+    """The error, or a RuntimeError with its message where its type cannot be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:
@@ -253,7 +253,7 @@ def _picklable(error: Exception) -> Exception:
 
 @contextmanager
 def _ended_at(name: str) -> Iterator[None]:
-    """An exchange that fails says what for, and where the work was."""
+    """Name the group in question in the error of an exchange that fails."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -7,20 +7,20 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-# tqdm.auto is then another class, which draws a widget.
+# In a notebook tqdm.auto is another class, which draws a widget.
 _IN_NOTEBOOK = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
 class Bar(tqdm):  # type: ignore[misc]
-    """A bar on standard error; where that is not a terminal, a line for each part of the whole.
+    """A bar on standard error or, if that is not a terminal, a line for each part of the work.
 
-    There is none where transformers' bars are switched off (`disable_progress_bar`).
+    There is no bar where transformers' bars are disabled (`disable_progress_bar`).
 
     Args:
-        iterable: as of tqdm.
+        iterable: as in tqdm.
         total: number of steps.
         shown: False for no bar.
-        parts: lines that a log gets, besides the one at the start.
+        parts: lines in a log, in addition to the one at the start.
         settings: of tqdm.
     """
 
@@ -32,9 +32,9 @@ class Bar(tqdm):  # type: ignore[misc]
         self._in_log = not (_IN_NOTEBOOK or sys.stderr.isatty())
         self._written: float | None = None
         if self._in_log:
-            # By steps alone: tqdm would also write whenever some seconds have passed.
+            # By steps alone: otherwise tqdm also writes whenever some seconds have passed.
             settings |= {"miniters": total / max(1, parts), "mininterval": 0, "maxinterval": 1e9}
-            settings["leave"] = False  # else a line would follow the last one
+            settings["leave"] = False  # otherwise a line would follow the last one
         shown = shown and is_progress_bar_enabled()
         super().__init__(iterable, total=total, disable=not shown, **settings)
 
