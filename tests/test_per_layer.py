@@ -5,6 +5,7 @@ the same, and whatever is loaded computes the same bits as the live model.
 """
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ from grail_hf import ARCHITECTURES, compress
 from grail_hf.config import ATTENTION, MLP
 from grail_hf.methods.reduction import Reduction
 from grail_hf.models.configs import compressed_config
+from grail_hf.models.decoder import auto_class
 from grail_hf.models.groups import Group
 from grail_hf.models.modeling_grail import AUTO_MAP, LayerConfig, has_own_widths
 from grail_hf.models.surgery import apply_config_
@@ -662,6 +664,23 @@ def test_a_lora_trains_on_it(reloaded):
     batch = batches()[0]
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_what_is_used_of_transformers_is_still_there():
+    """Semi-private; where this fails, `modeling_grail.py` or `decoder.py` needs a revision."""
+    from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+    model = tiny_model("llama")
+    layer_class = type(layers_of(model)[0])
+    assert layer_class.__name__ in type(model)._no_split_modules
+    assert {"config", "layer_idx"} <= inspect.signature(layer_class.__init__).parameters.keys()
+    assert list(inspect.signature(PreTrainedModel.__init__).parameters)[:2] == ["self", "config"]
+    assert isinstance(type(model.config).per_layer_config, property)
+    assert model.config._attn_implementation == "sdpa"
+    assert type(type(model)._from_config(model.config)) is type(model)
+    assert PreTrainedModel._hf_peft_config_loaded is False
+    assert auto_class("qwen2_vl") is AutoModelForImageTextToText
+    assert auto_class("gemma3") is auto_class("llama") is AutoModelForCausalLM
 
 
 def test_a_config_of_our_own_making_alone_wakes_the_hook():

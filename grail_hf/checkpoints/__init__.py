@@ -1,4 +1,4 @@
-"""What is on disk: sources, weights, the journal of a run, folders that are whole or not there.
+"""Checkpoints on disk: sources, weights, the journal of a run, folders replaced as a whole.
 
-What becomes of the weights is not known here.
+The semi-private uses of transformers' weight conversion are in `converter`.
 """

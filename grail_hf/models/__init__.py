@@ -1,5 +1,5 @@
-"""What a model is: where its projections are, as data, and as groups of a live layer.
+"""Models: where a type has its projections, as data, and the groups of a live decoder layer.
 
-Model types are known here and nowhere else. Which units go is decided in `methods`, on statistics
-from `calibration`.
+Model types are known here and nowhere else. The semi-private uses of transformers are in
+`modeling_grail` and `decoder` (building models), `quantization`, and `experts` (fused experts).
 """

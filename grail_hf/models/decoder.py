@@ -1,4 +1,7 @@
-"""Properties of any decoder-only model: its layers, vocabulary, context length and class."""
+"""Properties of any decoder-only model: its layers, vocabulary, context length and class.
+
+The semi-private uses of transformers' model classes are in this module and `modeling_grail`.
+"""
 
 from __future__ import annotations
 

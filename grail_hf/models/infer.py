@@ -201,7 +201,7 @@ def _query_key_value(trace: Trace, path: str, sources: Mapping[str, Tensor]) -> 
             f"({', '.join(values) or 'none'})"
         )
     if {_parent(source) for source in sources} != {_parent(path)}:
-        raise Unfit("its projections lie in several modules")
+        raise Unfit("its projections are in several modules")
     (key,) = set(sources) - {*queries, *values}
     return (*queries, key, *values)
 

@@ -16,7 +16,6 @@ model builds its layers, and `PreTrainedConfig.save_pretrained`, which writes th
 them takes seconds, and vLLM calls `install_hook` in each of its processes, so a finder in
 `sys.meta_path` patches them right after transformers imports them for its own use. All of this can
 be removed once transformers builds each decoder layer from `config.per_layer_config[layer_idx]`.
-The semi-private uses of how transformers builds models are in this module alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an `Architecture` is: where the projections of a decoder layer are, as data."""
+"""`Architecture`: where a model type has the projections of its decoder layers, as data."""
 
 from __future__ import annotations
 

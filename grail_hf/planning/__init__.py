@@ -1,4 +1,4 @@
-"""What will be done and what it costs: widths, refusals, memory, disk, arithmetic.
+"""Plans of a compression and their costs: widths, refusals, memory, disk, arithmetic.
 
-Nothing is changed here: `compress` carries a plan out.
+Nothing is changed here: `compress` carries out a plan.
 """

@@ -1,4 +1,4 @@
-"""What a compression takes, by phase: memory, disk and arithmetic, from shapes alone."""
+"""Estimate what a compression takes from shapes alone: memory, disk and arithmetic by phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a compression will do, from shapes alone: widths, parameters, config.
+"""Plan a compression from shapes alone: widths, parameters, config.
 
 Bad input is refused here, before a weight or a calibration token is read. A plan can be made of a
 model on the meta device.
@@ -56,7 +56,7 @@ TOKENS_PER_CHANNEL = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done.
+    """What a compression will do to a model.
 
     Attributes:
         architecture: the model type's entry.

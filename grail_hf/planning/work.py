@@ -1,4 +1,4 @@
-"""What the layers of a compression take: memory and arithmetic by phase, added up.
+"""Add up what the layers of a compression take: memory and arithmetic by phase.
 
 Arithmetic. With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per
 projection parameter for the pass up to its consumer, N H^2 for half a Gram and 2 N O H for the

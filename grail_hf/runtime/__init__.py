@@ -1,4 +1,4 @@
-"""Where things lie and run: devices, hidden states, layers, processes, memory, progress.
+"""Placement and execution: devices, hidden states, layers, processes, memory, progress.
 
-What is computed is not known here, nor what a checkpoint looks like on disk (`checkpoints`).
+The semi-private uses of accelerate are in `hooks`.
 """
