@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from grail_hf.narrow_experts import SCARCE_DAMPING
 from test_architectures import groups_of, narrower, streamed
 from test_refit import Bar
 from tiny_models import (
@@ -31,7 +30,7 @@ from grail_hf.config import EXPERTS, SHARED
 from grail_hf.methods.selectors import wanda_plus_plus
 from grail_hf.methods.widths import EXPERTS_STEP
 from grail_hf.models.capture import captured_call
-from grail_hf.models.experts import ExpertsGroup
+from grail_hf.models.experts import SCARCE_DAMPING, ExpertsGroup
 from grail_hf.planning.costs import estimate
 from grail_hf.planning.plan import plan_compression
 
