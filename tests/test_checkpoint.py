@@ -73,19 +73,19 @@ def test_every_architecture_becomes_what_it_does_in_memory(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "dtype"),
     [
-        {"sparsity": 0.3},
-        {"sparsity": 0.3, "selector": "fold"},
-        {"sparsity": 0.3, "selector": "wanda++"},
-        {"sparsity": 0.3, "allocation": "search"},
-        {"sparsity": 0.3, "ignore": (0,)},
-        {"sparsity": 0.3, "compensate": False},
-        {"sparsity": 0.0},
+        ({"sparsity": 0.3}, torch.float32),
+        ({"sparsity": 0.3}, torch.bfloat16),
+        ({"sparsity": 0.3, "selector": "fold"}, torch.float32),
+        ({"sparsity": 0.3, "selector": "wanda++"}, torch.bfloat16),
+        ({"sparsity": 0.3, "allocation": "search"}, torch.float32),
+        ({"sparsity": 0.3, "ignore": (0,)}, torch.bfloat16),
+        ({"sparsity": 0.3, "compensate": False}, torch.float32),
+        ({"sparsity": 0.0}, torch.bfloat16),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_settings_do_what_they_do_in_memory(settings, dtype, tmp_path):
     model = tiny_model("qwen3", dtype=dtype)
     source = saved(model, tmp_path / "source", max_shard_size="20KB")

@@ -369,8 +369,15 @@ def test_a_source_that_changed_is_not_gone_on_with(source, tmp_path):
         compress(other, tmp_path / "out", resume=True)
 
 
-@pytest.mark.parametrize("pattern", ["model-00002*", ".grail/hidden*/*"])
-@pytest.mark.parametrize("spoil", ["flip", "cut", "delete"])
+@pytest.mark.parametrize(
+    ("pattern", "spoil"),
+    [
+        ("model-00002*", "flip"),
+        ("model-00002*", "delete"),
+        (".grail/hidden*/*", "flip"),
+        (".grail/hidden*/*", "cut"),
+    ],
+)
 def test_what_a_stopped_run_wrote_is_checked(pattern, spoil, source, tmp_path):
     work = stop(source, tmp_path / "out")
     path = next(iter(work.glob(pattern)))

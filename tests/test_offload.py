@@ -48,7 +48,6 @@ CASES = {
     "mixtral": {},
     "qwen3_moe": {"bias": "auto"},
 }
-every_case = pytest.mark.parametrize("case", CASES)
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -189,8 +188,15 @@ def reads(monkeypatch):
 # Models that accelerate has dispatched
 
 
-@every_case
-@pytest.mark.parametrize("dispatched", [from_checkpoint, host_and_disk], ids=lambda w: w.__name__)
+@pytest.mark.parametrize(
+    ("case", "dispatched"),
+    [
+        *((case, from_checkpoint) for case in CASES),
+        ("gpt2", host_and_disk),
+        ("mixtral", host_and_disk),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_a_dispatched_model_becomes_what_it_becomes_in_memory(
     case, dispatched, saved, in_memory, tmp_path
 ):
@@ -549,7 +555,10 @@ def files_under(folder):
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("case", "padded"), [("llama", False), *((case, True) for case in CASES)])
+@pytest.mark.parametrize(
+    ("case", "padded"),
+    [("llama", False), ("llama", True), ("qwen2-mixed", True), ("mixtral", True)],
+)
 def test_the_place_of_hidden_states_changes_no_bit(case, padded, folder):
     found = []
     for place in ("host", "disk"):

@@ -32,7 +32,7 @@ from tiny_models import (
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from grail_hf import ARCHITECTURES, compress
-from grail_hf.config import ATTENTION, MLP
+from grail_hf.config import ATTENTION, ATTENTION_UNITS, MLP
 from grail_hf.methods.reduction import Reduction
 from grail_hf.models.configs import compressed_config
 from grail_hf.models.decoder import auto_class
@@ -193,6 +193,10 @@ WIDTHS = {
 }
 
 every_case = pytest.mark.parametrize(("case", "unit"), CASES_AND_UNITS)
+# Each case once, each unit for half of them.
+each_case = pytest.mark.parametrize(
+    ("case", "unit"), [(case, ATTENTION_UNITS[n % 2]) for n, case in enumerate(CASES)]
+)
 
 
 def narrowed(case, unit, widths=None, **changes):
@@ -542,7 +546,7 @@ def reloaded(saved):
     return load
 
 
-@every_case
+@each_case
 def test_a_copy_computes_the_same_and_shares_its_own_config(made, reloaded, case, unit):
     live, _ = made[case, unit]
     for model in (live, reloaded(case, unit)):
@@ -551,14 +555,14 @@ def test_a_copy_computes_the_same_and_shares_its_own_config(made, reloaded, case
         assert torch.equal(logits(twin, batches()), logits(live, batches()))
 
 
-@every_case
+@each_case
 def test_it_is_dispatched(made, reloaded, case, unit):
     model = reloaded(case, unit, device_map="auto")
     actual = logits(model, [{k: v.to(model.device) for k, v in b.items()} for b in batches()])
     assert relative_error(actual.cpu(), logits(made[case, unit][0], batches())) < 1e-5
 
 
-@every_case
+@each_case
 def test_the_live_and_the_loaded_model_follow_another_attention(made, reloaded, case, unit):
     live, masked = (copy.deepcopy(model) for model in made[case, unit])
     expected = logits(masked, batches())
@@ -572,7 +576,7 @@ def test_the_live_and_the_loaded_model_follow_another_attention(made, reloaded, 
         assert relative_error(logits(model, batches()), expected) < 1e-5
 
 
-@every_case
+@each_case
 def test_caches_hold_as_many_heads_as_the_layer_has(made, case, unit):
     model, masked = made[case, unit]
     batch = batches()[0]
@@ -586,7 +590,7 @@ def test_caches_hold_as_many_heads_as_the_layer_has(made, case, unit):
     assert runs[0].shape[1] == batch["input_ids"].shape[1] + 8
 
 
-@every_case
+@each_case
 def test_it_trains_with_gradient_checkpointing(reloaded, case, unit):
     gradients = []
     for checkpointing in (False, True):

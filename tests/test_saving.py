@@ -267,15 +267,14 @@ def test_a_model_that_is_made_of_the_hub_s_code_keeps_it(tmp_path, monkeypatch):
 # Heads that the config cannot represent: 9 do not divide 48
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize(
-    ("model_type", "changes", "rehome"),
+    ("model_type", "changes", "rehome", "allocation"),
     [
-        ("gemma2", {}, True),
-        ("gemma3_text", {"rope_parameters": None}, True),
-        ("arcee", {}, True),
-        ("llama", {}, False),
-        ("llama", {"mlp_bias": True}, True),
+        *(("gemma2", {}, True, allocation) for allocation in ALLOCATIONS),
+        ("gemma3_text", {"rope_parameters": None}, True, "uniform"),
+        ("arcee", {}, True, "error"),
+        ("llama", {}, False, "flap"),
+        ("llama", {"mlp_bias": True}, True, "uniform-split"),
     ],
 )
 def test_heads_are_as_many_as_the_config_can_represent(
@@ -527,8 +526,14 @@ def test_a_model_that_was_pushed_as_it_was_saved_gets_its_card(hub, tmp_path):
         report.save(tmp_path / "dense")
 
 
-@pytest.mark.parametrize("settings", [{"refit": 1}, {"ignore": (1,)}], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        *((case, {"refit": 1}) for case in CASES),
+        *((c, {"ignore": (1,)}) for c in ("llama", "qwen3")),
+    ],
+    ids=str,
+)
 def test_fitted_biases_are_in_the_checkpoint_and_are_read(case, settings, tmp_path):
     """Nothing is missing or unexpected, and nothing but what was counted is there."""
     model = tiny_model(case)
