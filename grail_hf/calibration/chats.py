@@ -25,21 +25,21 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Chats:
+class Chats:
     conversations: Sequence[Any]
     label: str
 
 
-def read_conversations(source: Any) -> _Chats | None:
+def read_conversations(source: Any) -> Chats | None:
     """The conversations that `source` holds or names; None where it is text."""
     items = source if isinstance(source, list) else [source]
     if isinstance(items[0], list | tuple):
-        return _Chats(items, f"given conversations ({len(items)})")
+        return Chats(items, f"given conversations ({len(items)})")
     paths = [Path(item) for item in items]
     if not all(path.suffix == ".jsonl" and is_file(path) for path in paths):
         return None
     conversations = [messages for path in paths for messages in _read_messages(path)]
-    return _Chats(conversations, ", ".join(path.name for path in paths))
+    return Chats(conversations, ", ".join(path.name for path in paths))
 
 
 def _read_messages(path: Path) -> list[Any]:
@@ -59,7 +59,7 @@ def _read_messages(path: Path) -> list[Any]:
 
 
 def chat_windows(
-    chats: _Chats,
+    chats: Chats,
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     seq_length: int,
@@ -106,7 +106,7 @@ def _check_conversation(messages: Any, name: str) -> None:
             )
 
 
-def _chat_ids(chats: _Chats, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _chat_ids(chats: Chats, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     from jinja2 import TemplateError
 
     try:

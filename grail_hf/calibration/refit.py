@@ -32,7 +32,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ _SAME = 1e-6
 
 
 def refit_stride(steps: int) -> int:
-    """A refit of so many steps goes by every so-manieth micro-batch."""
+    """A refit of so many steps uses every n-th micro-batch, for the n that this returns."""
     return 2 if steps <= _QUICK_STEPS else 1
 
 
@@ -173,50 +173,55 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
     if linear is None or steps == 0:
         return
     start = linear.weight
-    module = block.layer.get_submodule(group.spec.name)
     runs = block.runs(group)
     with (
-        in_wider_range(module) as dtype,
+        in_wider_range(block.layer.get_submodule(group.spec.name)) as dtype,
         replaceable_weight(linear.projection, linear.index) as put,
     ):
         runs = [replace(run, dtype=dtype) for run in runs]
         inputs = _input_moments(block, group, linear, runs)
         factor, _ = damped_cholesky(inputs.dense, _INPUT_DAMPING, group.name)
+        del inputs
+        problem = _LeastSquares(block, group, linear, runs, put, factor)
+        change = problem.change_from(start, steps, damping)
+    if change is None:
+        return  # a dead block: whatever the weight, it puts out the same
+    fitted = processes.once(lambda: add_(change, start).to(start.dtype), group.name)
+    if not torch.isfinite(fitted).all():
+        raise FloatingPointError(f"the refitted weight is not finite in {start.dtype}")
+    linear.put_(fitted)
 
-        def to_weight(t: Tensor) -> Tensor:
-            """U of T: solves U L = T."""
-            weight: Tensor = torch.linalg.solve_triangular(factor, t, upper=False, left=False)
-            return weight
 
-        def to_t_(gradient: Tensor) -> Tensor:
-            """Overwrite the gradient g by U by that by T, h: solves h L^T = g."""
-            torch.linalg.solve_triangular(factor.mT, gradient, upper=True, left=False, out=gradient)
-            return gradient
+@dataclass(frozen=True)
+class _LeastSquares:
+    """The problem in the coordinates T = U L, in which a step changes all outputs alike.
 
-        def adjoint(weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
-            """A^T of what `towards` makes of each run's output, as a gradient by T."""
-            total = torch.zeros_like(start, dtype=factor.dtype)
-            for run in runs:
-                with torch.enable_grad():
-                    output = run.output()
-                goal = run.without_padding(towards(run, output.detach())).to(output.dtype)
-                add_(total, linear.of_stored(torch.autograd.grad(output, weight, goal)[0]))
-                block.progress.update()
-            processes.sum_([total], group.name)
-            return to_t_(total)
+    Attributes:
+        block: the decoder layer.
+        group: of it.
+        linear: the rows U [K, D] of its linear producer.
+        runs: the block's calls.
+        put: gives the producer another U, and returns its whole weight.
+        factor: L [D, D], lower, of the inputs' moments.
+    """
 
-        def normal(t: Tensor) -> Tensor:
-            """A^T A t. Biases are no part of A."""
-            with without_biases(linear, group.consumer):
-                return adjoint(put(to_weight(t)), lambda run, output: output)
+    block: Block
+    group: Group
+    linear: Rows
+    runs: Sequence[Run]
+    put: Callable[[Tensor], nn.Parameter]
+    factor: Tensor
 
+    def change_from(self, start: Tensor, steps: int, damping: float) -> Tensor | None:
+        """[K, D], what `steps` of conjugate gradients add to U_0; None for a dead block."""
+        factor = self.factor
         # With one random vector for all rows, the consumer's inputs are g (r^T x).
-        generator = torch.Generator().manual_seed(group.seed)
+        generator = torch.Generator().manual_seed(self.group.seed)
         probe = torch.randint(0, 2, (1, start.shape[1]), generator=generator).to(factor) * 2 - 1
-        put(to_weight(probe.expand(start.shape)))
-        coupling = _coupling(block, group, linear, runs).div_(start.shape[1])
+        self.put(self.to_weight(probe.expand(start.shape)))
+        coupling = _coupling(self.block, self.group, self.linear, self.runs).div_(start.shape[1])
         if not coupling.any():
-            return  # a dead block: whatever the weight, it puts out the same
+            return None
         rows = coupling.diagonal()[:, None].clone()
         rows = rows.clamp_min(1e-6 * rows.max().clamp_min(torch.finfo(rows.dtype).tiny))
         preconditioner, _ = cholesky_(coupling, damping * rows.flatten())
@@ -228,13 +233,13 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
 
         # What is added to weights in the end need not be more exact than they are.
         solution = torch.zeros_like(start, dtype=torch.float32)
-        residual = adjoint(put(start), Run.miss)
+        residual = self.adjoint(self.put(start), Run.miss)
         direction = preconditioned(residual).to(residual)
         norm = sum_of_products(residual, direction)
         for _ in range(steps):
             if norm <= 0:
                 break
-            image = normal(direction).addcmul_(rows, direction, value=damping)
+            image = self.normal(direction).addcmul_(rows, direction, value=damping)
             length = norm / sum_of_products(direction, image)
             add_(solution, direction, length)
             residual.sub_(image, alpha=length)
@@ -244,11 +249,36 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
             add_(direction.mul_(norm / previous), scaled)
             del scaled  # before the next step makes its own
         del residual, direction
-        change = to_weight(solution.to(factor))
-    fitted = processes.once(lambda: add_(change, start).to(start.dtype), group.name)
-    if not torch.isfinite(fitted).all():
-        raise FloatingPointError(f"the refitted weight is not finite in {start.dtype}")
-    linear.put_(fitted)
+        return self.to_weight(solution.to(factor))
+
+    def to_weight(self, t: Tensor) -> Tensor:
+        """U of T: solves U L = T."""
+        weight: Tensor = torch.linalg.solve_triangular(self.factor, t, upper=False, left=False)
+        return weight
+
+    def _to_t_(self, gradient: Tensor) -> Tensor:
+        """Overwrite the gradient g by U by that by T, h: solves h L^T = g."""
+        torch.linalg.solve_triangular(
+            self.factor.mT, gradient, upper=True, left=False, out=gradient
+        )
+        return gradient
+
+    def adjoint(self, weight: nn.Parameter, towards: Callable[[Run, Tensor], Tensor]) -> Tensor:
+        """A^T of what `towards` makes of each run's output, as a gradient by T."""
+        total = torch.zeros_like(self.linear.weight, dtype=self.factor.dtype)
+        for run in self.runs:
+            with torch.enable_grad():
+                output = run.output()
+            goal = run.without_padding(towards(run, output.detach())).to(output.dtype)
+            add_(total, self.linear.of_stored(torch.autograd.grad(output, weight, goal)[0]))
+            self.block.progress.update()
+        processes.sum_([total], self.group.name)
+        return self._to_t_(total)
+
+    def normal(self, t: Tensor) -> Tensor:
+        """A^T A t. Biases are not in A."""
+        with without_biases(self.linear, self.group.consumer):
+            return self.adjoint(self.put(self.to_weight(t)), lambda run, output: output)
 
 
 def _input_moments(block: Block, group: Group, linear: Rows, runs: Sequence[Run]) -> Symmetric:

@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from grail_hf.calibration.chats import Conversation, chat_windows, padded, read_conversations
+from grail_hf.calibration.chats import (
+    Chats,
+    Conversation,
+    chat_windows,
+    padded,
+    read_conversations,
+)
 from grail_hf.calibration.corpora import TextSource, read_text
 from grail_hf.calibration.sampling import SELF, sample_tokens
 from grail_hf.calibration.windows import (
@@ -166,17 +172,7 @@ def _within_context(tokens: TokenBatches, model: PreTrainedModel) -> TokenBatche
 def token_batches(
     calibration: Calibration,
     tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    vocab_size: int,
-    num_samples: int,
-    seq_length: int,
-    batch_size: int,
-    seed: int,
-    bos: bool | str = AUTO,
-    random_tokens: float = 0.0,
-    max_length: int | None = None,
-    model: PreTrainedModel | None = None,
-    progress: bool = True,
+    **settings: Any,
 ) -> TokenBatches:
     """Turn any kind of calibration data into micro-batches of token ids.
 
@@ -192,64 +188,143 @@ def token_batches(
     sampled from `model` (in eval mode) where it is, in batches of `batch_size`, with a bar on
     standard error if `progress`.
 
+    Args:
+        calibration: the data.
+        tokenizer: needed for text and conversations.
+        settings: fields of `TokenReader`.
+
     Raises ValueError for text too short, conversations that are malformed or that the tokenizer has
     no chat template for, `bos=True` where there is no BOS token, "self" without a model that has
     its weights, ids outside [0, vocab_size), and batches or masks of the wrong shape, TypeError for
     the wrong kind of data, FileNotFoundError for text that is not found.
     """
-    check_positive(
-        vocab_size=vocab_size, num_samples=num_samples, seq_length=seq_length, batch_size=batch_size
-    )
-    has_bos, text = None, False
-    if isinstance(calibration, Mapping):
-        calibration = [calibration]
-    if not isinstance(calibration, str | os.PathLike | Tensor):
-        calibration = _materialize(calibration)
-    if isinstance(calibration, Tensor):
-        windows = check_token_ids(calibration, vocab_size, "the calibration tensor")
-        batches = _split(windows, batch_size)
-        source = f"given tensor of {windows.shape[0]} x {windows.shape[1]} tokens"
-    elif isinstance(calibration, list) and isinstance(calibration[0], Mapping):
-        batches = [_check_batch(batch, vocab_size, i) for i, batch in enumerate(calibration)]
-        source = f"given batches, {sum(len(b['input_ids']) for b in batches)} sequences"
-    elif calibration == SELF:
-        length = capped(seq_length, max_length)
+    return TokenReader(tokenizer, **settings).read(calibration)
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """Reads calibration data of any kind (`token_batches`).
+
+    Attributes:
+        tokenizer: needed for text and conversations.
+        vocab_size: rows of the model's embedding.
+        num_samples: windows to draw from text and conversations.
+        seq_length: tokens in a window.
+        batch_size: windows in a micro-batch.
+        seed: of the windows that are drawn.
+        bos: whether windows start with BOS (`bos_token`).
+        random_tokens: fraction of a text's tokens that are replaced by random ones.
+        max_length: the model's limit on `seq_length`.
+        model: that "self" samples from.
+        progress: show a bar while it does.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    num_samples: int
+    seq_length: int
+    batch_size: int
+    seed: int
+    bos: bool | str = AUTO
+    random_tokens: float = 0.0
+    max_length: int | None = None
+    model: PreTrainedModel | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "num_samples", "seq_length", "batch_size")
+        check_positive(**{name: getattr(self, name) for name in names})
+
+    def read(self, calibration: Calibration) -> TokenBatches:
+        """The calibration as micro-batches."""
+        if isinstance(calibration, Mapping):
+            calibration = [calibration]
+        if not isinstance(calibration, str | os.PathLike | Tensor):
+            calibration = _materialize(calibration)
+        if isinstance(calibration, Tensor):
+            return self._of_windows(
+                check_token_ids(calibration, self.vocab_size, "the calibration tensor"),
+                f"given tensor of {calibration.shape[0]} x {calibration.shape[1]} tokens",
+            )
+        if isinstance(calibration, list) and isinstance(calibration[0], Mapping):
+            given = [_check_batch(b, self.vocab_size, i) for i, b in enumerate(calibration)]
+            number = sum(len(batch["input_ids"]) for batch in given)
+            return _of_batches(given, f"given batches, {number} sequences")
+        if calibration == SELF:
+            return self._sampled()
+        if chats := read_conversations(calibration):
+            return self._of_conversations(chats)
+        return self._of_text(calibration)
+
+    @property
+    def _length(self) -> int:
+        return capped(self.seq_length, self.max_length)
+
+    def _of_windows(self, windows: Tensor, source: str, **others: Any) -> TokenBatches:
+        return _of_batches(_split(windows, self.batch_size), source, **others)
+
+    def _sampled(self) -> TokenBatches:
+        length = self._length
         windows = sample_tokens(
-            model, tokenizer, vocab_size, num_samples, length, batch_size, seed, progress
+            self.model,
+            self.tokenizer,
+            self.vocab_size,
+            self.num_samples,
+            length,
+            self.batch_size,
+            self.seed,
+            self.progress,
         )
-        batches = _split(check_token_ids(windows, vocab_size, "the model's sample"), batch_size)
-        source = (
-            f"sampled from the dense model itself: {num_samples} sequences of {length} tokens at "
-            f"temperature 1, seed {seed}"
+        return self._of_windows(
+            check_token_ids(windows, self.vocab_size, "the model's sample"),
+            f"sampled from the dense model itself: {self.num_samples} sequences of {length} tokens "
+            f"at temperature 1, seed {self.seed}",
         )
-    elif chats := read_conversations(calibration):
-        tokenizer = required_tokenizer(tokenizer)
-        seq_length = capped(seq_length, max_length)
-        rows, first = chat_windows(chats, tokenizer, num_samples, seq_length, seed, bos)
+
+    def _of_conversations(self, chats: Chats) -> TokenBatches:
+        tokenizer, length = required_tokenizer(self.tokenizer), self._length
+        rows, first = chat_windows(chats, tokenizer, self.num_samples, length, self.seed, self.bos)
         for row in rows:
-            check_token_ids(row[None], vocab_size, chats.label)
-        rows = [with_random_tokens(row, random_tokens, tokenizer, vocab_size, seed) for row in rows]
-        batches = [padded(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-        has_bos = first is not None
-        source = (
-            f"{chats.label}: {len(rows)} windows of at most {seq_length} tokens in the chat "
-            f"template{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
+            check_token_ids(row[None], self.vocab_size, chats.label)
+        rows = [self._with_random_tokens(row) for row in rows]
+        size = self.batch_size
+        return _of_batches(
+            [padded(rows[i : i + size]) for i in range(0, len(rows), size)],
+            f"{chats.label}: {len(rows)} windows of at most {length} tokens in the chat template"
+            + self._details(first),
+            bos=first is not None,
         )
-    else:
-        tokenizer = required_tokenizer(tokenizer)
-        seq_length = capped(seq_length, max_length)
-        first = bos_token(tokenizer, bos)
-        corpus, text = read_text(calibration, "train"), True
-        windows = random_windows(corpus, tokenizer, num_samples, seq_length, seed, first)
-        windows = check_token_ids(windows, vocab_size, corpus.label)
-        windows = with_random_tokens(windows, random_tokens, tokenizer, vocab_size, seed)
-        batches = _split(windows, batch_size)
-        has_bos = first is not None
-        source = (
-            f"{corpus.label}: {num_samples} random windows of {seq_length} tokens"
-            f"{BOS_FIRST if has_bos else ''}{_says_random(random_tokens)}, seed {seed}"
+
+    def _of_text(self, calibration: TextSource) -> TokenBatches:
+        tokenizer, length = required_tokenizer(self.tokenizer), self._length
+        first = bos_token(tokenizer, self.bos)
+        text = read_text(calibration, "train")
+        windows = random_windows(text, tokenizer, self.num_samples, length, self.seed, first)
+        windows = check_token_ids(windows, self.vocab_size, text.label)
+        return self._of_windows(
+            self._with_random_tokens(windows),
+            f"{text.label}: {self.num_samples} random windows of {length} tokens"
+            + self._details(first),
+            bos=first is not None,
+            text=True,
         )
-    return TokenBatches(tuple(batches), source, _fingerprint(batches), has_bos, text)
+
+    def _with_random_tokens(self, ids: Tensor) -> Tensor:
+        tokenizer = required_tokenizer(self.tokenizer)
+        return with_random_tokens(ids, self.random_tokens, tokenizer, self.vocab_size, self.seed)
+
+    def _details(self, first: int | None) -> str:
+        """What a report says of how windows were made, beside where they come from."""
+        replaced = f", {100 * self.random_tokens:g}% of the tokens replaced by random ones"
+        return (
+            ("" if first is None else BOS_FIRST)
+            + (replaced if self.random_tokens else "")
+            + f", seed {self.seed}"
+        )
+
+
+def _of_batches(batches: Sequence[dict[str, Tensor]], source: str, **others: Any) -> TokenBatches:
+    return TokenBatches(tuple(batches), source, _fingerprint(batches), **others)
 
 
 def with_own_samples(
@@ -321,10 +396,6 @@ def _with_own_samples(
     batches = _split(ids, batch_size)
     source = f"{tokens.source}; {count} of them written by the dense model"
     return replace(tokens, batches=tuple(batches), source=source, fingerprint=_fingerprint(batches))
-
-
-def _says_random(fraction: float) -> str:
-    return f", {100 * fraction:g}% of the tokens replaced by random ones" if fraction else ""
 
 
 def _materialize(calibration: Iterable[Any]) -> list[Any]:
