@@ -157,9 +157,9 @@ class GrailConfig:
             the literature does. Token ids that you pass, and "self", are never changed.
         self_samples: fraction of a calibration text's windows that are replaced by text which the
             model writes itself, in [0, 1): a text is of one domain, and what the model writes is of
-            all that it was trained on (arXiv 2410.17170). "auto": an eighth where the whole model
-            is on the device that layers run on, else none, since writing needs the whole model once
-            for each token. Only text is affected.
+            all that it was trained on (arXiv 2410.17170). "auto": a twelfth where the whole
+            model is on the device that layers run on, else none, since writing takes the whole
+            model for each token. Only text is affected.
         batch_size: windows in one forward pass.
         seed: of the windows drawn or sampled, and of the `random` and `fold` selectors.
         multiple_of: MLP widths are multiples of this (64 or 128 suit tensor cores and tensor
@@ -244,7 +244,7 @@ class GrailConfig:
         AUTO,
         "Fraction of a calibration text's windows that the model writes itself.",
         choices=(AUTO,),
-        range=Range(0, 1, example=0.125),
+        range=Range(0, 1, example=0.1),
     )
     batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
     seed: int = setting(

@@ -52,7 +52,7 @@ _OUTPUT = "the output folder"
 
 
 class StoppedError(RuntimeError):
-    """A failure after layers were written: they are kept, and the run can go on behind them."""
+    """A failure after layers were written: they are kept, and the run can resume after them."""
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def compress_checkpoint(
 
     The result is what `compress` and `save_pretrained` make of the model, in one file a decoder
     layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
-    run that is stopped, or killed, can go on behind the last layer that it had written: its files
+    run that is stopped, or killed, can resume after the last layer that it had written: its files
     are then, byte for byte, those of a run that was not stopped, but for the times and the memory
     that `grail.json` reports. Several processes share the work as in `compress`; the output is in a
     folder that all of them see. fp32 matrix products are in fp32, as in `compress`.
@@ -310,6 +310,6 @@ def _says_how_to_go_on(journal: Journal) -> Iterator[None]:
             raise
         message = (
             f"stopped with {journal.layers} of the layers done; they are kept in {journal.folder}: "
-            "resume=True (on the command line --resume) goes on behind them"
+            "resume=True (on the command line --resume) resumes after them"
         )
         fail(error, StoppedError, message)

@@ -1047,7 +1047,12 @@ def test_what_the_model_writes_is_likely_to_it(written, tiny_llama):
 
 @pytest.mark.parametrize(
     ("settings", "count"),
-    [({}, 2), ({"device": "meta"}, 0), ({"self_samples": 0}, 0), ({"num_samples": 3}, 0)],
+    [
+        ({"num_samples": 24}, 2),
+        ({"device": "meta"}, 0),
+        ({"self_samples": 0}, 0),
+        ({"num_samples": 3}, 0),
+    ],
 )
 def test_by_default_a_model_writes_where_it_runs(written, settings, count):
     text, own = written(**settings)

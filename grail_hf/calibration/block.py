@@ -32,7 +32,7 @@ from grail_hf.runtime.progress import Bar
 
 @dataclass(frozen=True)
 class Block:
-    """A decoder layer on the accelerator, with the calibration hidden states in front of it.
+    """A decoder layer on the accelerator, with the calibration hidden states before it.
 
     Of several processes, each has its own share of the hidden states; the statistics are those of
     all, in `dtype`.
@@ -140,10 +140,10 @@ class Block:
     def collect_folded(
         self, group: Group, reduction: Reduction, hold_out: bool = False
     ) -> GramStats:
-        """The moments [K] that `collect` will find behind the folded producers; nothing is changed.
+        """The moments [K] that `collect` will find after the folded producers; nothing is changed.
 
-        Behind a gate or an attention, the mean of producers does not put out the mean of what they
-        put out, so this takes another pass. The targets are those before the fold; where that is
+        Averaging producers does not average their outputs once a gate or attention follows, so this
+        takes another pass. The targets are those before the fold; where that is
         the block's own output, one pass more.
         """
         targets = self.outputs(group) if self.target == "self" else None
@@ -173,10 +173,10 @@ class Block:
         squares = torch.zeros_like(group.weight, dtype=torch.float32)
         for batch in self.batches:
             with torch.enable_grad(), detached_output(group.consumer) as seen:
-                behind = batch.through(self.layer, self.index, batch.hidden, self.device)
-                behind = batch.without_padding(behind.float())
+                after = batch.through(self.layer, self.index, batch.hidden, self.device)
+                after = batch.without_padding(after.float())
                 inputs, output = seen
-                norms = torch.linalg.vector_norm(behind, dim=(1, 2))
+                norms = torch.linalg.vector_norm(after, dim=(1, 2))
                 gradients = torch.autograd.grad(norms.sum(), output)[0]
             samples = len(batch.hidden)
             x = inputs.detach().float().reshape(samples, -1, inputs.shape[-1])
@@ -272,7 +272,7 @@ class Block:
     def _target(self, batch: MicroBatch, position: int, seen: Sequence[Tensor]) -> Tensor | None:
         """What the consumer at `position` should put out, [b, T, O]; None for its own output.
 
-        "residual" adds to the dense output what the residual stream lacks in front of it: the
+        "residual" adds to the dense output what the residual stream lacks before it: the
         difference of the layer's inputs, and of what earlier groups have put out (in a parallel
         block too, where they are added together). A block whose output is scaled by s on its way
         makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
@@ -296,7 +296,7 @@ class Block:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Replace the hidden states in front of the layer by those behind it."""
+        """Replace the hidden states before the layer by those after it."""
         self.progress.set_postfix_str(f"{self.name} forward")
         for batch in self.batches:
             if batch.following is None:

@@ -4,7 +4,7 @@ A first, cheap pass over the embeddings replaces every decoder layer by a record
 layer is later called with exactly the arguments that the full model would give it: its own mask
 (full, sliding, padded), rotary embeddings and flags. Replaying the first layer's arguments on all
 layers, as is usual, is wrong wherever layers differ. Then only one layer at a time needs the
-accelerator: the hidden states in front of it are run through it and replaced by what comes out.
+accelerator: the hidden states before it are run through it and replaced by its output.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ class Stream:
 def _dense_pass(block: Block) -> list[Tensor]:
     """Run the unchanged layer on the dense hidden states; keep its consumers' outputs.
 
-    Returns the hidden states behind the layer.
+    Returns the hidden states after the layer.
     """
     block.progress.set_postfix_str(f"{block.name} dense forward")
     following = []
     for batch in block.batches:
         hidden = batch.hidden if batch.dense is None else batch.dense
         with captured_outputs([group.consumer for group in block.groups]) as outputs:
-            behind = batch.through(block.layer, block.index, hidden, block.device)
+            after = batch.through(block.layer, block.index, hidden, block.device)
         batch.dense, batch.outputs = hidden, [block.place.keep(output) for output in outputs]
-        following.append(block.place.keep(behind))
+        following.append(block.place.keep(after))
         block.progress.update()
     return following

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # Of a text's windows, what the model writes itself where that is cheap, and the tokens that it
 # writes at a stretch.
-OWN_SHARE = 1 / 8
+OWN_SHARE = 1 / 12
 PIECE = 256
 
 Calibration: TypeAlias = (

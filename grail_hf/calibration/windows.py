@@ -94,7 +94,7 @@ def bos_token(
 ) -> int | None:
     """The id of the BOS token that each window of text starts with; None for windows without one.
 
-    `bos` is True, False, or "auto": True if the tokenizer puts its BOS token in front of a text by
+    `bos` is True, False, or "auto": True if the tokenizer puts its BOS token before a text by
     itself, and, for conversations, if their template does so too in `chat`, the tokens of one.
     Raises ValueError for another value, and for True where there is no BOS token.
     """
@@ -106,7 +106,7 @@ def bos_token(
             "bos=True, but the tokenizer has no BOS token: set its bos_token, or leave bos='auto'"
         )
     if bos == AUTO:
-        # A template alone is no sign: SmolLM2's BOS is the mark in front of each of its messages.
+        # A template alone is no sign: SmolLM2's BOS is the mark before each of its messages.
         added = tokenizer("a")["input_ids"][:1] == [token]
         bos = added and (not chat or chat[0] == token)
     return token if bos else None
@@ -122,7 +122,7 @@ def text_length(seq_length: int, bos: int | None) -> int:
 
 
 def with_bos(windows: Tensor, bos: int | None) -> Tensor:
-    """Put BOS, if there is one, in front of each window."""
+    """Put BOS, if there is one, before each window."""
     if bos is None:
         return windows
     return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)

@@ -404,7 +404,7 @@ def required_gradient(part: Part) -> RegionalGradient:
 def reduced_rows(rows: Tensor, producer: Producer, reduction: Reduction) -> Tensor:
     """A producer's weight or bias [rows, ..] after the reduction, which each section undergoes.
 
-    Rows behind the last section stay.
+    Rows after the last section stay.
     """
     reduced, start = [], 0
     for per_unit in producer.rows:

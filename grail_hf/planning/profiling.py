@@ -416,7 +416,7 @@ def _divergences(
 ) -> list[float]:
     """KL(dense || variant) of the next token, nats a token, for each variant.
 
-    The model's own forward makes logits of the hidden states behind the last layer, so that its
+    The model's own forward makes logits of the hidden states after the last layer, so that its
     final norm, scaling and caps are what they are.
     """
     device = input_device(model)
