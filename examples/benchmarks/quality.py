@@ -9,7 +9,7 @@ changed, so that the MLP does not see the repaired attention; damping 1e-3; the 
 as target), which is written here with this library's parts; by grail_hf's defaults ("ours"); with
 widths that differ by layer ("error": `allocation="error"`); and with these by measured divergence
 and six steps of refit ("best": `allocation="search"`, `refit=6`). The first two keep the same
-fraction of both kinds and calibrate on the text as it is. "flap-global" is FLAP with its own
+fraction of both kinds and calibrate on the text as it is; the others let the model write a part. "flap-global" is FLAP with its own
 widths, of standardised scores sorted over the whole model, in every column. Prints one table of
 excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the best
 reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
@@ -187,6 +187,8 @@ def calibration_tokens(
         batches,
         source="; ".join(part.source for part in parts),
         fingerprint=" ".join(part.fingerprint for part in parts),
+        bos=parts[0].bos,
+        text=all(part.text for part in parts),
     )
 
 
