@@ -9,11 +9,12 @@ changed, so that the MLP does not see the repaired attention; damping 1e-3; the 
 as target), which is written here with this library's parts; by grail_hf's defaults ("ours"); with
 widths that differ by layer ("error": `allocation="error"`); and with these by measured divergence
 and six steps of refit ("best": `allocation="search"`, `refit=6`). The first two keep the same
-fraction of both kinds and calibrate on the text as it is; the others let the model write a part. "flap-global" is FLAP with its own
-widths, of standardised scores sorted over the whole model, in every column. Prints one table of
-excess losses (log perplexity minus the dense model's, nats a token), with the ratio to the best
-reference at that sparsity, and writes quality.json and quality.png. A run goes on from the
-quality.json that it finds, if that is of the same model, texts and numbers of tokens.
+fraction of both kinds and calibrate on the text as it is; for the others, a part of the text is
+random and a part is written by the model. "flap-global" is FLAP with its own widths, of
+standardised scores sorted over the whole model, in every column. Prints one table of excess losses
+(log perplexity minus the dense model's, nats a token), with the ratio to the best reference at that
+sparsity, and writes quality.json and quality.png. A run goes on from the quality.json that it
+finds, if that is of the same model, texts and numbers of tokens.
 """
 
 from __future__ import annotations
