@@ -447,7 +447,7 @@ def test_weights_that_are_cut_short_are_one_line(
         }[command]
     )
     assert (code, out) == (1, "")
-    assert f"{source} is cut short or damaged" in err and "get it again" in err
+    assert f"{source} is truncated or damaged" in err and "download it again" in err
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -603,7 +603,7 @@ def test_a_proposal_that_cannot_be_made_is_one_line(tmp_path):
     config_of(SIZES | {"model_type": "mixtral"}).save_pretrained(tmp_path)
     code, out, err = run("infer", tmp_path)
     assert (code, out) == (1, "")
-    assert "experts and the like are not offered" in err and "Traceback" not in err
+    assert "experts and the like are not supported" in err and "Traceback" not in err
 
 
 def test_memory_that_runs_out_is_one_line(compress_arguments, monkeypatch):

@@ -170,8 +170,8 @@ def save_or_rescue(save: Callable[[Path], None], folder: Path, output: Path) -> 
             shutil.rmtree(rescue, ignore_errors=True)
             continue
         raise OSError(
-            f"{output} cannot be written ({failure}): the complete compressed model is in {rescue} "
-            "instead; move it where you want it"
+            f"{output} cannot be written ({failure}): the compressed model is in {rescue} instead, "
+            "complete; move it where you want it"
         ) from failure
     raise OSError(
         f"{output} cannot be written ({failure}), and neither can {' nor '.join(tried)}: the "

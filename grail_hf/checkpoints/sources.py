@@ -24,7 +24,9 @@ _PROCESSOR = ["*processor_config.json", "chat_template*"]
 def check_revision(source: str | Path, revision: str | None) -> None:
     """Raise ValueError where a revision is given for a folder, which has none."""
     if revision is not None and Path(source).is_dir():
-        raise ValueError(f"revision={revision!r} needs a name on the hub, and {source} is a folder")
+        raise ValueError(
+            f"revision={revision!r} goes with a name on the hub, and {source} is a folder"
+        )
 
 
 def meta_model(
