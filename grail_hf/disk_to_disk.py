@@ -72,8 +72,8 @@ def compress_checkpoint(
 ) -> CompressionReport:
     """Compress a checkpoint from disk to disk: neither model is ever whole in memory.
 
-    The result is what `compress` and `save_pretrained` make of the model, in one file a decoder
-    layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
+    The result is what `compress` and `save_pretrained` make of the model with `self_samples=0`
+    (to write text takes the whole model), in one file a decoder layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
     run that is stopped, or killed, can resume after the last layer that it had written: its files
     are then, byte for byte, those of a run that was not stopped, but for the times and the memory
     that `grail.json` reports. Several processes share the work as in `compress`; the output is in a

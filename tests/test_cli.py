@@ -167,6 +167,8 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_one(
             "--no-compensate",
             "--random-tokens",
             0,
+            "--self-samples",
+            0,
         ),
         *("--eval", text, "--json"),
     )
@@ -212,7 +214,7 @@ def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
     compress_arguments, jargon_test, tmp_path, monkeypatch
 ):
     """By default, where the weights fill half of the free memory; the weights are the same."""
-    assert run(*compress_arguments)[0] == 0
+    assert run(*compress_arguments, "--self-samples", 0)[0] == 0
     (tmp_path / "out").rename(tmp_path / "in memory")
     memory = psutil.virtual_memory()._replace(available=20 * 2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -365,7 +367,7 @@ def test_a_source_on_the_hub_can_be_pinned(hub, compress_arguments, jargon_test,
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
     tensors = []
     for way in ("--in-memory", "--disk-to-disk"):
-        quick = ("--no-compensate", "--eval", text)
+        quick = ("--no-compensate", "--self-samples", 0, "--eval", text)
         arguments = ("compress", hub, tmp_path / way, *compress_arguments[3:], way, *quick)
         assert layers(*arguments, "--revision", "v1") == 6
         assert CompressionReport.load(tmp_path / way).base_model == hub

@@ -35,7 +35,7 @@ from grail_hf.planning.costs import estimate
 from grail_hf.planning.plan import plan_compression
 
 MIXTURES = [
-    case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].parts
+    case for case in ARCHITECTURE_CASES if case in ARCHITECTURES and ARCHITECTURES[case].experts
 ]
 TIED = "deepseek_v2"
 
@@ -43,7 +43,7 @@ every_mixture = pytest.mark.parametrize("case", MIXTURES)
 
 
 def experts_of(model):
-    return [group for _, group in groups_of(model) if group.spec.parts]
+    return [group for _, group in groups_of(model) if group.spec.experts]
 
 
 def calls_of(model, module):
@@ -76,7 +76,7 @@ def test_what_is_read_of_an_expert_is_what_transformers_computes(case):
     (group, *_) = experts_of(model)
     x = torch.randn(7, model.config.get_text_config().hidden_size)
     for expert in group.parts:
-        bias = getattr(group.consumer, "down_proj_bias", torch.zeros(group.spec.parts, 1))
+        bias = getattr(group.consumer, "down_proj_bias", torch.zeros(group.spec.experts, 1))
         inner = expert.inner(x)
         assert inner.shape == (7, group.num_units)
         expected = through(group, expert, x)
@@ -89,7 +89,7 @@ def test_an_experts_gram_is_that_of_the_tokens_routed_to_it(case):
     model = tiny_architecture(case)
     for block in streamed(model):
         for group in block.groups:
-            if not group.spec.parts:
+            if not group.spec.experts:
                 continue
             hidden, chosen = calls_of(model, group.consumer)
             every = block.collect_parts(group, group.parts, hold_out=True)
@@ -239,7 +239,7 @@ def test_shared_experts_with_the_same_key_keep_the_same_fraction():
     assert [2 * width for width in widths[EXPERTS]] == list(widths[SHARED])
 
 
-@pytest.mark.parametrize("entry", ["shared_experts", "layers.1.mlp.parts"])
+@pytest.mark.parametrize("entry", ["shared_experts", "layers.1.mlp.experts"])
 def test_shared_experts_with_the_same_key_are_not_left_alone(entry):
     model = tiny_architecture(TIED)
     state = state_of(model)
@@ -293,7 +293,7 @@ def test_attention_of_a_mixture_may_be_folded():
 
 def test_experts_that_are_not_fused_are_refused(monkeypatch):
     model = tiny_architecture("mixtral")
-    monkeypatch.delattr(type(layers_of(model)[0].mlp.parts), "_apply_gate")
+    monkeypatch.delattr(type(layers_of(model)[0].mlp.experts), "_apply_gate")
     with pytest.raises(TypeError, match="does not hold all experts in gate_up_proj and down_proj"):
         grail_hf.compress(model, calibration=None, sparsity=0.3)
 

@@ -12,7 +12,7 @@ killed between the two renames at the end: the old output is restored, or the ne
     test_an_old_output_stays_until_the_new_one_is_whole
 interrupted (SIGINT): no partial output; a message tells how to resume.
     test_cli.py: test_an_interrupted_command_goes_on
-    test_an_interrupt_behind_the_last_rename_is_an_interrupt
+    test_an_interrupt_after_the_last_rename_is_an_interrupt
 resumed with other settings, texts, weights or versions: refused; the message names what differs.
     test_a_stopped_run_is_neither_lost_nor_taken_for_another
     test_a_source_that_changed_is_not_gone_on_with
