@@ -73,11 +73,12 @@ def compress_checkpoint(
     """Compress a checkpoint from disk to disk: neither model is ever whole in memory.
 
     The result is what `compress` and `save_pretrained` make of the model with `self_samples=0`
-    (to write text takes the whole model), in one file a decoder layer. It grows beside `output`, in `.<name>.partial`, and takes its place when it is whole. A
-    run that is stopped, or killed, can resume after the last layer that it had written: its files
-    are then, byte for byte, those of a run that was not stopped, but for the times and the memory
-    that `grail.json` reports. Several processes share the work as in `compress`; the output is in a
-    folder that all of them see. fp32 matrix products are in fp32, as in `compress`.
+    (writing text takes the whole model), in one file per decoder layer. It grows beside `output`,
+    in `.<name>.partial`, and takes its place when it is whole. A run that is stopped, or killed,
+    can resume after the last layer that it had written: its files are then, byte for byte, those of
+    a run that was not stopped, but for the times and the memory that `grail.json` reports. Several
+    processes share the work as in `compress`; the output is in a folder that all of them see. fp32
+    matrix products are in fp32, as in `compress`.
 
     Args:
         source: a folder in safetensors, or a name on the hub.

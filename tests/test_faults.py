@@ -57,7 +57,7 @@ dead channel: it is removed first and does no harm.
 two runs into one output: the second is refused at once.
     test_two_runs_do_not_write_one_output
 output that cannot be written: refused before any work.
-    test_an_output_that_cannot_be_written_is_refused_at_once
+    test_an_output_that_cannot_be_written_is_refused_before_any_layer
 output that is a mount point or holds the current folder: refused before any work, since neither can
     be replaced; name a folder inside it. A link is followed.
     test_an_output_that_cannot_be_replaced_is_refused_at_once
