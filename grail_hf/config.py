@@ -405,10 +405,10 @@ def _check(field: dataclasses.Field[Any], value: object) -> None:
     if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices):
         return
     if numbers and numbers.example is not None:
-        others = "".join(f", or {choice!r}" for choice in choices)
+        alternatives = "".join(f", or {choice!r}" for choice in choices)
         raise ValueError(
             f"{field.name}={value!r} is outside [{numbers.low}, {numbers.high}): it is a fraction, "
-            f"for example {field.name}={numbers.example}{others}"
+            f"for example {field.name}={numbers.example}{alternatives}"
         )
     *others, last = [*([str(numbers)] if numbers else []), *map(repr, choices)]
     listed = f"{', '.join(others)} or {last}" if others else last
