@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from grail_hf.calibration.block import Block
-from grail_hf.calibration.refit import refit_group_
 from grail_hf.calibration.statistics import Solution, Statistics
 from grail_hf.calibration.tokens import Calibration, TokenBatches
 from grail_hf.config import GrailConfig
@@ -102,12 +101,10 @@ def narrow_(block: Block, group: Group, job: Job) -> None:
 
     A group that keeps all its units is repaired too, where groups before it have lost some.
     """
-    config, intercept = job.config, group.kind in job.plan.biased
-    parts = block.statistics(group, config)  # G and C: of the group, or of each expert of a mixture
+    intercept = group.kind in job.plan.biased
+    parts = block.statistics(group, job.config)  # G and C; of a mixture, those of each expert
     group.narrow_(*[solved(part, intercept, job) for part in parts])
-    if config.refit_steps:  # of the producers that Y is linear in (v, up); then W' again
-        before = job.report.last
-        job.report.refit(group, refit_group_(block, group, before, intercept, config))
+    job.refit_(block, group)  # the producers that the output is linear in (v, up), then W' again
 
 
 def solved(part: Statistics, intercept: bool, job: Job) -> Solution:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grail_hf.calibration.block import Block
+from grail_hf.calibration.refit import refit_group_
 from grail_hf.calibration.stream import Stream
 from grail_hf.calibration.tokens import (
     Calibration,
@@ -21,6 +22,7 @@ from grail_hf.card import TAGS
 from grail_hf.config import GrailConfig
 from grail_hf.methods.linalg import full_fp32_products
 from grail_hf.models.decoder import check_model, check_weights, decoder_layers, evaluation_mode
+from grail_hf.models.groups import Group
 from grail_hf.models.quantization import forget_quantization_
 from grail_hf.models.schema import Architecture
 from grail_hf.models.surgery import apply_config_
@@ -110,6 +112,14 @@ class Job:
             for block in replace(stream, group_batches=number).blocks():
                 yield block
                 self.report.warn_of_scarce_experts(block.index)
+
+    def refit_(self, block: Block, group: Group) -> None:
+        """Refit a repaired group where the settings ask for it, and report what came of it."""
+        if self.config.refit_steps:
+            intercept = group.kind in self.plan.biased
+            before = self.report.last
+            outcome = refit_group_(block, group, before, intercept, self.config)
+            self.report.refit(group, outcome)
 
 
 @contextmanager
