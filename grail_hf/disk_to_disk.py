@@ -23,11 +23,11 @@ from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.folders import check_room, claimed, empty, put_in_place, stopped_there
 from grail_hf.checkpoints.journal import Journal
 from grail_hf.checkpoints.layers import CheckpointPlacement, WritingPlacement
+from grail_hf.checkpoints.loading import load_tokenizer
 from grail_hf.checkpoints.reader import Checkpoint
 from grail_hf.checkpoints.sources import (
     check_revision,
     copy_processor,
-    has_tokenizer,
     meta_model,
     small_files,
 )
@@ -115,7 +115,7 @@ def compress_checkpoint(
     plan_compression(model, config, architecture)
     _check_not_sampled(calibration, config)
     folder, commit = small_files(source, revision)
-    tokenizer = tokenizer or _tokenizer_of(folder)
+    tokenizer = tokenizer or load_tokenizer(str(folder))
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
     with processes.first_within(claimed(output), _OUTPUT) as work, full_fp32_products():
         identity = _identity(config, model, tokens)
@@ -219,12 +219,6 @@ def _finish(
     copy_processor(checkpoint.folder, journal.folder)
     report.save(journal.folder)
     put_in_place(journal.folder, output)
-
-
-def _tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
 
 
 def _check_not_sampled(calibration: Calibration | TokenBatches, config: GrailConfig) -> None:

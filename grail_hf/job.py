@@ -64,10 +64,12 @@ class Job:
         costs: Estimate,
     ) -> Job:
         """A job before its allocation has measured the widths."""
-        report = CompressionReport.begin(stream.model, config, plan)
-        report.calibration = tokens.summary()
-        report.processes = processes.count()
-        report.estimate = costs.phases_to_dict()
+        report = replace(
+            CompressionReport.begin(stream.model, config, plan),
+            calibration=tokens.summary(),
+            processes=processes.count(),
+            estimate=costs.phases_to_dict(),
+        )
         return cls(config, plan, stream, report)
 
     def measured(self, earlier: CompressionReport | None = None) -> Job:
@@ -84,10 +86,13 @@ class Job:
         elif plan.measures:
             with evaluation_mode(model):
                 plan, splits = measured_plan(self.stream, plan, config)
-        report = CompressionReport.begin(model, config, plan)
-        for name in ("calibration", "processes", "estimate"):
-            setattr(report, name, getattr(self.report, name))
-        report.splits = splits
+        report = replace(
+            CompressionReport.begin(model, config, plan),
+            calibration=self.report.calibration,
+            processes=self.report.processes,
+            estimate=self.report.estimate,
+            splits=splits,
+        )
         if earlier is not None:
             report.errors, report.splits = earlier.errors, earlier.splits
             report.groups = earlier.groups
@@ -150,22 +155,23 @@ def begun(
         return
     progress = progress and processes.is_first()
     check_weights(model)
-    tokens = read_calibration(model, tokenizer, calibration, config, progress)
-    tokens = with_own_samples(tokens, model, tokenizer, config, device, progress)
-    start = time.perf_counter()
-    costs = estimate(model, plan, config, device, batches=tokens.batches)
-    place = choose_place(config.hidden_states, costs.hidden_bytes, device)
-    stream = Stream(
-        *(model, placement, plan.specs, tokens.batches, place),
-        seed=config.seed,
-        progress=progress,
-        dtype=config.solve_torch_dtype,
-    )
-    with full_fp32_products(), placement.meter.on():
-        job = Job.forecast(config, plan, stream, tokens, costs).measured()
-        with says_what_is_left(job.report):
-            yield job
-            apply_config_(model, job.plan.config)
+    with full_fp32_products():
+        tokens = read_calibration(model, tokenizer, calibration, config, progress)
+        tokens = with_own_samples(tokens, model, tokenizer, config, device, progress)
+        start = time.perf_counter()
+        costs = estimate(model, plan, config, device, batches=tokens.batches)
+        place = choose_place(config.hidden_states, costs.hidden_bytes, device)
+        stream = Stream(
+            *(model, placement, plan.specs, tokens.batches, place),
+            seed=config.seed,
+            progress=progress,
+            dtype=config.solve_torch_dtype,
+        )
+        with placement.meter.on():
+            job = Job.forecast(config, plan, stream, tokens, costs).measured()
+            with says_what_is_left(job.report):
+                yield job
+                apply_config_(model, job.plan.config)
     job.report.measured = placement.meter.measured
     job.report.seconds = time.perf_counter() - start
     job.report.share()

@@ -14,7 +14,7 @@ from grail_hf.config import GrailConfig
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.ridge import Repair, fold_linearly, reconstruction_error, ridge_within
-from grail_hf.methods.selectors import Selector, choose, find_selector
+from grail_hf.methods.selectors import WITHOUT_TOKENS, Selector, choose
 from grail_hf.models.groups import Group, Part
 from grail_hf.runtime import processes
 
@@ -62,7 +62,7 @@ class Statistics:
         """
         part, moments = self.part, self.moments
         assert moments is not None
-        selector = selector if moments.count else find_selector("magnitude")
+        selector = selector if moments.count else WITHOUT_TOKENS
         with self.block.meter.phase("select"):
             if selector.needs_gradient and width < part.num_units:
                 part.gradient = self.block.regional_gradient(self.group)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grail_hf.calibration.block import Block
 from grail_hf.calibration.calls import record_calls
@@ -73,14 +73,16 @@ class Stream:
             place = self.place or Place(input_device(self.model))
             batches = record_calls(self.model, placement.layers, self.batches, place)
         placement.start(batches)
+        names = {id(module): name for name, module in self.model.named_modules()}
         with self._bar(len(batches)) as bar:
             for index in range(placement.first, len(placement.layers)):
                 with placement.on_device(index) as device:
+                    layer, name = placement.layers[index], names[id(placement.layers[index])]
                     block = Block(
                         index,
-                        self._name(index),
-                        placement.layers[index],
-                        self._groups(index),
+                        name,
+                        layer,
+                        self._groups(index, layer, name),
                         device,
                         place,
                         self.target,
@@ -116,17 +118,12 @@ class Stream:
             parts=len(left),
         )
 
-    def _groups(self, index: int) -> tuple[Group, ...]:
-        layer, name, seed = self.placement.layers[index], self._name(index), self.seed * 1_000_003
+    def _groups(self, index: int, layer: nn.Module, name: str) -> tuple[Group, ...]:
+        seed = self.seed * 1_000_003
         return tuple(
             group_in(layer, spec, name, seed=(seed + index * 101 + number) % 2**63)
             for number, spec in enumerate(self.specs[index])
         )
-
-    def _name(self, index: int) -> str:
-        layer = self.placement.layers[index]
-        names = (name for name, module in self.model.named_modules() if module is layer)
-        return str(next(names))
 
 
 def _dense_pass(block: Block) -> list[Tensor]:

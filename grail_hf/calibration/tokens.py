@@ -349,21 +349,21 @@ def with_own_samples(
         device: where layers run: "auto" writes only where the whole model is there.
         progress: show a bar on standard error.
     """
-    fraction = config.self_samples
-    if isinstance(fraction, str):
-        whole = not is_dispatched(model) and {p.device for p in model.parameters()} == {device}
-        fraction = OWN_SHARE if whole else 0.0
-    count = round(fraction * tokens.num_samples)
-    if not tokens.text or count == 0:
-        return tokens
-    with evaluation_mode(model):
-        return processes.once(
-            lambda: _with_own_samples(tokens, model, tokenizer, count, config.seed, progress),
-            "the calibration",
-        )
+
+    def written() -> TokenBatches:
+        fraction = config.self_samples
+        if isinstance(fraction, str):
+            whole = not is_dispatched(model) and {p.device for p in model.parameters()} == {device}
+            fraction = OWN_SHARE if whole else 0.0
+        count = round(fraction * tokens.num_samples)
+        if not tokens.text or count == 0:
+            return tokens
+        with evaluation_mode(model):
+            return _with_own_samples(tokens, model, tokenizer, count, config.seed, progress)
+
+    return processes.once(written, "the calibration")
 
 
-@torch.no_grad()
 def _with_own_samples(
     tokens: TokenBatches,
     model: PreTrainedModel,

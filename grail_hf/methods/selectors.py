@@ -341,5 +341,8 @@ SELECTORS: dict[str, Selector] = {
     "obs": Selector(obs, ranks_only=True, inverts_gram=True),
     "fold": Selector(fold, folds=True),
 }
+# What chooses instead where no token was seen, and scores for one that folds and has no scores.
+WITHOUT_TOKENS = SELECTORS["magnitude"]
+WITHOUT_FOLDING = SELECTORS["obs"]
 # Earlier names, which saved configs still hold.
 ALIASES = {"gram": "obs"}

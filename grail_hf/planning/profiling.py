@@ -30,7 +30,7 @@ from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
 from grail_hf.methods.ridge import error_curve, ridge
-from grail_hf.methods.selectors import SELECTORS, Selector, check_scores
+from grail_hf.methods.selectors import WITHOUT_FOLDING, Selector, check_scores
 from grail_hf.methods.widths import splits
 from grail_hf.models.capture import as_returned, forwards_replaced, takes_tuples
 from grail_hf.models.groups import Group
@@ -170,7 +170,7 @@ class _Profiling:
         self.plans, self.config, self.candidates = plans, config, candidates
         self.rule = find_allocation(plans[0].allocation)
         # Folding has no scores: what it can spare is taken to be what greedy elimination can.
-        self.select = SELECTORS["obs"] if plans[0].select.folds else plans[0].select
+        self.select = WITHOUT_FOLDING if plans[0].select.folds else plans[0].select
         fit = list(stream.batches)
         held: list[dict[str, Tensor]] = []
         if self.rule.divergences or self.rule.sensitivities or candidates:
