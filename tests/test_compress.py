@@ -683,6 +683,15 @@ def test_products_are_in_fp32_whatever_the_program_allows(
     assert seen
 
 
+def test_the_model_writes_its_calibration_in_fp32(precision_as_it_was):
+    legacy_()
+    model, seen = tiny_model("llama"), []
+    model.register_forward_pre_hook(lambda *_: seen.append(precisions()[0]))
+    settings = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "progress": False}
+    grail_hf.compress(model, calibration="self", num_samples=4, seq_length=8, refit=0, **settings)
+    assert set(seen) == {"highest"}
+
+
 def test_settings_that_contradict_each_other_stay_out_of_the_way(precision_as_it_was):
     both_()
     with full_fp32_products():
