@@ -102,16 +102,16 @@ def narrow_(block: Block, group: Group, job: Job) -> None:
     A group that keeps all its units is repaired too, where groups before it have lost some.
     """
     intercept = group.kind in job.plan.biased
-    parts = block.statistics(group, job.config)  # G and C; of a mixture, those of each expert
-    group.narrow_(*[solved(part, intercept, job) for part in parts])
+    every = block.statistics(group, job.config)  # G and C; of a mixture, those of each expert
+    group.narrow_(*[solved(statistics, intercept, job) for statistics in every])
     job.refit_(block, group)  # the producers that the output is linear in (v, up), then W' again
 
 
-def solved(part: Statistics, intercept: bool, job: Job) -> Solution:
-    """The units S that a part keeps, and its consumer's new weight W'."""
-    width = job.plan.widths[part.group.kind][part.block.index]
-    reduction = part.select(job.plan.select, width)  # S
-    left = part.reduced_(reduction)  # G_SS, C_S and W_S
+def solved(statistics: Statistics, intercept: bool, job: Job) -> Solution:
+    """The units S that stay, and the consumer's new weight W'."""
+    width = job.plan.widths[statistics.group.kind][statistics.block.index]
+    reduction = statistics.select(job.plan.select, width)  # S
+    left = statistics.reduced_(reduction)  # G_SS, C_S and W_S
     repair = left.solve(intercept)  # W' = W_S + (C_S - W_S G_SS) (G_SS + d I)^-1
     job.report.add(left, repair)
-    return reduction, repair.stored_as(part.part.weight.dtype)
+    return reduction, repair.stored_as(statistics.part.weight.dtype)
