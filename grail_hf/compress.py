@@ -103,7 +103,7 @@ def narrow_(block: Block, group: Group, job: Job) -> None:
     """
     intercept = group.kind in job.plan.biased
     every = block.statistics(group, job.config)  # G and C; of a mixture, those of each expert
-    group.narrow_(*[solved(statistics, intercept, job) for statistics in every])
+    block.narrow_(group, *[solved(statistics, intercept, job) for statistics in every])
     job.refit_(block, group)  # the producers that the output is linear in (v, up), then W' again
 
 

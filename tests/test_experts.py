@@ -145,9 +145,9 @@ def test_experts_in_turns_come_out_the_same(at_once, monkeypatch):
     narrower(together, selector="obs", ridge=1e-4)
     collect, numbers = Block.collect_parts, []
 
-    def counted(self, group, parts, *others):
+    def counted(self, group, parts, *others, **options):
         numbers.append(len(parts) * (group.kind == EXPERTS))
-        return collect(self, group, parts, *others)
+        return collect(self, group, parts, *others, **options)
 
     monkeypatch.setattr(Block, "collect_parts", counted)
     monkeypatch.setattr(ExpertsGroup, "at_once", lambda self, item: at_once)

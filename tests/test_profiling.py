@@ -38,7 +38,7 @@ from grail_hf.methods.widths import TOLERANCE
 from grail_hf.models.capture import captured_input, captured_outputs
 from grail_hf.planning import profiling
 from grail_hf.planning.plan import plan_compression
-from grail_hf.planning.profiling import held_out, profile, widths_to_measure
+from grail_hf.planning.profiling import enough, held_out, profile, widths_to_measure
 
 MEASURED = [name for name, rule in ALLOCATIONS.items() if rule.measures]
 
@@ -117,10 +117,11 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     _, profiles = profiles_of(model, inputs, allocation="flap", selector="flap")
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
-    for block in Stream(model, placement_of(model), plan.specs, inputs, progress=False).blocks():
-        behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
+    measured = enough(inputs, [plan])
+    for block in Stream(model, placement_of(model), plan.specs, measured, progress=False).blocks():
+        behind = at_tokens([batch.hidden for batch in block.batches], measured).double()
         for group, spec in zip(block.groups, specs, strict=True):
-            x = consumer_inputs(model, group.consumer, inputs)
+            x = consumer_inputs(model, group.consumer, measured)
             weight = group.weight.double()
             bias = 0 if group.consumer.bias is None else group.consumer.bias.double()
             behind = behind + x @ weight.T + bias
@@ -167,6 +168,7 @@ def test_a_measured_allocation_is_reached_saved_and_reloaded(rule, tmp_path):
         sparsity=0.3,
         selector="flap" if ALLOCATIONS[rule].compares_scores else "obs",
         allocation=rule,
+        attention_unit="kv_group",
         multiple_of=1,
         progress=False,
     )
@@ -238,8 +240,8 @@ def test_nan_in_the_activations_is_found_before_anything_changes():
 @pytest.mark.parametrize(
     ("sizes", "length", "expected"),
     [
-        ((16,), 64, 4),  # a quarter
-        ((3, 5, 8), 64, 4),
+        ((16,), 64, 2),  # an eighth
+        ((3, 5, 8), 64, 2),
         ((100, 100), 256, 16),  # every 12th: enough for the tokens wanted
         ((4,), 8192, 1),
     ],
@@ -251,7 +253,7 @@ def test_whole_windows_are_held_out_and_none_serves_twice(sizes, length, expecte
     assert torch.cat(held).numel() == expected
     assert torch.cat([*fit, *held]).sort().values.equal(torch.arange(sum(sizes)))
     assert torch.cat(held).numel() * length >= min(
-        profiling.HELD_OUT_TOKENS, length * sum(sizes) // 4
+        profiling.HELD_OUT_TOKENS, length * sum(sizes) // 8
     )
 
 
@@ -301,6 +303,7 @@ def test_a_candidate_s_divergence_is_that_of_the_model_with_all_groups_reduced(c
     plan = plan_compression(model, config)
     (profiles,), (found,) = profile(streamed(model, plan, inputs), [plan], config, [plan])
     fit, held = held_out(inputs, profiling.FEW_HELD_OUT_TOKENS)
+    fit = enough(fit, [plan])
     dense, variant = logits(model, held).log_softmax(-1), copy.deepcopy(model)
     for layer, specs in enumerate(plan.specs):
         for spec in specs:

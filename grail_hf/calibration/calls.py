@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from grail_hf.models.capture import Call, hidden_states_of, layer_calls, takes_tuples
+from grail_hf.models.capture import (
+    Call,
+    hidden_states_of,
+    layer_calls,
+    not_run,
+    takes_tuples,
+)
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import input_device
 from grail_hf.runtime.placement import HiddenStates, Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass
+class Memory:
+    """What a decoder layer has made of a micro-batch so far, and need not make again.
+
+    Attributes:
+        returned: what each block returns whose group is done, in the order of the groups.
+        lack: [b, T, D] fp32, what the residual stream lacks of the dense model's after those
+            blocks; None where it is not needed, or before the first of them.
+        inputs: [b, T, H], what the consumer of the group at work reads; None where it is to be
+            computed.
+        others: what that group's block returns besides the output of the consumer.
+        fixed: path -> [b, T, rows], the outputs of its producers that no refit changes.
+    """
+
+    returned: list[Any] = field(default_factory=list)
+    lack: Tensor | None = None
+    inputs: Tensor | None = None
+    others: tuple[Any, ...] | None = None
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether anything is remembered."""
+        return bool(self.returned or self.fixed) or self.inputs is not None
+
+    def forget_group_(self) -> None:
+        """Forget what is known of the group at work."""
+        self.inputs, self.others, self.fixed = None, None, {}
 
 
 @dataclass
@@ -29,6 +65,7 @@ class MicroBatch(HiddenStates):
         outputs: of each of the layer's consumers in the dense model, [b, T, O], where the target
             needs them.
         following: the hidden states after the layer, where a pass over it as it is has made them.
+        memory: of the layer at work.
     """
 
     tokens: Tensor | None
@@ -36,6 +73,7 @@ class MicroBatch(HiddenStates):
     calls: list[Call] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     following: Tensor | None = None
+    memory: Memory = field(default_factory=Memory)
 
     def through(self, layer: nn.Module, index: int, hidden: Tensor, device: torch.device) -> Tensor:
         """What `layer` makes of `hidden`, [b, T, D] on `device`."""
@@ -43,6 +81,13 @@ class MicroBatch(HiddenStates):
 
         args, kwargs = send_to_device(self.calls[index], device)
         return hidden_states_of(layer(hidden.to(device), *args, **kwargs))
+
+    def brought_(self, place: Place) -> None:
+        """Keep the hidden states at another place, each once."""
+        same = self.dense is self.hidden
+        self.hidden = place.keep(self.hidden)
+        if self.dense is not None:
+            self.dense = self.hidden if same else place.keep(self.dense)
 
     def rows(self, x: Tensor) -> Tensor:
         """[b, T, H] to [n, H]: the tokens that are not padding."""
@@ -55,10 +100,6 @@ class MicroBatch(HiddenStates):
             return x
         return x * self.tokens.to(x.device).reshape(*x.shape[:-1], 1)
 
-    def held_out_rows(self, x: Tensor) -> Tensor:
-        """[b, T, H] to [n, H]: the held-out tokens."""
-        return x.reshape(-1, x.shape[-1])[self.held_out.to(x.device)]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -70,6 +111,7 @@ class Run:
         target: [b, T, O], what it should put out, likewise.
         batch: the micro-batch.
         device: where the module runs.
+        fixed: modules in it -> what they put out, whatever the weights that change.
         dtype: that the module computes in, where it is not the model's float16.
     """
 
@@ -79,6 +121,7 @@ class Run:
     target: Tensor
     batch: MicroBatch
     device: torch.device
+    fixed: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     dtype: torch.dtype | None = None
 
     def output(self) -> Tensor:
@@ -86,7 +129,8 @@ class Run:
         from accelerate.utils.operations import recursively_apply
 
         args, kwargs = recursively_apply(self._moved, (self.args, self.kwargs))
-        return hidden_states_of(self.module(*args, **kwargs))
+        with not_run({module: self._moved(output) for module, output in self.fixed.items()}):
+            return hidden_states_of(self.module(*args, **kwargs))
 
     def miss(self, output: Tensor) -> Tensor:
         """[b, T, O] fp32, what an output lacks of the target."""

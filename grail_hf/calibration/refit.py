@@ -118,12 +118,12 @@ def refit_group_(
         return Refit("not linear")
     if damping is None or math.isinf(damping):
         return Refit("plain pruning")  # nothing fitted to these tokens holds on others
-    with block.meter.phase("refit"), _kept_if_it_fails(group):
+    with block.meter.phase("refit"), _kept_if_it_fails(block, group):
         stride = refit_stride(config.refit_steps)
         part = replace(block, batches=[b for b in block.batches if b.number % stride == 0])
         weight = group.weight.to(config.solve_torch_dtype)
         refit_(part, group, config.refit_steps)
-        stats = block.collect(group)
+        stats = block.collect(group, remember=())
         repair = processes.once(
             partial(ridge, weight, stats, None, damping, group.name, intercept), group.name
         )
@@ -138,7 +138,7 @@ def refit_group_(
 
 
 @contextmanager
-def _kept_if_it_fails(group: Group) -> Iterator[None]:
+def _kept_if_it_fails(block: Block, group: Group) -> Iterator[None]:
     """After an ArithmeticError inside, the group is as it was, and a warning names it."""
     linear = group.linear
     assert linear is not None
@@ -153,6 +153,7 @@ def _kept_if_it_fails(group: Group) -> Iterator[None]:
         logger.warning("%s is repaired but not refitted: %s", group.name, reason)
         for module, name, parameter in before:
             setattr(module, name, parameter)
+        block.forget(group)
 
 
 @torch.no_grad()

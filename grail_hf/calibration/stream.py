@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from grail_hf.calibration.block import Block
-from grail_hf.calibration.calls import record_calls
+from grail_hf.calibration.calls import MicroBatch, record_calls
 from grail_hf.models.capture import captured_outputs
 from grail_hf.models.experts import group_in
 from grail_hf.models.groups import Group
 from grail_hf.models.schema import GroupSpec
 from grail_hf.runtime.devices import input_device
 from grail_hf.runtime.layers import LayerPlacement
-from grail_hf.runtime.placement import Place
+from grail_hf.runtime.placement import Place, choose_near
 from grail_hf.runtime.progress import Bar
 
 if TYPE_CHECKING:
@@ -78,13 +78,19 @@ class Stream:
             for index in range(placement.first, len(placement.layers)):
                 with placement.on_device(index) as device:
                     layer, name = placement.layers[index], names[id(placement.layers[index])]
+                    groups = self._groups(index, layer, name)
+                    near = _near(place, device, groups, batches)
+                    if near is not None and near != place:
+                        for batch in batches:
+                            batch.brought_(near)
                     block = Block(
                         index,
                         name,
                         layer,
-                        self._groups(index, layer, name),
+                        groups,
                         device,
                         place,
+                        near,
                         self.target,
                         batches,
                         bar,
@@ -132,12 +138,29 @@ def _dense_pass(block: Block) -> list[Tensor]:
     Returns the hidden states after the layer.
     """
     block.progress.set_postfix_str(f"{block.name} dense forward")
-    following = []
+    following, near = [], block.near or block.place
     for batch in block.batches:
         hidden = batch.hidden if batch.dense is None else batch.dense
         with captured_outputs([group.consumer for group in block.groups]) as outputs:
             after = batch.through(block.layer, block.index, hidden, block.device)
-        batch.dense, batch.outputs = hidden, [block.place.keep(output) for output in outputs]
+        batch.dense, batch.outputs = hidden, [near.keep(output) for output in outputs]
         following.append(block.place.keep(after))
         block.progress.update()
     return following
+
+
+def _near(
+    place: Place, device: torch.device, groups: Sequence[Group], batches: Sequence[MicroBatch]
+) -> Place | None:
+    """Where to keep what is needed again within a layer; None without room for it.
+
+    The largest of it is what a consumer reads and what its other producers put out. Hidden states
+    that are kept elsewhere come here for as long as the layer is at work.
+    """
+    if not batches:
+        return place
+    stream = batches[0].hidden.shape[-1]
+    tokens = sum(batch.hidden.numel() for batch in batches) // stream
+    widest = max((group.widest for group in groups), default=0)
+    each = (widest + (4 + 3 * len(groups)) * stream) * batches[0].hidden.element_size()
+    return choose_near(place, device, tokens * each)

@@ -93,6 +93,13 @@ class GramStats:
         if self.target_total is not None and y is not None:
             self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 
+    def add_(self, other: GramStats) -> None:
+        """Add the sums of other tokens, which have none held out."""
+        for sums, more in zip(self.sums, other.sums, strict=False):
+            sums += more
+        self.count += other.count
+        self.target_energy += other.target_energy
+
     def round_(self) -> GramStats:
         """Convert the matrices to fp32 in place, and return the statistics.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +19,36 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def forwards_replaced(layers: nn.ModuleList, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace every layer's `forward` by `forward` inside the context."""
-    originals = [vars(layer).get("forward") for layer in layers]
+def forwards_replaced(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace every module's `forward` by `forward` inside the context."""
+    originals = [(module, vars(module).get("forward")) for module in modules]
     try:
-        for layer in layers:
-            layer.forward = forward
+        for module, _ in originals:
+            module.forward = forward
         yield
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            del layer.forward
+        for module, original in originals:
+            del module.forward
             if original is not None:
-                layer.forward = original
+                module.forward = original
+
+
+@contextmanager
+def not_run(returned: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside the context the modules do not run, and return copies of what is given.
+
+    Copies, since some layers add to what a module returns in place.
+    """
+    with ExitStack() as stack:
+        for module, value in returned.items():
+            stack.enter_context(forwards_replaced([module], partial(_copied, value)))
+        yield
+
+
+def _copied(value: Any, *_: Any, **__: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -81,6 +102,90 @@ def captured_call(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dic
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     with _stopped_at(module, lambda args, kwargs: seen.append((args, kwargs))):
         yield seen
+
+
+@dataclass
+class BlockPass:
+    """A block's pass in which its consumer does not run: other numbers stand in for its output.
+
+    Attributes:
+        call: the arguments of the consumer.
+        outputs: of the watched modules, in the order in which they were called.
+        stand_in: in place of what the consumer puts out.
+        returned: what the block returned.
+    """
+
+    call: Call = ((), {})
+    outputs: list[Tensor] = field(default_factory=list)
+    stand_in: Tensor | None = None
+    returned: Any = None
+
+    @property
+    def ends_with_consumer(self) -> bool:
+        """Whether the consumer's output is what the block returns, or the first of a tuple."""
+        first = hidden_states_of(self.returned)
+        assert self.stand_in is not None
+        return isinstance(first, Tensor) and torch.equal(first.flatten(), self.stand_in.flatten())
+
+    @property
+    def others(self) -> tuple[Any, ...] | None:
+        """What the block returned after the first of a tuple; None where it returned no tuple."""
+        return self.returned[1:] if isinstance(self.returned, tuple) else None
+
+
+@contextmanager
+def passed_through(
+    block: nn.Module, consumer: nn.Module, outputs: int, watched: Sequence[nn.Module] = ()
+) -> Iterator[BlockPass]:
+    """The pass inside the context stops at the end of `block`, and its consumer does not run.
+
+    Args:
+        block: the attention, the MLP or the experts.
+        consumer: in it, or the same module.
+        outputs: O, the numbers that the consumer puts out a token.
+        watched: modules in the block whose outputs are captured.
+
+    Raises:
+        RuntimeError: the pass never reaches the end of the block.
+    """
+    found = BlockPass()
+
+    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+        found.call = args, kwargs
+        shape = (*args[0].shape[:-1], outputs)
+        numbers = torch.arange(math.prod(shape), device=args[0].device).remainder(97)
+        found.stand_in = numbers.to(args[0].dtype).reshape(shape)
+        return found.stand_in.clone()
+
+    with (
+        forwards_replaced([consumer], stand_in),
+        captured_outputs(watched) as found.outputs,
+        captured_return(block) as returned,
+    ):
+        yield found
+    (found.returned,) = returned
+
+
+@contextmanager
+def captured_return(block: nn.Module) -> Iterator[list[Any]]:
+    """What `block` returns; the pass inside the context stops there. Empty until then.
+
+    Raises RuntimeError where the pass never reaches the end of the block.
+    """
+    seen: list[Any] = []
+
+    def end(_: nn.Module, __: Any, returned: Any) -> None:
+        seen.append(returned)
+        raise _Reached
+
+    handle = block.register_forward_hook(end)
+    try:
+        yield seen
+    except _Reached:
+        return
+    finally:
+        handle.remove()
+    raise RuntimeError(f"the layer's forward pass never calls its {type(block).__name__}")
 
 
 @contextmanager

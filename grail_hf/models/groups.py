@@ -250,6 +250,22 @@ class Group:
         return Rows(projection, each[:, -rows.size :].flatten())
 
     @property
+    def fixed(self) -> tuple[str, ...]:
+        """Paths of the producers without `linear` rows: while those change, their outputs do not.
+
+        None where there is no linear producer.
+        """
+        linear = self.spec.linear
+        paths = (producer.path for producer in self.spec.producers)
+        return tuple(path for path in paths if linear is not None and path != linear.path)
+
+    @property
+    def widest(self) -> int:
+        """Numbers a token that the consumer reads and the `fixed` producers put out."""
+        rows = [self.projection(path).weight.shape[0] for path in self.fixed if self.num_units]
+        return sum(rows) + self.num_units * self.columns
+
+    @property
     def paths(self) -> tuple[str, ...]:
         """Of the block's projections, and of whatever else of it stays whole."""
         producers = (producer.path for producer in self.spec.producers)

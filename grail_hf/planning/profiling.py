@@ -46,6 +46,7 @@ _DAMPING = 1e-4
 HELD_OUT_TOKENS = 4096
 FEW_HELD_OUT_TOKENS = 2048  # where one figure a group, or one a split, is all that is asked
 LEAST_WINDOWS = 4  # to hold one out
+MOST_HELD_OUT = 8  # one window in so many
 # A channel's; with 32, the bundled model gets the same widths to within 3%.
 PROFILED_TOKENS = 8
 Batches = Sequence[dict[str, Tensor]]
@@ -319,7 +320,7 @@ def widths_to_measure(budget: Budget, sparsity: float, number: int = 3) -> list[
 def enough(batches: Batches, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
     """Every n-th batch, so that each channel of the widest group has `PROFILED_TOKENS` tokens.
 
-    There are at least as many batches as processes.
+    No more than half of them, and at least as many as processes.
     """
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     stride = profile_stride(tokens, plans[0])
@@ -330,7 +331,7 @@ def profile_stride(tokens: int, plan: Plan) -> int:
     """Of so many tokens, one in how many is enough to measure errors on."""
     specs = (spec for layer in plan.specs for spec in layer if not spec.experts)
     channels = max(spec.num_units * spec.columns for spec in specs)
-    return max(1, tokens // (PROFILED_TOKENS * max(channels, 1)))
+    return max(2, tokens // (PROFILED_TOKENS * max(channels, 1)))
 
 
 def held_out(
@@ -338,14 +339,14 @@ def held_out(
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Batches to fit to, and batches to measure on: whole windows, from all over the calibration.
 
-    Enough windows for `wanted` tokens are held out, but at most one in `LEAST_WINDOWS`; where
-    there are fewer than that, all serve for both.
+    Enough windows for `wanted` tokens are held out, but at most one in `MOST_HELD_OUT`, and at
+    least one. Where there are fewer than `LEAST_WINDOWS`, all serve for both.
     """
     sizes = [len(batch["input_ids"]) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     if sum(sizes) < LEAST_WINDOWS:
         return list(batches), list(batches)
-    every = min(max(LEAST_WINDOWS, tokens // wanted), sum(sizes))
+    every = min(max(MOST_HELD_OUT, tokens // wanted), sum(sizes))
     chosen = torch.split(torch.arange(sum(sizes)) % every == every - 1, sizes)
     fit, held = (
         [

@@ -101,3 +101,19 @@ def choose_place(
     if wanted == "disk":
         return Place(host, folder or Path(tempfile.gettempdir()))
     return Place(accelerator if wanted == "accelerator" else host)
+
+
+def choose_near(place: Place, device: torch.device, size: int) -> Place | None:
+    """Where to keep what is needed again within a layer: where it runs, or nowhere.
+
+    From an accelerator to the host and back takes as long as computing it again.
+
+    Args:
+        place: of the hidden states between layers.
+        device: that the layer runs on.
+        size: bytes that are needed again.
+    """
+    if place.folder is not None:
+        return place if device.type == "cpu" else None
+    share = HOST_SHARE if device.type == "cpu" else ACCELERATOR_SHARE
+    return Place(device) if size <= share * devices.free_bytes(device) else None
