@@ -3,60 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grail_hf.calibration.calls import Memory, MicroBatch, Run
-from grail_hf.calibration.statistics import Solution, Statistics
+from grail_hf.calibration.passes import LayerPasses
+from grail_hf.calibration.statistics import Statistics
 from grail_hf.config import GrailConfig, widest_float
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.selectors import RegionalGradient
 from grail_hf.models.capture import (
-    BlockPass,
     Call,
     captured_call,
     captured_calls,
-    captured_outputs,
-    captured_return,
     detached_output,
-    not_run,
-    passed_through,
 )
-from grail_hf.models.groups import Group, Part, reduced_rows
+from grail_hf.models.groups import Group, Part
 from grail_hf.runtime import processes
 from grail_hf.runtime.meter import Meter
-from grail_hf.runtime.placement import Place
 from grail_hf.runtime.progress import Bar
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(LayerPasses):
     """A decoder layer on the accelerator, with the calibration hidden states before it.
 
-    Its groups are worked on in their order, one after the other is done. What a block returns when
-    its group is done is remembered, and the block does not run again. Of several processes, each
-    has its own share of the hidden states; the statistics are those of all, in `dtype`.
-
-    Attributes:
-        place: where hidden states between layers are kept.
-        near: where all that is needed again within the layer is kept; None where there is no room
-            for what consumers read, which is computed again then.
+    Of several processes, each has its own share of the hidden states; the statistics are those of
+    all, in `dtype`.
     """
 
-    index: int
-    name: str
-    layer: nn.Module
-    groups: tuple[Group, ...]
-    device: torch.device
-    place: Place
-    near: Place | None
-    target: str
-    batches: Sequence[MicroBatch]
     progress: Bar
     dtype: torch.dtype
     meter: Meter
@@ -92,8 +71,8 @@ class Block:
             hold_out: sum the moments of the held-out tokens (`held_out_tokens`) by themselves too;
                 they are kept where hidden states are.
             targets: other targets than the block's, as `outputs` gives them.
-            remember: keep what the consumer reads, for as long as `narrow_` alone changes the group,
-                and what these of its producers put out, by path.
+            remember: keep what the consumer reads, until the group changes otherwise than by
+                `narrow_`, and what the producers at these paths put out.
 
         Returns:
             The moments of each part.
@@ -133,124 +112,6 @@ class Block:
                 stats.held_out = stats.held_out.moved(keep)
             stats.round_()
         return every
-
-    def _up_to_consumer(
-        self, group: Group, batch: MicroBatch, watched: Sequence[str] = ()
-    ) -> BlockPass:
-        """The pass to the end of the group's block, as far as it is not remembered.
-
-        The outputs of the modules at the paths `watched` are captured.
-        """
-        memory = batch.memory
-        fixed = {self._module(path): value for path, value in memory.fixed.items()}
-        modules = [self._module(path) for path in watched]
-        block, outputs = self._module(group.spec.name), group.weight.shape[-2]
-        with (
-            self._done_before(batch, self.groups.index(group)),
-            not_run({module: value.to(self.device) for module, value in fixed.items()}),
-            passed_through(block, group.consumer, outputs, modules) as seen,
-        ):
-            batch.through(self.layer, self.index, batch.hidden, self.device)
-        return seen
-
-    def _remember_(
-        self, batch: MicroBatch, seen: BlockPass, watched: Sequence[str], ends: bool
-    ) -> None:
-        """Keep of a pass what need not be computed again.
-
-        Args:
-            batch: the micro-batch.
-            seen: what the pass found.
-            watched: paths of the producers whose outputs it captured.
-            ends: the block returns its consumer's output, so that what it returns with another
-                weight of the consumer follows from what that reads.
-        """
-        assert self.near is not None
-        memory = batch.memory
-        memory.fixed |= dict(zip(watched, map(self.near.keep, seen.outputs), strict=True))
-        if ends:
-            (x, *_), _ = seen.call
-            memory.inputs, memory.others = self.near.keep(x), self.near.keep_all(seen.others)
-
-    @torch.no_grad()
-    def narrow_(self, group: Group, *solutions: Solution) -> None:
-        """Narrow a group (`Group.narrow_`), and with it what is remembered of it."""
-        group.narrow_(*solutions)
-        for batch in self.batches:
-            memory = batch.memory
-            if memory.inputs is None and not memory.fixed:
-                continue
-            ((reduction, _),) = solutions
-            if reduction.folds:  # the mean of producers does not put out the mean of their outputs
-                memory.forget_group_()
-                continue
-            if memory.inputs is not None:
-                memory.inputs = self._narrowed(
-                    memory.inputs, reduction.kept_channels(group.columns)
-                )
-            for producer in group.spec.producers:
-                output = memory.fixed.get(producer.path)
-                if output is not None:
-                    rows = torch.arange(output.shape[-1], device=self.device)
-                    left = reduced_rows(rows, producer, reduction)
-                    memory.fixed[producer.path] = self._narrowed(output, left)
-
-    def _narrowed(self, kept: Tensor, index: Tensor) -> Tensor:
-        assert self.near is not None
-        if len(index) == kept.shape[-1]:
-            return kept
-        return self.near.keep(kept[..., index.to(kept.device)])
-
-    def forget(self, group: Group) -> None:
-        """The group has changed: nothing that is remembered of it holds."""
-        for batch in self.batches:
-            batch.memory.forget_group_()
-
-    @contextmanager
-    def _done_before(self, batch: MicroBatch, position: int) -> Iterator[None]:
-        """Inside the context, the blocks of the groups before `position` do not run.
-
-        What they return is remembered. Where it is not yet, it is found first.
-        """
-        memory = batch.memory
-        while len(memory.returned) < position:
-            self._finish_(batch, len(memory.returned))
-        from accelerate.utils import send_to_device
-
-        names = [group.spec.name for group in self.groups]
-        with not_run(
-            {
-                self._module(name): send_to_device(memory.returned[number], self.device)
-                for number, name in enumerate(names[:position])
-                if not any(f"{later}.".startswith(f"{name}.") for later in names[number + 1 :])
-            }
-        ):
-            yield
-
-    def _finish_(self, batch: MicroBatch, position: int) -> None:
-        """Remember what the block at `position` returns, whose group is done."""
-        memory, group = batch.memory, self.groups[position]
-        if memory.inputs is None:
-            with (
-                self._done_before(batch, position),
-                captured_outputs([group.consumer]) as outputs,
-                captured_return(self._module(group.spec.name)) as seen,
-            ):
-                batch.through(self.layer, self.index, batch.hidden, self.device)
-            (output,), (returned,) = outputs, seen
-        else:
-            output = group.consumer(memory.inputs.to(self.device))
-            returned = output if memory.others is None else (output, *memory.others)
-        near = self.near or self.place
-        if self.target == "residual" and batch.dense is not None and group.spec.residual_scale:
-            missing = self._widened(batch.outputs[position]) - output.float()
-            lack = self._lack(batch)
-            memory.lack = near.keep(lack + group.spec.residual_scale * missing.reshape(lack.shape))
-        memory.forget_group_()
-        memory.returned.append(near.keep_all(returned))
-
-    def _module(self, path: str) -> nn.Module:
-        return self.layer.get_submodule(path)
 
     def _zeros(self, group: Group, part: Part, hold_out: bool, given: bool) -> GramStats:
         """Moments of no tokens; with a cross moment where there are targets."""
@@ -410,36 +271,6 @@ class Block:
             stream, energy, gained = sums[number :: len(self.groups)]
             found.append((stats.round_(), stream * energy / gained if gained else stream))
         return found
-
-    def _target(self, batch: MicroBatch, position: int) -> Tensor | None:
-        """What the consumer at `position` should put out, [b, T, O]; None for its own output.
-
-        "residual" adds to the dense output what the residual stream lacks before it: the
-        difference of the layer's inputs, and of what earlier groups have put out (in a parallel
-        block too, where they are added together). A block whose output is scaled by s on its way
-        makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
-        """
-        if self.target == "self" or batch.dense is None:
-            return None
-        target = self._widened(batch.outputs[position])
-        scales = [group.spec.residual_scale for group in self.groups[: position + 1]]
-        if self.target == "residual" and scales[-1] is not None and None not in scales:
-            target = target + self._lack(batch).reshape(target.shape) / scales[-1]
-        return target
-
-    def _lack(self, batch: MicroBatch) -> Tensor:
-        """[b, T, D] fp32, what the stream lacks of the dense model's after the blocks done so far.
-
-        Of a layer in which an output is normed before it is added, nothing useful.
-        """
-        if batch.memory.lack is not None:
-            return batch.memory.lack.to(self.device)
-        assert batch.dense is not None
-        return self._widened(batch.dense) - self._widened(batch.hidden)
-
-    def _widened(self, kept: Tensor) -> Tensor:
-        """Of what is kept, in fp32 where the layer is; the few bytes of half precision travel."""
-        return kept.to(self.device).float()
 
     @torch.no_grad()
     def advance(self) -> None:
