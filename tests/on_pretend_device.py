@@ -3,6 +3,7 @@
 What it computes is the CPU's, so that the result has to be the same.
 """
 
+import pretend_device as pretend_device_module
 import pytest
 import torch
 from pretend_device import PretendTensor, pretend_device
@@ -72,6 +73,19 @@ def quick_and_thorough(quick, thorough):
 @pytest.mark.parametrize("settings", quick_and_thorough(QUICK, THOROUGH))
 def test_every_step_works_where_the_layers_do(settings, device):
     compressed_alike("qwen3", device, settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"refit": 0, "target": "self"}], ids=str)
+def test_hidden_states_travel_once_a_layer(settings, device, monkeypatch):
+    """Of each micro-batch the compressed model's and the dense one's, to the layer and back."""
+    model, inputs = tiny_architecture("qwen3"), batches()
+    monkeypatch.setattr(pretend_device_module, "crossings", [])
+    options = {"device": device, "hidden_states": "host", "allocation": "uniform"}
+    narrower(model, **options | settings)
+    shapes = {(*batch["input_ids"].shape, model.config.hidden_size) for batch in inputs}
+    travelled = [shape for shape in pretend_device_module.crossings if tuple(shape) in shapes]
+    each = len(travelled) / (len(layers_of(model)) * len(inputs))
+    assert 0 < each <= (2 if settings else 4)
 
 
 @pytest.mark.slow

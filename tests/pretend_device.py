@@ -19,6 +19,8 @@ from torch.utils.backend_registration import (
 
 NAME = "pretend"
 aten = torch.ops.aten
+# Shapes of the tensors that were copied to the device or from it, while this is a list.
+crossings: list[torch.Size] | None = None
 COPIES = (aten.copy_.default, aten._to_copy.default)
 # Indices may lie on the CPU.
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
@@ -76,6 +78,10 @@ def dispatched(operator: Any, *args: Any, **kwargs: Any) -> Any:
     pretended = bool(ours) if onto is None else torch.device(onto).type == NAME
     if operator is aten.copy_.default:
         pretended = isinstance(args[0], PretendTensor)
+    if operator in COPIES and crossings is not None:
+        source = args[1] if operator is aten.copy_.default else args[0]
+        if isinstance(source, PretendTensor) != pretended:
+            crossings.append(source.shape)
     if onto is not None:
         kwargs["device"] = torch.device("cpu")
     inner_args, inner_kwargs = tree_map(
