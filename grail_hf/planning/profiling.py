@@ -25,7 +25,7 @@ from grail_hf.calibration.block import Block
 from grail_hf.calibration.refit import replaceable_weight
 from grail_hf.calibration.stream import Stream
 from grail_hf.config import ATTENTION, GrailConfig
-from grail_hf.methods.allocation import expected_loss, find_allocation
+from grail_hf.methods.allocation import Allocation, expected_loss, find_allocation
 from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
@@ -175,8 +175,7 @@ class _Profiling:
         fit = list(stream.batches)
         held: list[dict[str, Tensor]] = []
         if self.rule.divergences or self.rule.sensitivities or candidates:
-            wanted = HELD_OUT_TOKENS if self.rule.divergences else FEW_HELD_OUT_TOKENS
-            fit, held = held_out(fit, wanted)
+            fit, held = held_out(fit, wanted_tokens(self.rule))
         fit = fit if self.rule.divergences else enough(fit, plans)
         self.batches, self.is_held = _in_turns(fit, held)
         self.shown = stream.progress
@@ -250,11 +249,8 @@ class _Profiling:
 
     def _single_widths(self, plan: Plan, kind: str) -> list[int]:
         """Widths at which the model's divergence is measured with one group cut alone."""
-        rule, budget = self.rule, plan.budgets[kind]
-        if rule.divergences:
-            return widths_to_measure(budget, plan.sparsity)
-        if rule.sensitivities and plan is self.plans[0]:
-            return widths_to_measure(budget, plan.sparsity, 1)
+        if plan is self.plans[0] or self.rule.divergences:
+            return single_widths(self.rule, plan.budgets[kind], plan.sparsity)
         return []
 
     def _measured(self, group: Group, stats: GramStats, energy: float) -> Profile:
@@ -303,6 +299,12 @@ def _set_sensitivities(profiles: dict[Slot, Profile]) -> None:
         profiles[kind, units, index] = replace(profile, sensitivity=sensitivity)
 
 
+def single_widths(rule: Allocation, budget: Budget, sparsity: float) -> list[int]:
+    """Widths of a group at which a rule has the model's divergence measured."""
+    number = 3 if rule.divergences else 1 if rule.sensitivities else 0
+    return widths_to_measure(budget, sparsity, number) if number else []
+
+
 def widths_to_measure(budget: Budget, sparsity: float, number: int = 3) -> list[int]:
     """Widths about the one of equal shares; the error curve tells what lies between."""
     kept = 1 - sparsity
@@ -344,9 +346,10 @@ def held_out(
     """
     sizes = [len(batch["input_ids"]) for batch in batches]
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    if sum(sizes) < LEAST_WINDOWS:
+    number = held_out_windows(sum(sizes), tokens, wanted)
+    if number == sum(sizes):
         return list(batches), list(batches)
-    every = min(max(MOST_HELD_OUT, tokens // wanted), sum(sizes))
+    every = sum(sizes) // number
     chosen = torch.split(torch.arange(sum(sizes)) % every == every - 1, sizes)
     fit, held = (
         [
@@ -357,6 +360,18 @@ def held_out(
         for part in ([~rows for rows in chosen], chosen)
     )
     return fit, held
+
+
+def held_out_windows(windows: int, tokens: int, wanted: int) -> int:
+    """How many of the calibration's windows are held out for `wanted` of its tokens."""
+    if windows < LEAST_WINDOWS:
+        return windows
+    return windows // min(max(MOST_HELD_OUT, tokens // wanted), windows)
+
+
+def wanted_tokens(rule: Allocation) -> int:
+    """Tokens that are held out for a rule's divergences."""
+    return HELD_OUT_TOKENS if rule.divergences else FEW_HELD_OUT_TOKENS
 
 
 def _measured(

@@ -1,16 +1,6 @@
-"""Add up what the layers of a compression take: memory and arithmetic by phase.
+"""Add up what the layers of a compression take: memory, and arithmetic, by phase.
 
-Arithmetic. With N tokens and H inputs, K of them kept, to O outputs, a group costs 2 N per
-projection parameter for the pass up to its consumer, N H^2 for half a Gram and 2 N O H for the
-moments with a target of the dense model (and a dense pass for it), and a quarter of the moments
-more for the tokens held out; a refit takes all this once more at the new width, and 6 N per
-parameter for each step (half of that for one or two steps). A solve is K^3/3 + 2 O K^2. Choosing
-the ridge takes as much, and O K^2 more, for each damping tried. A selection is at most
-5/3 H^3 + 2 O H^2 (greedy elimination: factor, inverse and update), and the two errors in the report
-are 2 O H^2. A fold takes one more pass, or two. Each expert of a mixture has a Gram and a solve,
-and its share of the tokens. Causal attention adds 2 N T per query channel and pass.
-
-Memory, with s bytes per number in the solve. The moments are half a square and O H numbers in fp32,
+With s bytes per number in the solve: The moments are half a square and O H numbers in fp32,
 and as much for the tokens held out, which are put aside with the hidden states during the
 selection. Greedy elimination adds a square and O H numbers of s bytes. Choosing the ridge works on
 K channels, with the moments in fp32, those of the fit, a square, and twice O K numbers. A refit has
@@ -30,25 +20,19 @@ import torch
 from torch import nn
 
 from grail_hf.calibration.refit import refit_stride
-from grail_hf.config import ATTENTION, AUTO, GrailConfig
+from grail_hf.config import AUTO, GrailConfig
 from grail_hf.methods.allocation import find_allocation
 from grail_hf.methods.elimination import PANEL
 from grail_hf.methods.linalg import BLOCK, half_square
-from grail_hf.methods.ridge import DAMPINGS, ROWS_TRIED
-from grail_hf.methods.widths import MOST_SPLITS
+from grail_hf.methods.ridge import ROWS_TRIED
 from grail_hf.models.experts import ExpertsGroup, group_in
 from grail_hf.models.groups import Group
+from grail_hf.planning.arithmetic import PHASES, Arithmetic
 from grail_hf.planning.plan import Plan, window_length
-from grail_hf.planning.profiling import (
-    FEW_HELD_OUT_TOKENS,
-    HELD_OUT_TOKENS,
-    LEAST_WINDOWS,
-    profile_stride,
-)
+from grail_hf.planning.profiling import held_out_windows, wanted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-PHASES = ("profile", "embed", "forward", "gram", "select", "solve", "refit", "write")
 # On a CPU: buffers into which matrix products pack their arguments, and freed memory that the C
 # library has not returned to the system yet.
 SCRATCH = 2**26
@@ -76,6 +60,7 @@ class Work:
 
     Attributes:
         plan, config: the compression's.
+        arithmetic: of the same layers.
         tokens: calibration tokens.
         length: tokens of the longest sequence.
         batch: tokens of the largest micro-batch.
@@ -83,8 +68,8 @@ class Work:
         item: bytes per weight.
         one_memory, disk_to_disk: as in `Estimate` and `estimate`.
         reads_ahead: the next layer is brought to the accelerator while one is in use.
-        operations: phase -> floating-point operations.
         peaks: phase -> peak in bytes on the device that layers run on, without hidden states.
+        near: bytes of what is needed again within a layer.
         refit_inputs: bytes kept for a refit: a block's calls and their targets.
         aside: bytes of moments that are put aside with the hidden states during the selection.
         fold_outputs: bytes of a consumer's outputs that are kept as the targets after a fold.
@@ -92,6 +77,7 @@ class Work:
 
     plan: Plan
     config: GrailConfig
+    arithmetic: Arithmetic
     tokens: int
     length: int
     batch: int
@@ -100,8 +86,8 @@ class Work:
     one_memory: bool
     disk_to_disk: bool
     reads_ahead: bool
-    operations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     peaks: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    near: int = 0
     refit_inputs: int = 0
     aside: int = 0
     fold_outputs: int = 0
@@ -110,8 +96,6 @@ class Work:
         self.solve_item = self.config.solve_torch_dtype.itemsize
         self.rule = find_allocation(self.plan.allocation)
         self.measures = self.plan.measures
-        every = 1 if self.rule.divergences else profile_stride(self.tokens, self.plan)
-        self.profiled = self.tokens // min(every, max(1, self.tokens // self.batch))
         self.repaired = {(index, spec.kind) for index, spec in self.plan.repaired}
 
     @classmethod
@@ -126,9 +110,12 @@ class Work:
     ) -> Work:
         """The work before any layer is added; takes the arguments of `estimate`."""
         tokens, length, batch = _calibration_tokens(model, config, batches)
+        rule = find_allocation(plan.allocation)
+        watched = held_out_windows(tokens // length, tokens, wanted_tokens(rule)) * length
         return cls(
             plan,
             config,
+            Arithmetic(plan, config, tokens, length, batch, watched, _head(model)),
             tokens=tokens,
             length=length,
             batch=batch,
@@ -150,12 +137,15 @@ class Work:
         # Those of the compressed model; with targets also the dense model's before and after a
         # layer, and the outputs of its consumers.
         hidden = one * (1 + self.config.targeted * (2 + len(self.plan.specs[0])))
+        inside = hidden + self.near * self._remembers
         return dict.fromkeys(PHASES, hidden) | {
             "embed": one,
             "profile": self.measures * (2 * one + self.variants),
-            "refit": hidden + self.refit_inputs,
-            "select": hidden + self.aside,
-            "gram": hidden + self.fold_outputs,
+            "forward": inside,
+            "refit": inside + self.refit_inputs,
+            "select": inside + self.aside,
+            "solve": inside,
+            "gram": inside + self.fold_outputs,
         }
 
     def costs(self, kept: Mapping[str, int]) -> dict[str, Cost]:
@@ -166,13 +156,14 @@ class Work:
         phases = {}
         for name in PHASES if self.disk_to_disk else PHASES[:-1]:
             peak = self.peaks[name]
-            if not peak and not self.operations[name]:
+            operations = self.arithmetic.operations[name]
+            if not peak and not operations:
                 continue
             peak += SCRATCH * self.one_memory
             phases[name] = Cost(
                 peak * (name != "write") + kept[name] * on_accelerator,
                 peak * (self.one_memory or name == "write") + kept[name] * in_host,
-                self.operations[name],
+                operations,
             )
         return phases
 
@@ -184,27 +175,19 @@ class Work:
     def variants(self) -> int:
         """Bytes of the hidden states of the model variants whose divergence is measured."""
         each = 3 * self.rule.divergences + self.rule.sensitivities
-        number = self.candidates + each * len(self.plan.reduced)
-        return number * self.watched * self.stream * self.item
-
-    @property
-    def candidates(self) -> int:
-        """The most splits between attention and MLP that are tried."""
-        return MOST_SPLITS * len(self.plan.attention_units) * self.rule.splits
-
-    @property
-    def watched(self) -> int:
-        """The most tokens on which divergences are measured."""
-        wanted = HELD_OUT_TOKENS if self.rule.divergences else FEW_HELD_OUT_TOKENS
-        return min(self.tokens, max(2 * wanted, self.tokens // LEAST_WINDOWS))
+        number = self.arithmetic.variants + each * len(self.plan.reduced)
+        return number * self.arithmetic.watched * self.stream * self.item
 
     def add_layer(self, index: int, layer: nn.Module) -> None:
         """Add a decoder layer and its groups."""
         targeted = self.config.targeted
         whole = num_parameters(layer) * self.item
         groups = [group_in(layer, spec, "") for spec in self.plan.specs[index]]
-        upstream = changed = 0
-        passes = 1 + targeted
+        self.arithmetic.add_layer(index, groups)
+        widest = max((group.widest for group in groups if group.targeted), default=0)
+        kept = self.item * widest + (self.item * len(groups) + _FP32 * targeted) * self.stream
+        self.near = max(self.near, self.tokens * kept)
+        changed = 0
         for group in groups:
             left = group.num_parameters
             left -= (group.num_units - self.plan.widths[group.kind][index]) * group.unit_cost
@@ -212,13 +195,8 @@ class Work:
             if self.measures:
                 self._add_profile(group, held, [g for g in groups if g is not group])
             if (index, group.kind) in self.repaired:
-                passes += self._add_repair(index, group, upstream, held, left * self.item)
+                self._add_repair(index, group, held, left * self.item)
                 changed += left * self.item
-            upstream += left * _parameters_per_token(group) // max(group.num_parameters, 1)
-        dense = sum(map(_parameters_per_token, groups)) * targeted
-        channels = sum(g.num_units * g.columns for g in groups if g.kind == ATTENTION)
-        self.operations["forward"] += 2 * self.tokens * (upstream + dense)
-        self.operations["forward"] += 2 * self.tokens * self.length * channels * passes
         widest = max([self.stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
         held = changed * self._maps if self.one_memory else whole * (1 + self.reads_ahead)
         self.at_peak("forward", held + self.batch * self.item * 6 * widest)
@@ -234,69 +212,33 @@ class Work:
         """
         *_, outputs, inputs = group.weight.shape
         square, entries = self.solve_item * inputs**2, self.solve_item * outputs * inputs
-        self.operations["profile"] += 2 * self.profiled * group.num_parameters
-        if group.kind == ATTENTION:
-            self.operations["profile"] += 2 * self.profiled * self.length * inputs
-        self.operations["profile"] += self.profiled * inputs**2 + 2 * inputs**3
-        tried = 2 * self.watched * group.num_parameters + inputs**3 // 3 + 2 * outputs * inputs**2
-        self.operations["profile"] += self.candidates * tried
         moments = half_square(inputs) + sum(half_square(g.weight.shape[-1]) for g in others)
         working = 5 * square // 2 + 3 * entries
         self.at_peak("profile", held + _FP32 * moments + working)
         passing = self._pass_bytes(inputs, outputs)
         self.at_peak("profile", held + self.solve_item * moments + passing)
 
-    def _add_repair(
-        self, index: int, group: Group | ExpertsGroup, upstream: int, held: int, left: int
-    ) -> int:
-        """Add a group's selection, solve and refit. Returns the passes up to its consumer.
+    def _add_repair(self, index: int, group: Group | ExpertsGroup, held: int, left: int) -> None:
+        """Add a group's selection, solve and refit.
 
         Args:
             index: of the layer.
             group: in this layer.
-            upstream: parameters that a token passes in the groups before it.
             held: bytes of the layer in memory.
             left: bytes of the group's projections afterwards.
         """
         config = self.config
         kept = self.plan.widths[group.kind][index] * group.columns
         targets = group.weight.shape[-2] * (config.targeted and not group.spec.experts)
-        runs = self.plan.runs(group.spec)
         refits = config.refit_steps > 0 and group.spec.linear is not None
-        folds = (1 if config.targeted else 2) * self.plan.select.folds
-        collects = 1 + refits
-
-        inner = group.weight.shape[-2] * group.weight.shape[-1]
-        passed = _parameters_per_token(group) - (group.spec.routed or 1) * inner
-        passed += runs * upstream  # each expert's own part is run once
-        self.operations["forward"] += 2 * self.tokens * passed * (collects + folds)
-        self._add_operations(group, kept, targets, refits, folds > 0)
         moments = self._add_moments(group, kept, targets, held)
         solve = self._add_solve(group, kept, held, moments, left)
-        if folds:
+        if self.plan.select.folds:
             assert isinstance(group, Group)
             self._add_fold(group, kept, held, moments[0], solve)
         if refits:
             assert isinstance(group, Group)
             self._add_refit(group, kept, held + left * self._maps, solve)
-        return runs * (collects + folds)
-
-    def _add_operations(
-        self, group: Group | ExpertsGroup, kept: int, targets: int, refits: bool, folds: bool
-    ) -> None:
-        """Add the arithmetic of moments, selection and solve, for `kept` inputs."""
-        experts, routed = group.spec.experts or 1, group.spec.routed or 1
-        *_, outputs, inputs = group.weight.shape
-        held_out = self.config.holds_out
-        dampings = len(DAMPINGS) * held_out
-        wide, narrow = _moments(inputs, targets) * (4 + held_out) // 4, _moments(kept, targets)
-        self.operations["gram"] += self.tokens * routed * (wide + (refits + folds) * narrow)
-        if self._eliminates(group, kept):
-            greedy = 5 * inputs**3 // 3 + 2 * outputs * inputs**2
-            self.operations["select"] += experts * greedy
-        solves = (kept**3 // 3 + 2 * outputs * kept**2) * (1 + refits + dampings)
-        solves += outputs * kept**2 * dampings + 2 * outputs * inputs**2
-        self.operations["solve"] += experts * solves
 
     def _add_moments(
         self, group: Group | ExpertsGroup, kept: int, targets: int, held: int
@@ -383,8 +325,6 @@ class Work:
         rows, width = len(linear.weight) * kept // inputs, linear.weight.shape[1]
         whole = len(linear.projection.weight) * kept // inputs
         stride = refit_stride(self.config.refit_steps)
-        steps = self.config.refit_steps / stride
-        self.operations["refit"] += int(6 * self.tokens * group.num_parameters * steps)
         # The solution; the residual, the direction and its image; weights and their gradients.
         vectors = width * (rows * (_FP32 + 3 * _FP64) + 3 * self.item * whole)
         squares = _FP32 * rows**2 + _FP64 * width**2
@@ -402,6 +342,11 @@ class Work:
         """Bytes of a micro-batch in the pass to a consumer, with inputs and targets in fp32."""
         wide = self.item * 3 * max(inputs, self.stream)
         return self.batch * (wide + _FP32 * (2 * inputs + outputs))
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether what is needed again within a layer is kept, and where hidden states are."""
+        return self.one_memory or self.config.hidden_states == "accelerator"
 
     @property
     def _maps(self) -> bool:
@@ -430,16 +375,10 @@ def _calibration_tokens(
     return sum(sizes), max(length for _, length in shapes), max(sizes)
 
 
-def _moments(inputs: int, targets: int) -> int:
-    """Operations per token for the moments of inputs and targets."""
-    return inputs * (inputs + min(inputs, BLOCK)) + 2 * inputs * targets
-
-
-def _parameters_per_token(group: Group | ExpertsGroup) -> int:
-    """Parameters of the group's projections that a token passes, in the experts it is routed to."""
-    parameters: int = group.num_parameters
-    spec = group.spec
-    return parameters * (spec.routed or 1) // spec.experts if spec.experts else parameters
+def _head(model: PreTrainedModel) -> int:
+    """Parameters of the language-model head."""
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return num_parameters(head)
 
 
 def num_parameters(module: nn.Module) -> int:
