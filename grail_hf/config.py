@@ -189,6 +189,13 @@ class GrailConfig:
             disk to disk, beside the output. "auto": the first of these where they have room, in a
             quarter of the accelerator's free memory or half of the host's; on a machine without an
             accelerator, one of the last two.
+        checkpoint_every: from disk to disk, after how many layers the hidden states are written,
+            from where a stopped run resumes; the result is the same, and a run may resume with
+            another number. They may be larger than a layer: 8.6 GB for a 70B model and 128 windows
+            of 2048 tokens. "auto": after the first layer, and then each time that 20 times as long
+            has passed as they last took to write. So writing them takes at most a twentieth of the
+            time, and a run that is killed repeats no more than that interval and a layer. In memory
+            this has no effect.
 
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
@@ -277,6 +284,12 @@ class GrailConfig:
     )
     hidden_states: str = setting(
         AUTO, "Where hidden states are kept between layers.", choices=HIDDEN_STATES
+    )
+    checkpoint_every: int | str = setting(
+        AUTO,
+        "From disk to disk, layers after which a stopped run can resume; auto: by time.",
+        choices=(AUTO,),
+        range=COUNT,
     )
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ OUT_OF_RANGE = [
     ),
     *(
         (name, value)
-        for name in ("num_samples", "seq_length", "batch_size", "multiple_of")
+        for name in ("num_samples", "seq_length", "batch_size", "multiple_of", "checkpoint_every")
         for value in (0, -1, 1.5, "4", True)
     ),
     ("seq_length", 1),
@@ -72,6 +72,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
     [
         *((name, value) for name in FRACTIONS for value in (0, 0.0, 0.999)),
         *((name, 1) for name in ("num_samples", "batch_size", "multiple_of")),
+        *(("checkpoint_every", value) for value in (1, "auto")),
         ("seq_length", 2),
         *(("seed", value) for value in (-1, 0)),
         *(("ridge", value) for value in (0, 10.0, "auto")),
@@ -288,6 +289,7 @@ def configs(draw) -> GrailConfig:
         batch_size=draw(count),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         multiple_of=draw(count),
+        checkpoint_every=draw(count | st.just("auto")),
         attention_unit=draw(st.sampled_from(ATTENTION_UNITS)),
         ignore=tuple(draw(st.lists(st.integers() | names, max_size=4))),
         rehome=draw(st.booleans()),
