@@ -6,6 +6,7 @@ killed (SIGKILL) in any phase: `--resume` continues to identical bytes, from the
     were written last. Without it the next run is refused, and nothing is lost.
     test_a_run_killed_anywhere_goes_on_and_ends_alike
     test_a_run_killed_between_hidden_states_goes_back_to_them
+    test_measured_widths_are_not_measured_again
     test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file
     test_a_stopped_run_is_neither_lost_nor_taken_for_another
 killed between the two renames at the end: the old output is restored, or the new one takes its
@@ -296,11 +297,13 @@ def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_measured_widths_are_not_measured_again(source, tmp_path, capsys):
+@pytest.mark.parametrize("layer", [0, 2])
+def test_measured_widths_are_not_measured_again(layer, source, tmp_path, capsys):
+    """Not even by a run that was killed before its first hidden states were written."""
     settings = {"allocation": "error"}
     compress(source, tmp_path / "whole", progress=True, **settings)
     assert "Profiling" in capsys.readouterr().err
-    stop(source, tmp_path / "out", **settings)
+    stop(source, tmp_path / "out", layer, **settings)
     compress(source, tmp_path / "out", resume=True, progress=True, **settings)
     shown = capsys.readouterr().err
     assert "Calibrating" in shown and "Profiling" not in shown

@@ -110,6 +110,7 @@ class WritingPlacement(CheckpointPlacement):
         if name not in self.journal.shards:
             with self.meter.phase("write"), self.rest_of_model():
                 self.journal.add_shard(name, self.parts.state(REST))
+            self.journal.notes = self.notes()  # widths that were measured are not measured again
             self.journal.write()
 
     def copy_layers(self) -> None:
