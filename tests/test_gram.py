@@ -4,11 +4,18 @@ import logging
 
 import pytest
 import torch
+from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grail_hf.methods.gram import GramStats
-from grail_hf.methods.linalg import BLOCK, Symmetric, damped_cholesky, half_square
+from grail_hf.methods.linalg import (
+    BLOCK,
+    Symmetric,
+    damped_cholesky,
+    half_square,
+    sum_of_products,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -249,3 +256,14 @@ def test_moments_about_a_point_are_those_of_the_moved_tokens(targeted):
     for name in ("gram", "total", "count", "cross", "target_energy", "target_total"):
         one, other = getattr(about, name), getattr(moved, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_a_sum_of_products_is_read_from_the_device_once(rows):
+    """And added in fp64 by the host: in fp32 the small summands after the first would be lost."""
+    wide, other = torch.full((rows, 3), 0.5), torch.ones(rows, 3, dtype=torch.bfloat16)
+    wide[:64] = 2.0**24
+    with HostReads() as reads:
+        found = sum_of_products(wide, other)
+    assert reads.names == ["tolist"]
+    assert found == 3 * (min(rows, 64) * 2**24 + max(rows - 64, 0) / 2)

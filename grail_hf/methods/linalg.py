@@ -217,8 +217,17 @@ def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
 
 def sum_of_products(wide: Tensor, other: Tensor) -> float:
     """Sum of the elementwise products of two matrices, in the dtype of the first."""
-    parts = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(wide), ROWS_AT_ONCE))
-    return sum((wide[part] * other[part].to(wide.dtype)).sum().item() for part in parts)
+    summands: list[float] = products(wide, other).tolist()
+    return sum(summands)
+
+
+def products(wide: Tensor, other: Tensor) -> Tensor:
+    """[ceil(R / `ROWS_AT_ONCE`)], the summands of `sum_of_products` of [R, C], not read yet.
+
+    Each is over so many rows. They stay apart because the host adds them in fp64 for any dtype.
+    """
+    pairs = zip(torch.split(wide, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True)
+    return torch.stack([(mine * part.to(mine.dtype)).sum() for mine, part in pairs])
 
 
 def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tuple[Tensor, float]:
@@ -271,21 +280,21 @@ def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
     # A pivot at the level of rounding, relative to its own channel, passes the factorisation but
     # makes solves meaningless.
     pivots = factor.diagonal().square() / diagonal
-    sound = positive and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
+    sound = positive & (pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5)
     return factor if sound else None
 
 
-def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
+def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite G [H, H] by the lower Cholesky factor of G + diag(shift), shift [H] or [].
 
-    Returns it, and whether the matrix was positive definite; if not, it is not a factor.
+    Returns it, and whether the matrix was positive definite, [] bool; if not, it is not a factor.
     """
     gram.diagonal().add_(shift)
     # LAPACK's matrices are column-major: transposed, the factorisation runs in place.
     factor = gram.mT
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    return factor, not info.any()
+    return factor, info == 0
 
 
 def cholesky_solve_(b: Tensor, factor: Tensor, left: bool = False) -> Tensor:

@@ -7,9 +7,10 @@ tokens. Infinite damping means no repair, which is plain pruning or folding.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from grail_hf.methods.linalg import (
     Symmetric,
     cholesky_solve_,
     damped_cholesky,
+    products,
     sound_cholesky_,
     sum_of_products,
 )
@@ -178,12 +180,12 @@ def choose_damping(
         held_out = held_out.restricted(kept, weight)
         stats, weight = stats.restricted(kept, weight), weight[:, kept]
     fitted, energy = stats.fitted(), held_out.target_energy
-    errors = {(math.inf, False): _squared_error([weight], held_out)}
+    terms = {(math.inf, False): _error_terms([weight], held_out)}
     if intercept:
         count = max(fitted.count, 1)
         x, y = fitted.total / count, fitted.target_total_of(weight) / count
         fitted, held_out = fitted.about(x, y), held_out.about(x, y)
-        errors[math.inf, True] = _squared_error([weight], held_out)
+        terms[math.inf, True] = _error_terms([weight], held_out)
     missing, scale = fitted.missing_of(weight), fitted.energy.mean()
     fitted.cross = None
     for damping in DAMPINGS:
@@ -193,8 +195,9 @@ def choose_damping(
                 torch.split(missing, ROWS_TRIED), torch.split(weight, ROWS_TRIED), strict=True
             )
             parts = (cholesky_solve_(part.clone(), factor).add_(own) for part, own in pairs)
-            errors[damping, intercept] = _squared_error(parts, held_out)
+            terms[damping, intercept] = _error_terms(parts, held_out)
         del factor  # before the next one is allocated
+    errors = dict(zip(terms, _read(terms.values()), strict=True))
     best = min(errors, key=errors.__getitem__)
     return *best, _relative(errors[best], energy)
 
@@ -217,25 +220,51 @@ def reconstruction_error(
     """
     if kept is not None:
         stats = stats.restricted(kept, weight)
-    error = _squared_error([new], stats)
+    (error,) = _read([_error_terms([new], stats)])
     if bias is not None:
         shortfall = stats.target_total_of(weight) - new @ stats.total
         error += (bias @ (stats.count * bias - 2 * shortfall)).item()
     return _relative(error, stats.target_energy)
 
 
-def _squared_error(parts: Iterable[Tensor], stats: GramStats) -> float:
-    """||Y - X V^T||^2 for V [O, K], given in parts of consecutive rows.
+class _ErrorTerms(NamedTuple):
+    """||Y - X V^T||^2 = E + sum (tr(V G V^T) - 2 sum(summands of tr(V C^T))), not read yet.
+
+    The sum is over parts of consecutive rows of V, of each of which there is a vector with the
+    trace and the summands.
+    """
+
+    energy: float
+    parts: list[Tensor]
+
+
+def _error_terms(parts: Iterable[Tensor], stats: GramStats) -> _ErrorTerms:
+    """The squared error of V [O, K], given in parts of consecutive rows."""
+    assert stats.cross is not None
+    terms, start = _ErrorTerms(stats.target_energy, []), 0
+    for part in parts:
+        cross = stats.cross[start : start + len(part)]
+        terms.parts.append(
+            torch.cat([stats.moments.quadratic(part).reshape(1), products(part, cross)])
+        )
+        start += len(part)
+    return terms
+
+
+def _read(every: Collection[_ErrorTerms]) -> list[float]:
+    """The squared errors, which the host reads from the device at once.
 
     Clamped at 0 against rounding.
     """
-    assert stats.cross is not None
-    error, start = stats.target_energy, 0
-    for part in parts:
-        cross = stats.cross[start : start + len(part)]
-        error += stats.moments.quadratic(part).item() - 2 * sum_of_products(part, cross)
-        start += len(part)
-    return max(error, 0.0)
+    vectors = [vector for terms in every for vector in terms.parts]
+    numbers = iter(torch.cat(vectors).tolist())
+    errors = []
+    for error, parts in every:
+        for vector in parts:
+            trace, *summands = itertools.islice(numbers, len(vector))
+            error += trace - 2 * sum(summands)
+        errors.append(max(error, 0.0))
+    return errors
 
 
 def _relative(error: float, energy: float) -> float:
