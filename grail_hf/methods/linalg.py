@@ -309,6 +309,26 @@ def cholesky_solve_(b: Tensor, factor: Tensor, left: bool = False) -> Tensor:
 
 
 def cholesky_inverse_(factor: Tensor) -> Tensor:
-    """Overwrite a lower factor L, as `sound_cholesky_` leaves it, by (L L^T)^-1, and return it."""
-    torch.cholesky_inverse(factor, out=factor)
+    """Overwrite a lower factor L [H, H], as `sound_cholesky_` leaves it, by (L L^T)^-1.
+
+    Returns it. LAPACK's potri by block rows, with memory for one more of them: M = L^-1 from the
+    top down, then M^T M. Since L is zero above the diagonal, each step is one dense product. On a
+    CPU `torch.cholesky_inverse` is in place too, and as fast; on CUDA it copies L and solves
+    against the identity, which takes H^2 more numbers and twice the arithmetic.
+    """
+    size = len(factor)
+    buffer = factor.new_empty(min(BLOCK, size) * size)
+    spans = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+    for start, end in spans:
+        rows = buffer[: (end - start) * end].view(end - start, end)
+        torch.mm(factor[start:end, :start], factor[:start, :start], out=rows[:, :start])
+        torch.eye(end - start, out=rows[:, start:]).neg_()
+        own = factor[start:end, start:end]
+        torch.linalg.solve_triangular(own, rows, upper=False, out=rows)
+        torch.neg(rows, out=factor[start:end, :end])
+    for start, end in spans:
+        rows = buffer[: (end - start) * end].view(end - start, end)
+        torch.mm(factor[start:, start:end].mT, factor[start:, :end], out=rows)
+        factor[start:end, :end] = rows
+        factor[:start, start:end] = rows[:, :start].mT
     return factor.mT
