@@ -68,6 +68,10 @@ def ridge(
     V = W_S + W_P B^T with B = (G_SS + d I)^-1 G_SP (GRAIL, arXiv 2602.23795), except that damping
     pulls towards plain pruning and not towards zero output.
 
+    In fp32 the solution is not refined: residuals that are computed in fp32 too, from the Gram that
+    was rounded to it, leave the distance to the fp64 solution between 0.8 and 1.6 times what it was
+    (K = 256 and 1024, condition numbers of 1e2 to 1e6).
+
     Args:
         weight: [O, H], W, in the dtype of the statistics.
         stats: of the consumer's inputs and targets, fp32 or fp64.
@@ -155,9 +159,11 @@ def choose_damping(
     pruning, so the choice is never worse than that on the held-out tokens. Dampings that leave G_SS
     singular are skipped.
 
-    One Cholesky factorisation per damping, K^3 / 3 + 4 O K^2 each, takes 1.4 times as long on a CPU
-    as one eigendecomposition for all of them (K = 2048), but needs no special case for a singular
-    Gram.
+    Each damping takes a Cholesky factorisation and its solves, K^3 / 3 + 4 O K^2. One
+    eigendecomposition for all of them costs more by itself than the eight factorisations (1.4, 1.9
+    and 2.3 times for K = 512, 1024 and 2048, fp64 on one CPU thread) and saves most of the solves:
+    with O = 0.74 K, Cholesky takes 1.3, 1.1 and 0.9 times as long in all. It also finds a singular
+    Gram by itself.
 
     Args:
         weight: [O, H], W, in the dtype of the statistics.
