@@ -260,6 +260,27 @@ def test_an_automatic_dtype_is_the_device_s(lacking, expected, monkeypatch):
         widest_float.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        *(((major, 0), None, "float64") for major in (6, 7, 8, 9, 10)),
+        *((pair, None, "float32") for pair in ((6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0))),
+        *((pair, "6.4", "float64") for pair in ((9, 0), (9, 4), (9, 5))),
+        *((pair, "6.4", "float32") for pair in ((10, 3), (11, 0), (12, 0))),
+    ],
+)
+def test_an_automatic_dtype_is_float64_only_where_that_is_fast(
+    capability, hip, expected, monkeypatch
+):
+    """P100, V100, A100, H100, B200 and Instinct, not GeForce, RTX, T4, L4, B300 or Radeon."""
+    device = torch.device("cuda:99")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.get)
+    assert GrailConfig(sparsity=0.3).resolved_on(device).solve_dtype == expected
+    asked = GrailConfig(sparsity=0.3, solve_dtype="float64")
+    assert asked.resolved_on(device) is asked
+
+
 def test_a_device_that_is_not_here_is_taken_to_have_float64():
     absent = torch.device("cuda:99")
     assert GrailConfig(sparsity=0.3).resolved_on(absent).solve_dtype == "float64"
