@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -26,6 +27,9 @@ ATTENTION_UNITS = ("kv_group", "query_head")
 SOLVE_DTYPES = (AUTO, "float32", "float64")
 HIDDEN_STATES = (AUTO, "accelerator", "host", "disk")
 YES_OR_NO = (True, False)
+# Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100, B200. The
+# others have 1/32 or 1/64 (CUDA C++ Best Practices Guide, Arithmetic Instructions).
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 # Settings of checkpoints and programs from before they were renamed.
 _OLD_NAMES = {"dtype": "solve_dtype"}
 
@@ -180,8 +184,8 @@ class GrailConfig:
             a `device_map`, by default where that has them run; layers that it puts on an
             accelerator run there in any case.
         solve_dtype: of selection and solve, "float64" or "float32". "auto": float64 where the
-            device that layers run on supports it, else float32 (Apple's GPUs); the report has
-            which.
+            device that layers run on is fast in it (CPUs, NVIDIA's and AMD's data-centre GPUs,
+            Intel's GPUs that have it), else float32 (other GPUs); the report has which.
         hidden_states: where the calibration tokens' hidden states are kept between layers; the
             result is the same. "accelerator": where layers run. "host": in host memory. "disk": in
             unnamed files, mapped into memory, which vanish with the process. They are in
@@ -189,6 +193,11 @@ class GrailConfig:
             disk to disk, beside the output. "auto": the first of these where they have room, in a
             quarter of the accelerator's free memory or half of the host's; on a machine without an
             accelerator, one of the last two.
+        checkpoint_every: from disk to disk, after how many layers the hidden states are written,
+            from where a stopped run resumes. The result is the same, and it may resume with another
+            number. "auto": after the first layer, and then each time that 20 times as long has
+            passed as they last took to write: writing takes a twentieth of the time at most, and a
+            kill costs that interval and a layer.
 
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
@@ -272,11 +281,14 @@ class GrailConfig:
     device: str | None = setting(None, "Where layers run; by default an accelerator.")
     solve_dtype: str = setting(
         AUTO,
-        "Dtype of selection and solve; auto: float64 where the device supports it.",
+        "Dtype of selection and solve; auto: float64 where the device is fast in it.",
         choices=SOLVE_DTYPES,
     )
     hidden_states: str = setting(
         AUTO, "Where hidden states are kept between layers.", choices=HIDDEN_STATES
+    )
+    checkpoint_every: int | str = setting(
+        AUTO, "Layers after which a run from disk to disk can resume.", choices=(AUTO,), range=COUNT
     )
 
     def __post_init__(self) -> None:
@@ -345,7 +357,7 @@ class GrailConfig:
         """The config with the `solve_dtype` that "auto" means where layers run on `device`."""
         if self.solve_dtype != AUTO:
             return self
-        name = str(widest_float(device)).removeprefix("torch.")
+        name = str(solve_float(device)).removeprefix("torch.")
         return dataclasses.replace(self, solve_dtype=name)
 
     @property
@@ -427,6 +439,20 @@ def widest_float(device: torch.device) -> torch.dtype:
     """
     lacks = _computes_in(torch.float32, device) and not _computes_in(torch.float64, device)
     return torch.float32 if lacks else torch.float64
+
+
+def solve_float(device: torch.device) -> torch.dtype:
+    """float64 where the device computes in it at about half the rate of float32, else float32.
+
+    A device that this machine lacks is assumed to.
+    """
+    fast = True
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError, AssertionError):
+            major, minor = torch.cuda.get_device_capability(device)
+            # AMD's Instinct cards are gfx9; its other cards have 1/16 or less.
+            fast = major == 9 if torch.version.hip else (major, minor) in _FAST_FLOAT64
+    return widest_float(device) if fast else torch.float32
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibrat
 from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.folders import check_room, claimed, empty, put_in_place, stopped_there
 from grail_hf.checkpoints.journal import Journal
-from grail_hf.checkpoints.layers import CheckpointPlacement, WritingPlacement
+from grail_hf.checkpoints.layers import CheckpointPlacement, Pace, WritingPlacement
 from grail_hf.checkpoints.loading import load_tokenizer
 from grail_hf.checkpoints.reader import Checkpoint
 from grail_hf.checkpoints.sources import (
@@ -46,13 +46,13 @@ from grail_hf.runtime.placement import Place, choose_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-# Settings that say where things are, not what comes out.
-_IRRELEVANT = {"hidden_states"}
+# Settings that say where things are kept and how often, not what comes out.
+_IRRELEVANT = {"hidden_states", "checkpoint_every"}
 _OUTPUT = "the output folder"
 
 
 class StoppedError(RuntimeError):
-    """A failure after layers were written: they are kept, and the run can resume after them."""
+    """A failure after hidden states were written: the run can resume after their layer."""
 
 
 @torch.no_grad()
@@ -75,8 +75,9 @@ def compress_checkpoint(
     The result is what `compress` and `save_pretrained` make of the model with `self_samples=0`
     (writing text takes the whole model), in one file per decoder layer. It grows beside `output`,
     in `.<name>.partial`, and takes its place when it is whole. A run that is stopped, or killed,
-    can resume after the last layer that it had written: its files are then, byte for byte, those of
-    a run that was not stopped, but for the times and the memory that `grail.json` reports. Several
+    can resume after the last layer whose hidden states it had written (`checkpoint_every`): its
+    files are then, byte for byte, those of a run that was not stopped, but for the times and the
+    memory that `grail.json` reports, and the settings that it may resume with. Several
     processes share the work as in `compress`; the output is in a folder that all of them see. fp32
     matrix products are in fp32, as in `compress`.
 
@@ -88,9 +89,9 @@ def compress_checkpoint(
         tokenizer: by default the source's, where it has one.
         revision: of a source on the hub: a branch, a tag or a commit; by default the main branch.
         architecture: the model type's entry where the table has none.
-        resume: go on with the run that was stopped; starts one where there is none. Its settings,
-            calibration, source and versions have to be the same, and its files unchanged. Returns
-            the report of a run that had ended.
+        resume: go on with the run that was stopped; starts one where there is none. Its settings
+            (except `hidden_states` and `checkpoint_every`), calibration, source and versions have
+            to be the same, and its files unchanged. Returns the report of a run that had ended.
         overwrite: replace an earlier compressed model in `output`.
         progress: show bars on standard error.
 
@@ -101,7 +102,7 @@ def compress_checkpoint(
             written or is being written by another process; a full disk.
         FloatingPointError: NaN or Inf in the source's weights, before anything is written, or in
             the activations of the first layer.
-        StoppedError: a failure after the first layer was written, from where the run can go on.
+        StoppedError: a failure after hidden states were written, from where the run can go on.
     """
     config = GrailConfig.resolve(config, **overrides)
     processes.silence_copies()
@@ -129,6 +130,7 @@ def compress_checkpoint(
         if journal:
             journal.check_identity(identity)
             processes.once(journal.check_files, _OUTPUT)
+            journal.sweep()  # what it did after the last hidden states is done again, in that room
         else:
             ended = partial(_ended, output, config, digests, tokens)
             if resume and (report := processes.once(ended, _OUTPUT)):
@@ -182,7 +184,10 @@ def _compress(job: Job, parts: Parts, journal: Journal) -> CompressionReport:
             return {"report": report.to_dict()}
 
         assert job.stream.place is not None
-        writing = WritingPlacement(parts, reading.device, journal, job.stream.place, notes_so_far)
+        pace = Pace(job.config.checkpoint_every)
+        writing = WritingPlacement(
+            *(parts, reading.device, journal, job.stream.place, pace, notes_so_far)
+        )
         writing.meter = reading.meter
         writing.write_rest()
         if job.plan.reduced and journal.layers < len(parts.layers):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_architectures import offered, shares
 from tiny_models import ARCHITECTURE_CASES, batches, logits, tiny_architecture, tiny_model
@@ -15,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import grail_hf
 from grail_hf import SELECTORS
-from grail_hf.checkpoints.journal import INDEX, WEIGHTS, Journal, save_tensors
+from grail_hf.checkpoints.journal import INDEX, WEIGHTS, Journal, flushed, save_tensors
+from grail_hf.checkpoints.layers import Pace
 from grail_hf.checkpoints.reader import Checkpoint, read_spans
 
 UP = "layers.1.mlp.up_proj.weight"
@@ -268,9 +271,9 @@ def tmp_path_with(folder):
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
-    digest = save_tensors({"a": torch.ones(2)}, path)
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(os, "fsync", lambda file: 1 / 0)
+    save_tensors({"a": torch.ones(2)}, path)
+    assert flushed(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(Path, "replace", lambda path, other: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_tensors({"a": torch.zeros(2)}, path)
     assert torch.equal(load_file(path)["a"], torch.ones(2))
@@ -315,3 +318,24 @@ def test_a_journal_reads_as_it_was_written(tmp_path):
     journal.check_files()
     with pytest.raises(ValueError, match=r"had sparsity=0\.3, and now it is 0\.5"):
         journal.check_identity({"sparsity": 0.5})
+
+
+@given(
+    st.lists(st.floats(0.01, 500), min_size=1, max_size=80),
+    st.lists(st.floats(0.001, 100), min_size=80, max_size=80),
+)
+@settings(max_examples=50, deadline=None)
+def test_hidden_states_are_written_in_proportion_to_the_work(layers, writings):
+    """Seconds of each layer and of each writing: neither what is written nor what is lost grows."""
+    now, worked, since, written = 1000.0, 0.0, 0, []
+    pace = Pace("auto", clock=lambda: now)
+    for number, seconds in enumerate(layers):
+        now, worked, since = now + seconds, worked + seconds, since + 1
+        if pace.due(since):
+            assert not written or worked >= 20 * written[-1] * (1 - 1e-9)
+            with pace.writing():
+                now += writings[number]
+            written.append(writings[number])
+            worked, since = 0.0, 0
+        else:  # what a kill would cost, but for the layer that it comes in
+            assert worked <= 20 * written[-1] * (1 + 1e-9)

@@ -104,6 +104,8 @@ def test_options_left_out_keep_the_defaults():
         (("--no-rehome",), {"rehome": False}),
         (("--device", "cuda:1"), {"device": "cuda:1"}),
         (("--solve-dtype", "float32"), {"solve_dtype": "float32"}),
+        (("--checkpoint-every", 3), {"checkpoint_every": 3}),
+        (("--checkpoint-every", "auto"), {"checkpoint_every": "auto"}),
     ],
 )
 def test_an_option_stands_for_its_setting(flags, settings):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -291,6 +292,14 @@ def test_auto_damping_is_what_explicit_solves_find_best_on_the_held_out_tokens(
     assert errors[damping, moved] == pytest.approx(min(errors.values()), rel=1e-5)
     whole = ridge_module.ridge(weight, stats, kept, damping, intercept=moved)
     assert torch.equal(repair.weight, whole.weight)
+
+
+def test_auto_damping_reads_its_errors_from_the_device_at_once():
+    """Besides whether each factorisation is sound; singular ones are among them."""
+    weight, *_, stats = draw_split(9, 12, True, 0)
+    with HostReads() as reads:
+        ridge_module.choose_damping(weight, stats)
+    assert reads.names == [*["__bool__"] * len(ridge_module.DAMPINGS), "tolist"]
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -39,7 +39,7 @@ OUT_OF_RANGE = [
     ),
     *(
         (name, value)
-        for name in ("num_samples", "seq_length", "batch_size", "multiple_of")
+        for name in ("num_samples", "seq_length", "batch_size", "multiple_of", "checkpoint_every")
         for value in (0, -1, 1.5, "4", True)
     ),
     ("seq_length", 1),
@@ -72,6 +72,7 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
     [
         *((name, value) for name in FRACTIONS for value in (0, 0.0, 0.999)),
         *((name, 1) for name in ("num_samples", "batch_size", "multiple_of")),
+        *(("checkpoint_every", value) for value in (1, "auto")),
         ("seq_length", 2),
         *(("seed", value) for value in (-1, 0)),
         *(("ridge", value) for value in (0, 10.0, "auto")),
@@ -259,6 +260,27 @@ def test_an_automatic_dtype_is_the_device_s(lacking, expected, monkeypatch):
         widest_float.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        *(((major, 0), None, "float64") for major in (6, 7, 8, 9, 10)),
+        *((pair, None, "float32") for pair in ((6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0))),
+        *((pair, "6.4", "float64") for pair in ((9, 0), (9, 4), (9, 5))),
+        *((pair, "6.4", "float32") for pair in ((10, 3), (11, 0), (12, 0))),
+    ],
+)
+def test_an_automatic_dtype_is_float64_only_where_that_is_fast(
+    capability, hip, expected, monkeypatch
+):
+    """P100, V100, A100, H100, B200 and Instinct, not GeForce, RTX, T4, L4, B300 or Radeon."""
+    device = torch.device("cuda:99")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.get)
+    assert GrailConfig(sparsity=0.3).resolved_on(device).solve_dtype == expected
+    asked = GrailConfig(sparsity=0.3, solve_dtype="float64")
+    assert asked.resolved_on(device) is asked
+
+
 def test_a_device_that_is_not_here_is_taken_to_have_float64():
     absent = torch.device("cuda:99")
     assert GrailConfig(sparsity=0.3).resolved_on(absent).solve_dtype == "float64"
@@ -288,6 +310,7 @@ def configs(draw) -> GrailConfig:
         batch_size=draw(count),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         multiple_of=draw(count),
+        checkpoint_every=draw(count | st.just("auto")),
         attention_unit=draw(st.sampled_from(ATTENTION_UNITS)),
         ignore=tuple(draw(st.lists(st.integers() | names, max_size=4))),
         rehome=draw(st.booleans()),

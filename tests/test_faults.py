@@ -2,9 +2,11 @@
 
 What each fault leads to, and the tests that show it, here unless a file is named:
 
-killed (SIGKILL) in any phase: `--resume` continues to identical bytes. Without it the next run is
-    refused, and nothing is lost.
+killed (SIGKILL) in any phase: `--resume` continues to identical bytes, from the hidden states that
+    were written last. Without it the next run is refused, and nothing is lost.
     test_a_run_killed_anywhere_goes_on_and_ends_alike
+    test_a_run_killed_between_hidden_states_goes_back_to_them
+    test_measured_widths_are_not_measured_again
     test_a_run_killed_while_it_keeps_something_on_disk_leaves_no_file
     test_a_stopped_run_is_neither_lost_nor_taken_for_another
 killed between the two renames at the end: the old output is restored, or the new one takes its
@@ -14,8 +16,10 @@ interrupted (SIGINT): no partial output; a message tells how to resume.
     test_cli.py: test_an_interrupted_command_goes_on
     test_an_interrupt_after_the_last_rename_is_an_interrupt
 resumed with other settings, texts, weights or versions: refused; the message names what differs.
+    Where hidden states are kept, and how often they are written, may change.
     test_a_stopped_run_is_neither_lost_nor_taken_for_another
     test_a_source_that_changed_is_not_gone_on_with
+    test_a_run_killed_between_hidden_states_goes_back_to_them
 files of a stopped run changed: refused; the message names the file.
     test_what_a_stopped_run_wrote_is_checked
     test_a_journal_that_is_none_is_named
@@ -42,7 +46,7 @@ bit flipped in a file of the Hub's cache: refused, because these files are named
     test_checkpoint.py: test_a_flipped_bit_in_the_hub_s_cache_is_seen
 NaN or Inf in the weights: refused before any work; the message names the tensor.
     test_checkpoint.py: test_a_source_that_is_not_whole_is_refused_by_name
-activations overflow float16: an error names the layer; the layers before it are kept.
+activations overflow float16: an error names the layer; those before it are kept, as above.
     test_an_overflow_names_the_layer_and_keeps_the_layers_before_it
 a repaired weight overflows float16: the damping grows, at most to plain pruning, with a warning
     that names the group.
@@ -70,6 +74,7 @@ one of several processes dies: the others end with a message that tells where. `
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -95,8 +100,8 @@ from grail_hf.planning.costs import estimate
 from grail_hf.planning.plan import plan_compression
 from grail_hf.runtime.placement import Place
 
-SETTINGS = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform"}
-LAYERS = 3
+SETTINGS = {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "checkpoint_every": 1}
+LAYERS, MORE_LAYERS = 3, 5
 KILLED = -signal.SIGKILL
 
 
@@ -104,6 +109,14 @@ KILLED = -signal.SIGKILL
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "source"
     tiny_model("qwen3").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory):
+    """A source of more layers."""
+    folder = tmp_path_factory.mktemp("deeper") / "source"
+    tiny_model("qwen3", num_hidden_layers=MORE_LAYERS).save_pretrained(folder)
     return folder
 
 
@@ -178,8 +191,9 @@ PHASES = {
     "in the second layer's Gram": (block.Block, "collect_parts", 5, True),
     "in a refit": (block.Block, "runs", 3, False),
     "before a layer's file": (journal.Journal, "add_shard", 3, False),
-    "in a layer's file": (journal, "file_digest", 6, False),
+    "in a layer's file": (journal.Path, "replace", 7, False),
     "after a layer's file": (journal.Journal, "add_shard", 3, True),
+    "before a layer's file is flushed": (journal, "flushed", 7, False),
     "in the hidden states": (journal, "save_tensors", 4, True),
     "after the hidden states": (journal.Journal, "add_hidden_states", 2, True),
     "after a layer's journal": (journal.Journal, "write", 3, True),
@@ -283,11 +297,13 @@ def test_a_run_killed_while_it_measures_begins_again(source, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_measured_widths_are_not_measured_again(source, tmp_path, capsys):
+@pytest.mark.parametrize("layer", [0, 2])
+def test_measured_widths_are_not_measured_again(layer, source, tmp_path, capsys):
+    """Not even by a run that was killed before its first hidden states were written."""
     settings = {"allocation": "error"}
     compress(source, tmp_path / "whole", progress=True, **settings)
     assert "Profiling" in capsys.readouterr().err
-    stop(source, tmp_path / "out", **settings)
+    stop(source, tmp_path / "out", layer, **settings)
     compress(source, tmp_path / "out", resume=True, progress=True, **settings)
     shown = capsys.readouterr().err
     assert "Calibrating" in shown and "Profiling" not in shown
@@ -307,16 +323,68 @@ def stop(source, output, layer=2, **settings):
 
 def test_layers_that_are_done_are_not_done_again(source, whole, tmp_path, monkeypatch):
     stop(source, tmp_path / "out", layer=2)
-    seen = []
-    on_device = layers.CheckpointPlacement.on_device
+    seen = layers_read(monkeypatch)
+    compress(source, tmp_path / "out", resume=True)
+    assert seen == [2]
+    assert files_of(tmp_path / "out") == whole
+
+
+def layers_read(monkeypatch):
+    """A list that fills with the indices of the layers that are read from the source."""
+    seen, on_device = [], layers.CheckpointPlacement.on_device
     monkeypatch.setattr(
         layers.CheckpointPlacement,
         "on_device",
         lambda self, index: seen.append(index) or on_device(self, index),
     )
-    compress(source, tmp_path / "out", resume=True)
-    assert seen == [2]
-    assert files_of(tmp_path / "out") == whole
+    return seen
+
+
+@pytest.mark.parametrize("target", ["residual", "self"])
+@pytest.mark.parametrize("then", [2, 3, "auto"])
+def test_a_run_killed_between_hidden_states_goes_back_to_them(
+    target, then, deeper, tmp_path, monkeypatch
+):
+    """With two generations of them, and one. It may write them at another pace from there on."""
+    output, settings = tmp_path / "out", {"target": target}
+    compress(deeper, tmp_path / "whole", checkpoint_every=then, **settings)
+
+    def killed():
+        signalled_at(journal.Journal, "add_shard", 5, signal.SIGKILL, True)
+        compress(deeper, output, checkpoint_every=2, **settings)
+
+    assert in_child(killed) == KILLED
+    work = tmp_path / ".out.partial"
+    assert Journal.read(work).layers == 2
+    (states,) = {path.parent for path in work.rglob("0*.safetensors")}
+    tensors = load_file(states / "00000.safetensors")
+    assert tensors.keys() == ({"hidden", "dense"} if target == "residual" else {"hidden"})
+    assert len(list(work.glob("model-*"))) == 5  # the embeddings' and those of four layers
+    seen = layers_read(monkeypatch)
+    compress(deeper, output, resume=True, checkpoint_every=then, **settings)
+    assert seen == [2, 3, 4]
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("every", "after"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (4, [4]), (5, [])])
+def test_nothing_is_flushed_but_with_hidden_states(every, after, deeper, tmp_path, monkeypatch):
+    """Before the first layer and after the last, the shards and the journal are."""
+    events, fsync, adding = [], os.fsync, Journal.add_shard
+
+    def flushing(number):
+        events.append("flush")
+        fsync(number)
+
+    def add(self, name, tensors):
+        events.append(name)
+        adding(self, name, tensors)
+
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Journal, "add_shard", add)
+    compress(deeper, tmp_path / "out", checkpoint_every=every)
+    runs = [list(run) for same, run in itertools.groupby(events, "flush".__eq__) if not same]
+    counts = [len(run) for run in runs]
+    assert counts == [1, *(b - a for a, b in itertools.pairwise([0, *after, MORE_LAYERS]))]
 
 
 def test_a_run_that_ended_is_not_run_again(source, tmp_path):
@@ -484,10 +552,16 @@ def test_hidden_states_that_cannot_be_written_undo_no_more_than_their_layer(
     assert files_of(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("place", ["host", "disk"])
-def test_where_a_run_has_room_it_has_room_to_go_on(place, source, tmp_path, monkeypatch):
-    """On a disk of the size that is estimated; with a byte less, neither begins."""
-    settings = {"hidden_states": place, "selector": interrupted_at(3)}
+def test_where_a_run_has_room_it_has_room_to_go_on(place, every, deeper, tmp_path, monkeypatch):
+    """On a disk of the size that is estimated; with a byte less, neither begins.
+
+    It is interrupted in the fourth layer. What it wrote of the third without hidden states makes
+    room.
+    """
+    source = deeper
+    settings = {"hidden_states": place, "selector": interrupted_at(7), "checkpoint_every": every}
     model, config = meta_model(source), GrailConfig(**SETTINGS | settings)
     plan = plan_compression(model, config)
     costs = estimate(model, plan, config, disk_to_disk=True, batches=batches())

@@ -4,11 +4,19 @@ import logging
 
 import pytest
 import torch
+from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grail_hf.methods.gram import GramStats
-from grail_hf.methods.linalg import BLOCK, Symmetric, damped_cholesky, half_square
+from grail_hf.methods.linalg import (
+    BLOCK,
+    Symmetric,
+    cholesky_inverse_,
+    damped_cholesky,
+    half_square,
+    sum_of_products,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -249,3 +257,51 @@ def test_moments_about_a_point_are_those_of_the_moved_tokens(targeted):
     for name in ("gram", "total", "count", "cross", "target_energy", "target_total"):
         one, other = getattr(about, name), getattr(moved, name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size", [1, 3, BLOCK, BLOCK + 1, 2 * BLOCK + 100])
+def test_an_inverse_is_that_of_the_factorised_matrix_and_in_its_place(size, device):
+    x = torch.randn(2 * size + 3, size, dtype=torch.float64, device=device)
+    gram = x.T @ x
+    for dtype in (torch.float32, torch.float64):
+        factor, _ = damped_cholesky(gram.to(dtype).clone, 0.0, "layers.3.mlp")
+        inverse = cholesky_inverse_(factor)
+        assert inverse.data_ptr() == factor.data_ptr() and inverse.is_contiguous()
+        identity = torch.eye(size, dtype=dtype, device=device)
+        error = (inverse.to(gram) @ gram - identity).norm() / size**0.5
+        assert error < 100 * torch.linalg.cond(gram) * torch.finfo(dtype).eps
+        assert (inverse - inverse.T).norm() <= 1e-6 * inverse.norm()
+
+
+def test_an_inverse_takes_a_block_row_of_memory_beside_its_matrix():
+    """Where torch reports what it allocates inside of an operator, as on a CPU."""
+    size = 4 * BLOCK
+    x = torch.randn(2 * size, size)
+    factor, _ = damped_cholesky((x.T @ x).clone, 0.0, "layers.3.mlp")
+    copied = peak(lambda: factor.clone())
+    assert copied == size**2 * 4, "a copy is seen"
+    assert peak(lambda: cholesky_inverse_(factor)) <= (BLOCK * size + 2 * BLOCK**2) * 4
+
+
+def peak(function) -> int:
+    """The most bytes that a function holds at a time, beside what there was."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        function()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("rows", [1, 64, 150])
+def test_a_sum_of_products_is_read_from_the_device_once(rows):
+    """And added in fp64 by the host: in fp32 the small summands after the first would be lost."""
+    wide, other = torch.full((rows, 3), 0.5), torch.ones(rows, 3, dtype=torch.bfloat16)
+    wide[:64] = 2.0**24
+    with HostReads() as reads:
+        found = sum_of_products(wide, other)
+    assert reads.names == ["tolist"]
+    assert found == 3 * (min(rows, 64) * 2**24 + max(rows - 64, 0) / 2)

@@ -28,15 +28,19 @@ JOURNAL, OWN = "journal.json", ".grail"
 class Journal:
     """What a run has done, in its work folder: the run can be resumed after the last layer in it.
 
+    It is written together with hidden states. Layers that were done after that are repeated by a
+    run that resumes, and their files replaced.
+
     Several processes have the same journal. Each writes the hidden states of its own batches, and
     the first writes everything else.
 
     Attributes:
         folder: the work folder, in which the new checkpoint is written.
         identity: everything that the result depends on: name -> JSON.
-        layers: number of decoder layers that are done.
-        shards: file name -> its sha256, and its tensors with their bytes.
-        hidden_states: file name -> its sha256, of the hidden states before the next layer.
+        layers: number of decoder layers after which the run can resume.
+        shards: file name -> its sha256 (None until the journal is written), and its tensors with
+            their bytes.
+        hidden_states: file name -> its sha256, of the hidden states after those layers.
         notes: other data of the run, as JSON.
     """
 
@@ -95,7 +99,14 @@ class Journal:
                 )
 
     def write(self) -> None:
-        """Write the journal to disk, in place of the previous one."""
+        """Write the journal to disk, in place of the previous one.
+
+        The shards since the previous one are flushed and hashed first, so that a run which stops
+        has not waited for a disk on their behalf.
+        """
+        for name, shard in self.shards.items():
+            if shard["sha256"] is None:
+                shard["sha256"] = processes.once(partial(flushed, self.folder / name), name)
         processes.once(self._write, "the journal")
 
     def _write(self) -> None:
@@ -109,24 +120,25 @@ class Journal:
         }
         with written_beside(self.own / JOURNAL) as path:
             path.write_text(json.dumps(data) + "\n", "utf-8")
+            flush(path)
 
     def add_shard(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write a file of the new checkpoint."""
+        """Write a file of the new checkpoint; it counts once the journal is written."""
         save = partial(save_tensors, tensors, self.folder / name, {"format": "pt"})
-        digest = processes.once(save, name)
+        processes.once(save, name)
         sizes = {key: tensor.nbytes for key, tensor in sorted(tensors.items())}
-        self.shards[name] = {"sha256": digest, "bytes": sizes}
+        self.shards[name] = {"sha256": None, "bytes": sizes}
 
     def add_hidden_states(self, layer: int, batches: Sequence[HiddenStates]) -> None:
-        """Write the hidden states before a layer."""
+        """Write the hidden states before a layer; they count once the journal is written."""
         folder = self.own / f"hidden-states-{layer:05d}"
         folder.mkdir(exist_ok=True)
         written = []
         for batch in batches:
             path = folder / f"{batch.number:05d}.safetensors"
             tensors = {"hidden": batch.hidden, "dense": batch.dense}
-            digest = save_tensors({k: t for k, t in tensors.items() if t is not None}, path)
-            written.append((f"{folder.name}/{path.name}", digest))
+            save_tensors({k: t for k, t in tensors.items() if t is not None}, path)
+            written.append((f"{folder.name}/{path.name}", flushed(path)))
         self.hidden_states = dict(processes.gather(written, folder.name))
 
     def read_hidden_states(self, batches: Sequence[HiddenStates], place: Place) -> None:
@@ -140,13 +152,16 @@ class Journal:
             batch.dense = place.keep(tensors["dense"]) if "dense" in tensors else None
 
     def sweep(self) -> None:
-        """Delete hidden states that the journal on disk no longer refers to."""
+        """Delete hidden states and shards, whole or not, that the journal does not refer to."""
         if not processes.is_first():
             return
         current = {name.partition("/")[0] for name in self.hidden_states}
         for folder in self.own.glob("hidden-states-*"):
             if folder.name not in current:
                 shutil.rmtree(folder)
+        for path in (*self.folder.glob("model-*.safetensors"), *self.folder.glob(".*.tmp")):
+            if path.name not in self.shards:
+                path.unlink()
 
     @property
     def bytes_written(self) -> int:
@@ -162,12 +177,13 @@ class Journal:
         index = {"metadata": {"total_size": size}, "weight_map": weights}
         with written_beside(self.folder / INDEX) as path:
             path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+            flush(path)
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> str:
-    """Write a safetensors file under another name, flush it, and rename it. Returns its sha256.
+) -> None:
+    """Write a safetensors file under another name, and rename it. It is not flushed to disk.
 
     Raises:
         OSError: it cannot be written (a full disk); names the file. An old file is kept.
@@ -180,20 +196,29 @@ def save_tensors(
             save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, beside, metadata)
         except SafetensorError as error:
             raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from error
-        return file_digest(beside)
 
 
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to; the file replaces `path` once all of it is on disk."""
+    """A path to write to; the file replaces `path` after the context, if nothing is raised."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until all of a file is on disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flushed(path: Path) -> str:
+    """A file's sha256, once all of it is on disk."""
+    flush(path)
+    return file_digest(path)
 
 
 def file_digest(path: Path) -> str:

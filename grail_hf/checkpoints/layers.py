@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch
 from grail_hf.checkpoints.converter import Parts
 from grail_hf.checkpoints.journal import Journal
 from grail_hf.checkpoints.sources import REST
+from grail_hf.config import AUTO
+from grail_hf.runtime import processes
 from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import HiddenStates, Place
 
@@ -42,10 +46,43 @@ class CheckpointPlacement(LayerPlacement):
             self.parts.drop_(index)
 
 
+class Pace:
+    """How often hidden states are written: `GrailConfig.checkpoint_every`.
+
+    "auto" compares times and not sizes, so that it needs to know neither the disk nor the work. The
+    first writing is due at once, since nothing tells yet how long it takes.
+
+    Attributes:
+        every: layers, or "auto".
+    """
+
+    rarity = 20  # "auto": the work between two writings takes so many times as long as one
+
+    def __init__(self, every: int | str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.every = every
+        self._clock = clock
+        self._took = self._ended = 0.0
+
+    def due(self, layers: int) -> bool:
+        """Whether to write now, so many layers after the last writing or the start."""
+        if self.every == AUTO:
+            return self._clock() - self._ended >= self.rarity * self._took
+        return layers >= int(self.every)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hidden states are written inside the context."""
+        start = self._clock()
+        yield
+        self._ended = self._clock()
+        self._took = self._ended - start
+
+
 class WritingPlacement(CheckpointPlacement):
     """Decoder layers that are read from one checkpoint and written, once changed, to another.
 
-    After each, the journal has everything that is needed to resume after it.
+    At the given pace hidden states are written too, and the journal, which then has everything that
+    is needed to resume there.
     """
 
     def __init__(
@@ -54,11 +91,13 @@ class WritingPlacement(CheckpointPlacement):
         device: torch.device,
         journal: Journal,
         place: Place,
+        pace: Pace,
         notes: Callable[[], dict[str, Any]],
     ) -> None:
         super().__init__(parts, device)
         self.journal = journal
         self.place = place
+        self.pace = pace
         self.notes = notes
         self.first = journal.layers
 
@@ -71,6 +110,7 @@ class WritingPlacement(CheckpointPlacement):
         if name not in self.journal.shards:
             with self.meter.phase("write"), self.rest_of_model():
                 self.journal.add_shard(name, self.parts.state(REST))
+            self.journal.notes = self.notes()  # widths that were measured are not measured again
             self.journal.write()
 
     def copy_layers(self) -> None:
@@ -92,12 +132,18 @@ class WritingPlacement(CheckpointPlacement):
                 self.journal.add_shard(self._name(index + 2), self.parts.state(index))
 
     def done(self, index: int, batches: Sequence[HiddenStates]) -> None:
-        if index + 1 < len(self.layers):
-            with self.meter.phase("write"):
-                self.journal.add_hidden_states(index + 1, batches)
-        else:
-            self.journal.hidden_states = {}
-        self.journal.layers = index + 1
-        self.journal.notes = self.notes()
-        self.journal.write()
-        self.journal.sweep()
+        number, last = index + 1, index + 1 == len(self.layers)
+        # The first process decides: the others' clocks may say otherwise.
+        due = partial(self.pace.due, number - self.journal.layers)
+        if not (last or processes.once(due, "the journal")):
+            return
+        with self.meter.phase("write"):
+            if last:
+                self.journal.hidden_states = {}
+            else:
+                with self.pace.writing():
+                    self.journal.add_hidden_states(number, batches)
+            self.journal.layers = number
+            self.journal.notes = self.notes()
+            self.journal.write()
+            self.journal.sweep()

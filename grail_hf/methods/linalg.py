@@ -217,8 +217,17 @@ def add_(to: Tensor, other: Tensor, factor: float = 1.0) -> Tensor:
 
 def sum_of_products(wide: Tensor, other: Tensor) -> float:
     """Sum of the elementwise products of two matrices, in the dtype of the first."""
-    parts = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(wide), ROWS_AT_ONCE))
-    return sum((wide[part] * other[part].to(wide.dtype)).sum().item() for part in parts)
+    summands: list[float] = products(wide, other).tolist()
+    return sum(summands)
+
+
+def products(wide: Tensor, other: Tensor) -> Tensor:
+    """[ceil(R / `ROWS_AT_ONCE`)], the summands of `sum_of_products` of [R, C], not read yet.
+
+    Each is over so many rows. They stay apart because the host adds them in fp64 for any dtype.
+    """
+    pairs = zip(torch.split(wide, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True)
+    return torch.stack([(mine * part.to(mine.dtype)).sum() for mine, part in pairs])
 
 
 def damped_cholesky(gram: Callable[[], Tensor], damping: float, name: str) -> tuple[Tensor, float]:
@@ -271,21 +280,21 @@ def sound_cholesky_(gram: Tensor, shift: Tensor) -> Tensor | None:
     # A pivot at the level of rounding, relative to its own channel, passes the factorisation but
     # makes solves meaningless.
     pivots = factor.diagonal().square() / diagonal
-    sound = positive and pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5
+    sound = positive & (pivots.min() > 8 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5)
     return factor if sound else None
 
 
-def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, bool]:
+def cholesky_(gram: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite G [H, H] by the lower Cholesky factor of G + diag(shift), shift [H] or [].
 
-    Returns it, and whether the matrix was positive definite; if not, it is not a factor.
+    Returns it, and whether the matrix was positive definite, [] bool; if not, it is not a factor.
     """
     gram.diagonal().add_(shift)
     # LAPACK's matrices are column-major: transposed, the factorisation runs in place.
     factor = gram.mT
     info = torch.empty((), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    return factor, not info.any()
+    return factor, info == 0
 
 
 def cholesky_solve_(b: Tensor, factor: Tensor, left: bool = False) -> Tensor:
@@ -300,6 +309,26 @@ def cholesky_solve_(b: Tensor, factor: Tensor, left: bool = False) -> Tensor:
 
 
 def cholesky_inverse_(factor: Tensor) -> Tensor:
-    """Overwrite a lower factor L, as `sound_cholesky_` leaves it, by (L L^T)^-1, and return it."""
-    torch.cholesky_inverse(factor, out=factor)
+    """Overwrite a lower factor L [H, H], as `sound_cholesky_` leaves it, by (L L^T)^-1.
+
+    Returns it. LAPACK's potri by block rows, with memory for one more of them: M = L^-1 from the
+    top down, then M^T M. Since L is zero above the diagonal, each step is one dense product. On a
+    CPU `torch.cholesky_inverse` is in place too, and as fast; on CUDA it copies L and solves
+    against the identity, which takes H^2 more numbers and twice the arithmetic.
+    """
+    size = len(factor)
+    buffer = factor.new_empty(min(BLOCK, size) * size)
+    spans = [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+    for start, end in spans:
+        rows = buffer[: (end - start) * end].view(end - start, end)
+        torch.mm(factor[start:end, :start], factor[:start, :start], out=rows[:, :start])
+        torch.eye(end - start, out=rows[:, start:]).neg_()
+        own = factor[start:end, start:end]
+        torch.linalg.solve_triangular(own, rows, upper=False, out=rows)
+        torch.neg(rows, out=factor[start:end, :end])
+    for start, end in spans:
+        rows = buffer[: (end - start) * end].view(end - start, end)
+        torch.mm(factor[start:, start:end].mT, factor[start:, :end], out=rows)
+        factor[start:end, :end] = rows
+        factor[:start, start:end] = rows[:, :start].mT
     return factor.mT
