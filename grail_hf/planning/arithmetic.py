@@ -178,7 +178,7 @@ class Arithmetic:
         backward = 2 * rows * stream + 2 * outputs * kept + _ATTENTION_BACKWARD * scores + again
         self.add("refit", tokens * (2 * half_square(stream) + (steps + 1) * (forward + backward)))
         # The coupling, on one batch, and the factors and solves of the steps.
-        coupling = 2 * (outputs + self.batch) * kept**2
+        coupling: float = 2 * (outputs + self.batch) * kept**2
         coupling += self.batch * (2 * rows * stream + scores + again)
         triangular = (2 * steps + 3) * rows * stream**2 + (steps + 1) * 2 * rows**2 * stream
         self.add("refit", coupling + triangular + (rows**3 + stream**3) / 3)

@@ -17,6 +17,8 @@ _NUMBERS_AT_ONCE = 2**22  # written to a file at a time
 # The shares of free memory that hidden states may take with "auto"; Grams and solves need the rest.
 ACCELERATOR_SHARE = 1 / 4
 HOST_SHARE = 1 / 2
+# Of an accelerator that hidden states are kept from, for what is needed again within a layer.
+NEAR_BYTES = 2**30
 
 
 @dataclass
@@ -106,7 +108,8 @@ def choose_place(
 def choose_near(place: Place, device: torch.device, size: int) -> Place | None:
     """Where to keep what is needed again within a layer: where it runs, or nowhere.
 
-    From an accelerator to the host and back takes as long as computing it again.
+    From an accelerator to the host and back takes as long as computing it again. An accelerator
+    that hidden states are kept from, to spare its memory, gets little of this either.
 
     Args:
         place: of the hidden states between layers.
@@ -115,5 +118,9 @@ def choose_near(place: Place, device: torch.device, size: int) -> Place | None:
     """
     if place.folder is not None:
         return place if device.type == "cpu" else None
-    share = HOST_SHARE if device.type == "cpu" else ACCELERATOR_SHARE
-    return Place(device) if size <= share * devices.free_bytes(device) else None
+    if device.type == "cpu":
+        room = HOST_SHARE * devices.free_bytes(device)
+    else:
+        room = ACCELERATOR_SHARE * devices.free_bytes(device)
+        room = room if place.device == device else min(room, NEAR_BYTES)
+    return Place(device) if size <= room else None
