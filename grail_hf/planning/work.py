@@ -5,19 +5,20 @@ projection parameter for the pass up to its consumer, N H^2 for half a Gram and 
 moments with a target of the dense model (and a dense pass for it), and a quarter of the moments
 more for the tokens held out; a refit takes all this once more at the new width, and 6 N per
 parameter for each step (half of that for one or two steps). A solve is K^3/3 + 2 O K^2. Choosing
-the ridge takes as much, and O K^2 more, for each damping tried. A selection is at most
-5/3 H^3 + 2 O H^2 (greedy elimination: factor, inverse and update), and the two errors in the report
+the ridge takes as much, and O K^2 more, for each damping tried. Greedy elimination is H^3 for
+factor and inverse, 2/3 (H^3 - K^3) + 2 O (H^2 - K^2) for the updates, and, with c p candidates for
+each panel of p channels, 2 c^2 p O (H - K); other selections are less. The two errors in the report
 are 2 O H^2. A fold takes one more pass, or two. Each expert of a mixture has a Gram and a solve,
 and its share of the tokens. Causal attention adds 2 N T per query channel and pass.
 
 Memory, with s bytes per number in the solve. The moments are half a square and O H numbers in fp32,
 and as much for the tokens held out, which are put aside with the hidden states during the
-selection. Greedy elimination adds a square and O H numbers of s bytes. Choosing the ridge works on
-K channels, with the moments in fp32, those of the fit, a square, and twice O K numbers. A refit has
-K^2 numbers in fp32 and three and a half times K D in fp64. A fold's k-means has the producers' rows
-twice, two squares of units in fp64, and five times the distances of units from centres; its linear
-form, moments at K channels, is held while the moments after the fold are summed, for which target
-"self" keeps the block's outputs.
+selection. Greedy elimination adds a square and O H numbers of s bytes, and panels. Choosing the
+ridge works on K channels, with the moments in fp32, those of the fit, a square, and twice O K
+numbers. A refit has K^2 numbers in fp32 and three and a half times K D in fp64. A fold's k-means
+has the producers' rows twice, two squares of units in fp64, and five times the distances of units
+from centres; its linear form, moments at K channels, is held while the moments after the fold are
+summed, for which target "self" keeps the block's outputs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import nn
 from grail_hf.calibration.refit import refit_stride
 from grail_hf.config import ATTENTION, AUTO, GrailConfig
 from grail_hf.methods.allocation import find_allocation
-from grail_hf.methods.elimination import PANEL
+from grail_hf.methods.elimination import CANDIDATES, PANEL
 from grail_hf.methods.linalg import BLOCK, half_square
 from grail_hf.methods.ridge import DAMPINGS, ROWS_TRIED
 from grail_hf.methods.widths import MOST_SPLITS
@@ -292,7 +293,9 @@ class Work:
         wide, narrow = _moments(inputs, targets) * (4 + held_out) // 4, _moments(kept, targets)
         self.operations["gram"] += self.tokens * routed * (wide + (refits + folds) * narrow)
         if self._eliminates(group, kept):
-            greedy = 5 * inputs**3 // 3 + 2 * outputs * inputs**2
+            greedy = inputs**3 + 2 * (inputs**3 - kept**3) // 3
+            greedy += 2 * outputs * (inputs**2 - kept**2)
+            greedy += 2 * CANDIDATES**2 * PANEL * outputs * (inputs - kept)
             self.operations["select"] += experts * greedy
         solves = (kept**3 // 3 + 2 * outputs * kept**2) * (1 + refits + dampings)
         solves += outputs * kept**2 * dampings + 2 * outputs * inputs**2
@@ -319,7 +322,8 @@ class Work:
         self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
         select = 2 * number * outputs * inputs
         if self._eliminates(group, kept):
-            select = number * (inputs**2 + outputs * inputs + 2 * PANEL * (inputs + outputs))
+            panel = PANEL * (6 * inputs + CANDIDATES * outputs)
+            select = number * (inputs**2 + outputs * inputs + panel)
         self.at_peak("select", held + sums - aside + select)
         return sums, aside
 
