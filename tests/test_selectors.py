@@ -288,6 +288,18 @@ def test_a_panel_ends_where_a_unit_that_was_no_candidate_is_cheapest(
     assert panels[0] > panels[1] == 3
 
 
+@pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (1, 4), (3, 2)])
+def test_to_choose_a_width_elimination_stops_there(columns, partitions):
+    group = problem(24, columns, partitions)
+    order = SELECTORS["obs"](group, group.stats()).argsort()
+    for width in (4, 8, 20):
+        kept = choose(SELECTORS["obs"], group, group.stats(), width, "obs").kept
+        assert kept.tolist() == sorted(order[24 - width :].tolist())
+        scores = SELECTORS["obs"](group, group.stats(), width=width)
+        assert torch.equal(scores[order[: 24 - width]], torch.arange(24 - width))
+        assert (scores[kept] == 24 - width).all()
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(("units", "columns"), [(8, 1), (12, 1), (6, 2)])
 def test_greedy_is_close_to_the_best_subset(units, columns, seed):
