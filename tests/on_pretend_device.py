@@ -6,7 +6,7 @@ What it computes is the CPU's, so that the result has to be the same.
 import pretend_device as pretend_device_module
 import pytest
 import torch
-from pretend_device import PretendTensor, pretend_device
+from pretend_device import INDEXED, PretendTensor, aten, pretend_device
 from test_architectures import narrower
 from tiny_models import (
     ARCHITECTURE_CASES,
@@ -17,9 +17,12 @@ from tiny_models import (
     relative_error,
     tiny_architecture,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grail_hf
 from grail_hf.config import widest_float
+from grail_hf.methods.elimination import elimination_order_
 from grail_hf.methods.linalg import Symmetric
 from grail_hf.methods.reduction import Reduction
 from grail_hf.methods.selectors import Selector
@@ -129,6 +132,46 @@ def test_a_device_without_float64_computes_in_float32(settings, without_float64)
         computed.append(logits(model, batches()))
     here, there = computed
     assert relative_error(there, here) < 1e-2
+
+
+def mask(index):
+    return isinstance(index, PretendTensor) and index.dtype == torch.bool
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits: their result, or its size, is a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PretendTensor)]
+        brought = not any(isinstance(leaf, PretendTensor) for leaf in tree_leaves(result))
+        masked = operator in INDEXED and any(mask(leaf) for leaf in args[1])
+        sized = operator in (
+            aten.nonzero.default,
+            aten._unique2.default,
+            aten.repeat_interleave.Tensor,
+        )
+        self.count += bool(given) and (brought or masked or sized)
+        return result
+
+
+@pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize("panels", [1, 4])
+def test_elimination_waits_for_the_device_once_a_panel(columns, partitions, panels, device):
+    """Of channels that know nothing of each other no cost changes, so that all panels are full."""
+    generator = torch.Generator().manual_seed(0)
+    channels = 60 * columns
+    weight = torch.randn(4, channels, generator=generator).double()
+    inverse = torch.rand(channels, generator=generator).double().diag()
+    here = elimination_order_(weight.clone(), inverse.clone(), columns, partitions)
+    with Waits() as waits:
+        there = elimination_order_(
+            weight.to(device), inverse.to(device), columns, partitions, channels // panels
+        )
+    assert waits.count == panels + 1  # and once to see that none is left
+    assert torch.equal(there.cpu(), here)
 
 
 def test_from_disk_to_disk_too(device, tmp_path):

@@ -1,14 +1,17 @@
 """Selectors against loops, and greedy elimination against refitting every candidate."""
 
+import math
 import statistics
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from grail_hf.methods import elimination
 from grail_hf.methods.elimination import PANEL, elimination_order_
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.linalg import Symmetric, cholesky_inverse_, damped_cholesky
@@ -239,13 +242,13 @@ def test_every_selector_takes_channels_that_are_all_dead(name):
     assert choose(find_selector(name), group, group.stats(), 3, name).kept.shape == (3,)
 
 
-def elimination_order(group: Units, panel: int) -> Tensor:
+def elimination_order(group: Units, panel: int, dtype: torch.dtype = torch.float64) -> Tensor:
     factor, _ = damped_cholesky(group.stats().moments.dense, DAMPING, group.name)
-    weight, inverse = group.weight.clone(), cholesky_inverse_(factor)
+    weight, inverse = group.weight.to(dtype, copy=True), cholesky_inverse_(factor).to(dtype)
     return elimination_order_(weight, inverse, group.columns, group.partitions, panel)
 
 
-@pytest.mark.parametrize("panel", [1, 4, 5, 128])
+@pytest.mark.parametrize("panel", [1, 4, 5, PANEL])
 @pytest.mark.parametrize(
     ("units", "columns", "partitions"),
     [(14, 1, 1), (13, 1, 1), (6, 3, 1), (12, 1, 3), (8, 2, 2), (8, 2, 8), (1, 4, 1), (3, 1, 3)],
@@ -266,6 +269,35 @@ def test_obs_is_greedy_elimination_over_several_panels():
     group = problem(2 * PANEL + 20)
     scores = SELECTORS["obs"](group, group.stats())
     assert torch.equal(scores.argsort(), elimination_order(group, panel=1))
+
+
+@either_dtype
+@pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (1, 4), (2, 1), (3, 2)])
+def test_a_panel_ends_where_a_unit_that_was_no_candidate_is_cheapest(
+    columns, partitions, dtype, monkeypatch
+):
+    """Too few candidates make more panels, and the same order."""
+    group = problem(60, columns, partitions)
+    expected = elimination_order(group, panel=1)
+    panels = []
+    for candidates in (1, 60):
+        monkeypatch.setattr(elimination, "CANDIDATES", candidates)
+        with patch.object(elimination, "_greedy", wraps=elimination._greedy) as greedy:
+            assert torch.equal(elimination_order(group, 20 * columns, dtype), expected)
+        panels.append(greedy.call_count)
+    assert panels[0] > panels[1] == 3
+
+
+@pytest.mark.parametrize(("columns", "partitions"), [(1, 1), (1, 4), (3, 2)])
+def test_to_choose_a_width_elimination_stops_there(columns, partitions):
+    group = problem(24, columns, partitions)
+    order = SELECTORS["obs"](group, group.stats()).argsort()
+    for width in (4, 8, 20):
+        kept = choose(SELECTORS["obs"], group, group.stats(), width, "obs").kept
+        assert kept.tolist() == sorted(order[24 - width :].tolist())
+        scores = SELECTORS["obs"](group, group.stats(), width=width)
+        assert torch.equal(scores[order[: 24 - width]], torch.arange(24 - width))
+        assert (scores[kept] == 24 - width).all()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -303,12 +335,24 @@ def test_of_two_like_channels_one_stays():
     assert sorted(unit % 5 for unit in kept) == list(range(5))
 
 
-def test_elimination_that_lost_its_precision_is_refused():
-    group = problem(4)
+def test_units_that_cost_the_same_end_no_panel():
+    """All of them at every step, up to rounding: outputs that are the inputs, all alike."""
+    inverse = torch.linalg.inv(torch.eye(60).double() + 1)
+    with patch.object(elimination, "_greedy", wraps=elimination._greedy) as greedy:
+        elimination_order_(torch.eye(60).double(), inverse, 1, panel=20)
+    assert greedy.call_count == 3
+
+
+@pytest.mark.parametrize("width", [0, 3 * PANEL + 99])
+@pytest.mark.parametrize(("spoilt", "value"), [("P", math.nan), ("P", -1.0), ("W", math.nan)])
+def test_elimination_that_lost_its_precision_is_refused(spoilt, value, width):
+    """Though the unit is far from the cheapest, and others could be removed."""
+    group = problem(3 * PANEL + 100)
     inverse = torch.linalg.inv(damped_gram(group)).contiguous()
-    inverse[2, 2] = float("nan")
+    group.weight[:, 2] *= 1e6
+    {"P": inverse, "W": group.weight}[spoilt][2, 2] = value
     with pytest.raises(FloatingPointError, match="damping"):
-        elimination_order_(group.weight, inverse, 1)
+        elimination_order_(group.weight, inverse, 1, width=width)
 
 
 @pytest.mark.parametrize("name", SELECTORS)

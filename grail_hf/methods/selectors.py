@@ -86,6 +86,7 @@ class Selector:
         needs_gradient: the function reads `group.regional_gradient`, which costs a forward and a
             backward pass of the decoder layer.
         inverts_gram: the function inverts the Gram matrix, which cost estimates count.
+        stops: the function takes `width` too, and orders only the units beyond that many.
         folds: the function folds units together instead of scoring them.
     """
 
@@ -93,11 +94,12 @@ class Selector:
     ranks_only: bool = False
     needs_gradient: bool = False
     inverts_gram: bool = False
+    stops: bool = False
     folds: bool = False
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Call the function."""
-        return self.function(*arguments)
+        return self.function(*arguments, **keywords)
 
 
 def random(group: Units, stats: GramStats) -> Tensor:
@@ -179,8 +181,10 @@ def slimgpt(group: Units, stats: GramStats, damping: float = 0.01) -> Tensor:
     return traces(blocks, gram_blocks(group.weight.to(stats.dtype), group.columns))
 
 
-def obs(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
+def obs(group: Units, stats: GramStats, damping: float = 1e-4, width: int = 0) -> Tensor:
     """The step at which greedy elimination on the Gram matrix removes the unit.
+
+    Elimination stops at `width` units, which share the highest score.
 
     Optimal brain surgeon (Hassibi & Stork 1993) on whole units. Removing unit u from those left,
     and repairing the others by least squares, adds the error
@@ -198,8 +202,8 @@ def obs(group: Units, stats: GramStats, damping: float = 1e-4) -> Tensor:
     else:
         weight = add_(cholesky_solve_(missing, factor), group.weight)
     inverse = cholesky_inverse_(factor)
-    order = elimination_order_(weight, inverse, group.columns, group.partitions)
-    scores = torch.empty_like(order)
+    order = elimination_order_(weight, inverse, group.columns, group.partitions, width=width)
+    scores = order.new_full((order.numel() + width,), order.numel())
     scores[order] = torch.arange(order.numel(), device=order.device)
     return scores
 
@@ -302,7 +306,8 @@ def choose(select: Selector, group: Units, stats: GramStats, width: int, name: s
         return Reduction(torch.arange(units, device=group.weight.device), units)
     if select.folds:
         return check_clusters(select(group, stats, width), group, width, name)
-    scores = check_scores(select(group, stats), group, name)
+    found = select(group, stats, width=width) if select.stops else select(group, stats)
+    scores = check_scores(found, group, name)
     return Reduction.keep_top(scores, width, group.partitions)
 
 
@@ -338,7 +343,7 @@ SELECTORS: dict[str, Selector] = {
     "flap-wifn": Selector(flap_wifn),
     "flap-ifv": Selector(flap_ifv),
     "slimgpt": Selector(slimgpt, inverts_gram=True),
-    "obs": Selector(obs, ranks_only=True, inverts_gram=True),
+    "obs": Selector(obs, ranks_only=True, inverts_gram=True, stops=True),
     "fold": Selector(fold, folds=True),
 }
 # What chooses instead where no token was seen, and scores for one that folds and has no scores.

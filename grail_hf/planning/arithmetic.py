@@ -137,13 +137,14 @@ class Arithmetic:
 
     def _add_select(self, group: Group, width: int) -> None:
         if self.plan.select.inverts_gram and width < group.num_units:
-            self.add("select", self._selection(group, bool(self._targets(group))))
+            self.add("select", self._selection(group, width, bool(self._targets(group))))
 
-    def _selection(self, group: Group, targeted: bool) -> float:
-        """Greedy elimination, from the weight that fits the target best."""
+    def _selection(self, group: Group, width: int, targeted: bool) -> float:
+        """Greedy elimination to a width, from the weight that fits the target best."""
         *_, outputs, inputs = group.weight.shape
-        ordering = inputs**3 + elimination_operations(inputs, outputs)  # factor, inverse, order
-        return (group.spec.experts or 1) * (ordering + 4 * outputs * inputs**2 * targeted)
+        order = elimination_operations(inputs, outputs, width * group.columns)
+        best = 4 * outputs * inputs**2 * targeted
+        return (group.spec.experts or 1) * (inputs**3 + best + order)  # with factor and inverse
 
     def _add_solve(self, group: Group, width: int) -> None:
         *_, outputs, inputs = group.weight.shape
@@ -201,7 +202,7 @@ class Arithmetic:
             self.add("profile", fitted * share * self._moments(inputs, 0))
             if (index, group.kind) not in self.repaired:
                 continue
-            self.add("profile", self._selection(group, False) * self.plan.select.inverts_gram)
+            self.add("profile", self._selection(group, 0, False) * self.plan.select.inverts_gram)
             self.add("profile", experts * (inputs**3 / 3 + 2 * outputs * inputs**2))
             budget = self.plan.budgets[group.kind]
             singles = single_widths(self.rule, budget, self.plan.sparsity)

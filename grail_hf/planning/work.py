@@ -1,13 +1,13 @@
 """Add up what the layers of a compression take: memory, and arithmetic, by phase.
 
-With s bytes per number in the solve: The moments are half a square and O H numbers in fp32,
+With s bytes per number in the solve, the moments are half a square and O H numbers in fp32,
 and as much for the tokens held out, which are put aside with the hidden states during the
-selection. Greedy elimination adds a square and O H numbers of s bytes. Choosing the ridge works on
-K channels, with the moments in fp32, those of the fit, a square, and twice O K numbers. A refit has
-K^2 numbers in fp32 and three and a half times K D in fp64. A fold's k-means has the producers' rows
-twice, two squares of units in fp64, and five times the distances of units from centres; its linear
-form, moments at K channels, is held while the moments after the fold are summed, for which target
-"self" keeps the block's outputs.
+selection. Greedy elimination adds a square and O H numbers of s bytes, and panels. Choosing the
+ridge works on K channels, with the moments in fp32, those of the fit, a square, and twice O K
+numbers. A refit has K^2 numbers in fp32 and three and a half times K D in fp64. A fold's k-means
+has the producers' rows twice, two squares of units in fp64, and five times the distances of units
+from centres; its linear form, moments at K channels, is held while the moments after the fold are
+summed, for which target "self" keeps the block's outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from grail_hf.calibration.refit import refit_stride
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.methods.allocation import find_allocation
-from grail_hf.methods.elimination import PANEL
+from grail_hf.methods.elimination import CANDIDATES, PANEL
 from grail_hf.methods.linalg import BLOCK, half_square
 from grail_hf.methods.ridge import ROWS_TRIED
 from grail_hf.models.experts import ExpertsGroup, group_in
@@ -261,7 +261,8 @@ class Work:
         self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
         select = 2 * number * outputs * inputs
         if self._eliminates(group, kept):
-            select = number * (inputs**2 + outputs * inputs + 2 * PANEL * (inputs + outputs))
+            panel = PANEL * (6 * inputs + CANDIDATES * outputs)
+            select = number * (inputs**2 + outputs * inputs + panel)
         self.at_peak("select", held + sums - aside + select)
         return sums, aside
 
