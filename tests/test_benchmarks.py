@@ -184,6 +184,8 @@ def test_speed_compares_three_ways_in_one_run(real, monkeypatch, tmp_path, tiny_
         assert one["of_limit"] == pytest.approx(one["limit_seconds"] / seconds)
         assert one["operations"] == one["forward_passes"] * found["dense_operations"] > 0
         assert one["divergence"] > 0
+        highest = max(max(rates.values()) for rates in found["rates"])
+        assert one["limit_seconds"] >= one["operations"] / highest > 0
         if way != "paper":
             counted = sum(phase["operations"] for phase in one["phases"].values())
             assert 0.95 * one["operations"] <= counted <= one["operations"]

@@ -1,6 +1,6 @@
 """How long a compression takes: against the paper's loop, against the arithmetic, and by size.
 
-    python examples/benchmarks/speed.py                     # about five minutes of one core
+    python examples/benchmarks/speed.py                     # three or four minutes of one core
     python examples/benchmarks/speed.py --hidden 1024 --inner 4096 --layers 8 --samples 64 \\
         --length 512 --repeats 1 --growth 0
     python examples/benchmarks/speed.py --model NAME --text FILE --samples 64 --length 512 \\
@@ -12,7 +12,8 @@ the GRAIL paper's code, written plainly below ("paper"); grail_hf with that reci
 
 The limit of each is the time that its floating-point operations would take at the rate at which the
 same device multiplies two large matrices of the same dtype: products, Cholesky factors and solves
-are counted while a first, untimed run goes on, by phase and dtype. "Divergence" is the mean KL
+are counted while a first, untimed run goes on, by phase and dtype; the rate is the highest of those
+measured before each turn. "Divergence" is the mean KL
 divergence from the dense model, in nats a token, on four more windows. Growth is the exponent of
 the time in the number of tokens, the width and the number of layers: the slope of log time over log
 size from a quarter or a half of the shape to all of it, on random weights.
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -208,55 +209,66 @@ def limit(counts: Operations, rates: Rates) -> float:
     return sum(operations / rates[dtype] for (_, dtype), operations in counts.items())
 
 
-def compare(problem: Problem, repeats: int, rates: Rates) -> dict[str, Any]:
+def counted(problem: Problem, way: str) -> tuple[Operations, dict[str, Any]]:
+    """The operations of a compression, and what its result is like."""
+    model = copy.deepcopy(problem.model)
+    with counted_operations() as counts:
+        report = problem.compress_(model, way)
+    found = {"operations": sum(counts.values()), "divergence": problem.divergence(model)}
+    if report:
+        estimated = {phase: cost["operations"] for phase, cost in report.estimate.items()}
+        found |= {"sparsity": report.sparsity, "estimated": estimated}
+    return counts, found
+
+
+def compare(problem: Problem, repeats: int, measure_rates: Callable[[], Rates]) -> dict[str, Any]:
     """Each way's operations, then times in turns; with the phases of grail_hf's."""
     dense = problem.dense_operations()
-    counted, found = {}, {}
-    for way in ("quick", "paper", "default"):  # quick first: the others may need its widths
-        model = copy.deepcopy(problem.model)
-        with counted_operations() as counts:
-            report = problem.compress_(model, way)
-        counted[way] = counts
-        found[way] = {
-            "operations": sum(counts.values()),
-            "forward_passes": sum(counts.values()) / dense,
-            "limit_seconds": limit(counts, rates),
-            "divergence": problem.divergence(model),
-            "sparsity": report.sparsity if report else found["quick"]["sparsity"],
-            "seconds": [],
-            "phases": [],
-        }
-        if report:
-            found[way]["estimated"] = {
-                phase: cost["operations"] for phase, cost in report.estimate.items()
-            }
-    del model
+    # Quick first, since the paper's loop takes its widths.
+    both = {way: counted(problem, way) for way in ("quick", "paper", "default")}
+    taken: dict[str, list[tuple[float, dict[str, float]]]] = {way: [] for way in WAYS}
+    rates = []
     for _ in range(repeats):
         for way in WAYS:
-            seconds, phases = problem.timed(way)
-            found[way]["seconds"].append(seconds)
-            found[way]["phases"].append(phases)
-    for way, one in found.items():
-        one["ratio"] = statistics.median(
-            own / paper
-            for own, paper in zip(one["seconds"], found["paper"]["seconds"], strict=True)
-        )
-        one["of_limit"] = one["limit_seconds"] / statistics.median(one["seconds"])
-        one["phases"] = {
-            phase: phase_of(phase, counted[way], one, rates) for phase in one["phases"][0]
+            rates.append(measure_rates())
+            taken[way].append(problem.timed(way))
+    highest = {dtype: max(one[dtype] for one in rates) for dtype in rates[0]}
+    papers = [seconds for seconds, _ in taken["paper"]]
+    ways = {}
+    for way in WAYS:
+        counts, found = both[way]
+        seconds = [own for own, _ in taken[way]]
+        median = statistics.median(seconds)
+        found |= {
+            "seconds": seconds,
+            "ratio": statistics.median(a / b for a, b in zip(seconds, papers, strict=True)),
+            "forward_passes": found["operations"] / dense,
+            "limit_seconds": limit(counts, highest),
+            "of_limit": limit(counts, highest) / median,
         }
-    return {"dense_operations": dense, "ways": found}
+        found["phases"] = {
+            phase: {
+                "estimated": found["estimated"].get(phase, 0),
+                "share": statistics.median(phases[phase] for _, phases in taken[way]) / median,
+            }
+            | phase_of(phase, counts, [phases[phase] for _, phases in taken[way]], highest)
+            for phase in taken[way][0][1]
+        }
+        ways[way] = found
+    return {
+        "rates": [{str(dtype): rate for dtype, rate in one.items()} for one in rates],
+        "dense_operations": dense,
+        "ways": ways,
+    }
 
 
-def phase_of(phase: str, counts: Operations, one: dict[str, Any], rates: Rates) -> dict[str, Any]:
-    """A phase's median seconds, its share of the whole, and its arithmetic against the limit."""
-    seconds = statistics.median(phases[phase] for phases in one["phases"])
+def phase_of(phase: str, counts: Operations, times: list[float], rates: Rates) -> dict[str, float]:
+    """A phase's median seconds, and its arithmetic against the limit."""
+    seconds = statistics.median(times)
     own = {key: operations for key, operations in counts.items() if key[0] == phase}
     return {
         "seconds": seconds,
-        "share": seconds / statistics.median(one["seconds"]),
         "operations": sum(own.values()),
-        "estimated": one["estimated"].get(phase, 0),
         "of_limit": limit(own, rates) / seconds,
     }
 
@@ -330,14 +342,14 @@ def real_problem(arguments: argparse.Namespace, device: torch.device) -> Problem
 
 def compared_table(compared: dict[str, Any]) -> Table:
     table = Table("", "time", "spread", "of the paper's", title="in turns")
-    for column in ("forward passes", "limit", "limit / time", "divergence"):
+    for column in ("dense passes", "limit", "limit / time", "divergence"):
         table.add_column(column, justify="right")
     for way in WAYS:
         one = compared["ways"][way]
         table.add_row(
             way,
             f"{statistics.median(one['seconds']):.2f} s",
-            f"{min(one['seconds']):.2f} to {max(one['seconds']):.2f}",
+            f"{min(one['seconds']):.2f} - {max(one['seconds']):.2f}",
             f"{one['ratio']:.2f}",
             f"{one['forward_passes']:.2f}",
             f"{one['limit_seconds']:.2f} s",
@@ -370,10 +382,11 @@ def growth_table(grown: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def rates_table(device: torch.device, size: int, rates: Sequence[Rates]) -> Table:
-    table = Table("dtype", "before", "after", title=f"products of {size} x {size} on {device}")
+def rates_table(device: torch.device, size: int, rates: list[dict[str, float]]) -> Table:
+    table = Table("dtype", "lowest", "highest", title=f"products of {size} x {size} on {device}")
     for dtype in rates[0]:
-        table.add_row(str(dtype), *(f"{one[dtype] / 1e9:,.1f} GFLOP/s" for one in rates))
+        ends = (end(one[dtype] for one in rates) for end in (min, max))
+        table.add_row(dtype, *(f"{rate / 1e9:,.1f} GFLOP/s" for rate in ends))
     return table
 
 
@@ -409,18 +422,19 @@ def main() -> None:
     )
     size = arguments.rate_size or (1024 if device.type == "cpu" else 8192)
     dtypes = dict.fromkeys((torch.float64, torch.float32, getattr(torch, arguments.dtype)))
-    before = {dtype: matmul_rate(dtype, device, size) for dtype in dtypes}
     problem = (
         real_problem(arguments, device)
         if arguments.model
         else random_problem(case, arguments, device)
     )
-    compared = compare(problem, arguments.repeats, before)
+    compared = compare(
+        *(problem, arguments.repeats),
+        lambda: {dtype: matmul_rate(dtype, device, size) for dtype in dtypes},
+    )
     grown = growth(case, arguments, device) if arguments.growth else {}
-    after = {dtype: matmul_rate(dtype, device, size) for dtype in dtypes}
 
     console = Console(width=110)
-    console.print(rates_table(device, size, (before, after)), compared_table(compared))
+    console.print(rates_table(device, size, compared["rates"]), compared_table(compared))
     for way in ("quick", "default"):
         console.print(phases_table(way, compared["ways"][way]["phases"]))
     if grown:
@@ -432,10 +446,6 @@ def main() -> None:
                 "settings": {name: str(value) for name, value in vars(arguments).items()},
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
-                "rates": {
-                    name: {str(dtype): rate for dtype, rate in one.items()}
-                    for name, one in (("before", before), ("after", after))
-                },
                 **compared,
                 "growth": grown,
             },
