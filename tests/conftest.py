@@ -14,6 +14,11 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir() -> Path:
     return EXAMPLES / "tiny-llama"

@@ -357,7 +357,7 @@ def test_bf16_stays_bf16_and_is_repaired(case, unit):
     assert errors[0] < errors[1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.cuda
 @every_unit
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
 def test_layers_run_on_the_accelerator_and_come_home(unit, home):

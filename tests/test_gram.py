@@ -18,7 +18,7 @@ from grail_hf.methods.linalg import (
     sum_of_products,
 )
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALF_EXACT = 128  # Integers up to this are exact in bf16, and their sums of products in fp32.
 

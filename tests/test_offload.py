@@ -48,7 +48,7 @@ CASES = {
     "mixtral": {},
     "qwen3_moe": {"bias": "auto"},
 }
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+cuda = pytest.mark.cuda
 
 
 def compress(model, calibration=None, **settings):

@@ -24,15 +24,16 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import GB, MB, Case
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import grail_hf
 from grail_hf.checkpoints.journal import INDEX
@@ -41,56 +42,8 @@ from grail_hf.config import AUTO
 from grail_hf.runtime import processes
 from grail_hf.runtime.meter import anonymous_bytes, keep_no_freed_blocks
 
-MB, GB = 10**6, 10**9
 LAYERS_ALLOWED, DEPTH_TOLERANCE, ESTIMATE_TOLERANCE, SPEED_UP = 3, 0.10, 0.15, 1.6
 console = Console(width=120)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model's shapes, and the calibration.
-
-    Attributes:
-        written: layers that are on disk; where there are more, they are read again in turns.
-        limit: of CUDA memory, in bytes.
-    """
-
-    name: str
-    layers: int
-    hidden: int
-    inner: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    samples: int
-    length: int
-    written: int = 0
-    limit: int = 0
-
-    def config(self, layers: int) -> LlamaConfig:
-        return LlamaConfig(
-            hidden_size=self.hidden,
-            intermediate_size=self.inner,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            num_hidden_layers=layers,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=self.length,
-            dtype="bfloat16",
-        )
-
-    @property
-    def layer_bytes(self) -> int:
-        """Of one decoder layer, in bf16."""
-        attention = 2 * self.hidden**2 * (1 + self.kv_heads / self.heads)
-        return int(2 * (attention + 3 * self.hidden * self.inner))
-
-    @property
-    def gram_bytes(self) -> int:
-        """fp32: the MLP's Gram and its moment with the targets; of the held-out tokens too."""
-        return 2 * 4 * (self.inner**2 + self.hidden * self.inner)
-
-
 CUDA_CASES = (
     Case("Llama-2-7B", 32, 4096, 11008, 32, 32, 32000, 128, 2048, limit=4 * GB),
     Case("Llama-3-70B", 80, 8192, 28672, 64, 8, 128256, 128, 2048, written=2, limit=12 * GB),
@@ -175,11 +128,7 @@ class Repeating(Checkpoint):
 
 def measure(case: Case, source: Path, output: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: compress, and see what that took."""
-    tokens = torch.randint(
-        case.vocabulary,
-        (case.samples, case.length),
-        generator=torch.Generator().manual_seed(0),
-    )
+    tokens = case.tokens()
     keep_no_freed_blocks()  # as the command line does
     warm_up(settings)
     if case.written:
