@@ -132,19 +132,31 @@ class GramStats:
             The statistics on the weight's device, from matrices on any device.
         """
         kept = kept.to(weight.device)
-        cross, energy = self.cross, self.target_energy
-        if cross is None:
-            cross = self.cross_of(weight)
-            energy = sum_of_products(cross, weight)
+        own = self.targeted(weight)
+        assert own.cross is not None
         return GramStats(
             self.moments.restricted(kept),
             self.total[kept],
             self.count,
-            columns(cross, kept),
-            energy,
-            self.target_total_of(weight),
+            columns(own.cross, kept),
+            own.target_energy,
+            own.target_total,
             self.held_out and self.held_out.restricted(kept, weight),
         )
+
+    def targeted(self, weight: Tensor) -> GramStats:
+        """The statistics with a cross moment: of the weight's [O, H] output where there is none."""
+        if self.cross is not None:
+            return self
+        cross = self.cross_of(weight)
+        energy = sum_of_products(cross, weight)
+        return replace(
+            self, cross=cross, target_energy=energy, target_total=self.target_total_of(weight)
+        )
+
+    def computed_in(self, dtype: torch.dtype) -> GramStats:
+        """The statistics for a selection and a solve in another precision; they have no targets."""
+        return replace(self, moments=replace(self.moments, dtype=dtype), total=self.total.to(dtype))
 
     def fitted(self) -> GramStats:
         """The statistics of the tokens that are not held out; both need a cross moment."""
