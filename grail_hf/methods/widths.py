@@ -229,7 +229,8 @@ def _exchanged(
 ) -> dict[tuple[str, int], int]:
     """Widths that remove `left` more parameters when every remaining step is too long.
 
-    The step of least loss is taken anyway, and finer steps of other groups are undone in exchange.
+    The step of least loss is taken anyway, and finer steps of other groups are undone in exchange:
+    those first that gain most for their parameters.
     """
     widths = dict(widths)
     steps = [
@@ -244,13 +245,22 @@ def _exchanged(
     )
     left -= (widths[taken] - width) * budgets[taken[0]].unit_cost
     widths[taken] = width
-    for slot in sorted(
-        curves.keys() - {taken}, key=lambda slot: (budgets[slot[0]].unit_cost, slot)
-    ):
-        cost, now = budgets[slot[0]].unit_cost, widths[slot]
-        back = [width for width in curves[slot] if width >= now]
-        widths[slot] = min(back, key=lambda width: abs(left + (width - now) * cost))
-        left += (widths[slot] - now) * cost
+    finest = min(budgets[kind].step * budgets[kind].unit_cost for kind, _ in curves)
+
+    def undone(slot: tuple[str, int]) -> tuple[float, int, int] | None:
+        """The gain by parameter of a group's last step, its parameters, and the width before it."""
+        curve, now = curves[slot], widths[slot]
+        wider = min((width for width in curve if width > now), default=now)
+        parameters = (wider - now) * budgets[slot[0]].unit_cost
+        if not 0 < parameters <= -left + finest / 2:
+            return None
+        return (curve[now] - curve[wider]) / parameters, parameters, wider
+
+    others = [slot for slot in curves if slot != taken]
+    while steps_back := [(found, slot) for slot in others if (found := undone(slot))]:
+        (_, parameters, wider), slot = max(steps_back)
+        widths[slot] = wider
+        left += parameters
     return widths
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 # library has not returned to the system yet.
 SCRATCH = 2**26
 _FP32, _FP64 = 4, 8  # bytes per number
+# The phases within a layer.
+INSIDE = ("forward", "gram", "select", "solve", "refit")
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,20 @@ class Work:
         # Those of the compressed model; with targets also the dense model's before and after a
         # layer, and the outputs of its consumers.
         hidden = one * (1 + self.config.targeted * (2 + len(self.plan.specs[0])))
-        inside = hidden + self.near * self._remembers
         return dict.fromkeys(PHASES, hidden) | {
             "embed": one,
             "profile": self.measures * (2 * one + self.variants),
-            "forward": inside,
-            "refit": inside + self.refit_inputs,
-            "select": inside + self.aside,
-            "solve": inside,
-            "gram": inside + self.fold_outputs,
+            "refit": hidden + self.refit_inputs,
+            "select": hidden + self.aside,
+            "gram": hidden + self.fold_outputs,
         }
 
     def costs(self, kept: Mapping[str, int]) -> dict[str, Cost]:
-        """phase -> its cost, with its bytes of hidden states `kept` where they are kept."""
+        """phase -> its cost, with its bytes of hidden states `kept` where they are kept.
+
+        What is needed again within a layer is kept with them; the estimate takes it that there is
+        room for it.
+        """
         states = self.config.hidden_states
         on_accelerator = states == "accelerator" and not self.one_memory
         in_host = states in ("host", AUTO) or (self.one_memory and states == "accelerator")
@@ -160,9 +163,10 @@ class Work:
             if not peak and not operations:
                 continue
             peak += SCRATCH * self.one_memory
+            all_kept = kept[name] + self.near * (self._remembers and name in INSIDE)
             phases[name] = Cost(
-                peak * (name != "write") + kept[name] * on_accelerator,
-                peak * (self.one_memory or name == "write") + kept[name] * in_host,
+                peak * (name != "write") + all_kept * on_accelerator,
+                peak * (self.one_memory or name == "write") + all_kept * in_host,
                 operations,
             )
         return phases
