@@ -3,7 +3,7 @@
 A *group* is all units (MLP channels, attention heads) upstream of one *consumer*: the channels that
 the gate and up projections produce and `down_proj` consumes, or the heads that q, k and v produce
 and `o_proj` consumes. Over N calibration tokens let X [N, H] be the consumer's inputs, W [O, H] its
-weight, and Y [N, O] what it should put out. The units S are kept, and ridge regression of Y on what
+weight, and Y [N, O] what it should output. The units S are kept, and ridge regression of Y on what
 is left gives the consumer's new weight (GRAIL, arXiv 2602.23795):
 
     G = X^T X,   C = Y^T X

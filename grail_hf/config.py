@@ -123,8 +123,8 @@ class GrailConfig:
         compensate: repair each consumer by ridge regression (GRAIL); False is plain pruning. With
             a target of the dense model, consumers whose group keeps all its units are repaired too,
             from the first group that lost some on, unless `ignore` names them.
-        target: what a repaired consumer should put out. "self": what it did before, on the
-            compressed path (the paper). "dense": what the dense model puts out there. "residual":
+        target: what a repaired consumer should output. "self": what it did before, on the
+            compressed path (the paper). "dense": what the dense model outputs there. "residual":
             what brings the residual stream to the dense model's, so that a block also repairs
             what earlier blocks lost; the same as "dense" where a norm lies between block and
             stream. For each of a mixture's experts it is "self": the error of a block cannot be
@@ -138,8 +138,8 @@ class GrailConfig:
             have the range. Without a target of the dense model ("self", or without `compensate`)
             there is nothing to refit to, and this has no effect.
         fold: which moments the repair of folded units uses. "measured": those of what the units
-            put out, taken in another pass over the calibration tokens. "linear": those of the mean
-            of what they put out before (the paper), an approximation where a gate or an attention
+            output, taken in another pass over the calibration tokens. "linear": those of the mean
+            of what they output before (the paper), an approximation where a gate or an attention
             follows.
         ridge: damping of the solve, as a fraction of the Gram matrix's mean diagonal, at least 0.
             "auto" chooses it for each block by the error on every fourth window, and fits to all
@@ -219,7 +219,7 @@ class GrailConfig:
         AUTO, "How widths are chosen.", choices=(AUTO,), table="grail_hf:ALLOCATIONS"
     )
     compensate: bool = setting(True, "Repair by ridge regression.", choices=YES_OR_NO)
-    target: str = setting("residual", "What a repaired block should put out.", choices=TARGETS)
+    target: str = setting("residual", "What a repaired block should output.", choices=TARGETS)
     refit: int = setting(
         2,
         "Conjugate gradient steps of further repair; 6 is thorough.",

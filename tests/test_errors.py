@@ -332,7 +332,7 @@ def test_a_repair_that_overflows_the_models_dtype_takes_more_damping(caplog):
     with torch.no_grad():
         for name in ("gate_proj", "up_proj"):
             weight = model.model.layers[0].mlp.get_submodule(name).weight
-            weight *= 1e-2  # so that what the block puts out is in range
+            weight *= 1e-2  # so that what the block outputs is in range
             weight[41:] = weight[:41]
         model.model.layers[0].mlp.down_proj.weight.fill_(40_000)  # two of them exceed 65,504
     shares = {"sparsity": None, "attention_sparsity": 0, "mlp_sparsity": 0.5, "target": "self"}

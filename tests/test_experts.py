@@ -60,7 +60,7 @@ def calls_of(model, module):
 
 
 def through(group, expert, x):
-    """[n, D] to [n, D]: what transformers' own module puts out where all goes to one expert."""
+    """[n, D] to [n, D]: what transformers' own module outputs where all goes to one expert."""
     weights = torch.ones(len(x), 1)
     return group.consumer(x, torch.full((len(x), 1), expert.index), weights)
 

@@ -60,7 +60,7 @@ class Block(LayerPasses):
         targets: Sequence[Tensor] | None = None,
         remember: Sequence[str] | None = None,
     ) -> list[GramStats]:
-        """Second moments of what a group's consumers read and should put out, as the layer is now.
+        """Second moments of what a group's consumers read and should output, as the layer is now.
 
         The layer runs up to the consumer and no further. Padding does not count; of an expert, only
         the tokens that are routed to it do.
@@ -72,7 +72,7 @@ class Block(LayerPasses):
                 they are kept where hidden states are.
             targets: other targets than the block's, as `outputs` gives them.
             remember: keep what the consumer reads, until the group changes otherwise than by
-                `narrow_`, and what the producers at these paths put out.
+                `narrow_`, and what the producers at these paths output.
 
         Returns:
             The moments of each part.
@@ -155,7 +155,7 @@ class Block(LayerPasses):
 
     @torch.no_grad()
     def outputs(self, group: Group) -> list[Tensor]:
-        """What the group's consumer puts out now: [b, T, O] a micro-batch, kept."""
+        """What the group's consumer outputs now: [b, T, O] a micro-batch, kept."""
         self.progress.set_postfix_str(f"{group.name} output")
         outputs = []
         for batch in self.batches:
@@ -231,7 +231,7 @@ class Block(LayerPasses):
         The energy is what a consumer's squared error is relative to: the sum of squares of the
         residual stream after the block, over the gain with which the consumer's output reaches the
         stream. That is the square of the block's factor or, where a norm lies in between, the
-        energy that the norm puts out over the energy that it gets, since a norm changes the scale
+        energy that the norm outputs over the energy that it gets, since a norm changes the scale
         of an error as it does the output's. Where the stream itself is normed after the block, it
         is taken as it is before.
         """

@@ -108,10 +108,10 @@ class Run:
     Attributes:
         module: the attention or the MLP.
         args, kwargs: what the layer calls it with, where hidden states are kept.
-        target: [b, T, O], what it should put out, likewise.
+        target: [b, T, O], what it should output, likewise.
         batch: the micro-batch.
         device: where the module runs.
-        fixed: modules in it -> what they put out, whatever the weights that change.
+        fixed: modules in it -> what they output, whatever the weights that change.
         dtype: that the module computes in, where it is not the model's float16.
     """
 
@@ -125,7 +125,7 @@ class Run:
     dtype: torch.dtype | None = None
 
     def output(self) -> Tensor:
-        """[b, T, O], what the block puts out now."""
+        """[b, T, O], what the block outputs now."""
         from accelerate.utils.operations import recursively_apply
 
         args, kwargs = recursively_apply(self._moved, (self.args, self.kwargs))

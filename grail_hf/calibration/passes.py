@@ -2,7 +2,7 @@
 
 A layer's groups are worked on in their order. What a block returns when its group is done is
 remembered, so that the block does not run again for the groups after it; and so is what a consumer
-reads, from which follows what it puts out with a new weight.
+reads, from which follows what it outputs with a new weight.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class LayerPasses:
             if memory.inputs is None and not memory.fixed:
                 continue
             ((reduction, _),) = solutions
-            if reduction.folds:  # the mean of producers does not put out the mean of their outputs
+            if reduction.folds:  # the mean of producers does not output the mean of their outputs
                 memory.forget_group_()
                 continue
             if memory.inputs is not None:
@@ -172,10 +172,10 @@ class LayerPasses:
         return self.layer.get_submodule(path)
 
     def _target(self, batch: MicroBatch, position: int) -> Tensor | None:
-        """What the consumer at `position` should put out, [b, T, O]; None for its own output.
+        """What the consumer at `position` should output, [b, T, O]; None for its own output.
 
         "residual" adds to the dense output what the residual stream lacks before it: the
-        difference of the layer's inputs, and of what earlier groups have put out (in a parallel
+        difference of the layer's inputs, and of what earlier groups have output (in a parallel
         block too, where they are added together). A block whose output is scaled by s on its way
         makes up for 1/s of that; one whose output is normed cannot, and keeps the dense output.
         """

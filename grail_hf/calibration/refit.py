@@ -98,7 +98,7 @@ def refit_group_(
     intercept: bool,
     config: GrailConfig,
 ) -> Refit:
-    """Refit a repaired group's linear producer, and its consumer again to what that puts out.
+    """Refit a repaired group's linear producer, and its consumer again to what that outputs.
 
     With the damping that the consumer took before: on tokens that the refit has seen, less would
     seem to do. Where the numbers overflow or the block's error grows, the group is put back as it
@@ -186,7 +186,7 @@ def refit_(block: Block, group: Group, steps: int, damping: float = 0.1) -> None
         problem = _LeastSquares(block, group, linear, runs, put, factor)
         change = problem.change_from(start, steps, damping)
     if change is None:
-        return  # a dead block: whatever the weight, it puts out the same
+        return  # a dead block: whatever the weight, it outputs the same
     fitted = processes.once(lambda: add_(change, start).to(start.dtype), group.name)
     if not torch.isfinite(fitted).all():
         raise FloatingPointError(f"the refitted weight is not finite in {start.dtype}")

@@ -28,7 +28,7 @@ Solution = tuple[Reduction, Repair]
 
 @dataclass
 class Statistics:
-    """What a part's consumer reads, and should put out, on the calibration tokens.
+    """What a part's consumer reads, and should output, on the calibration tokens.
 
     With X [N, H] its inputs, Y [N, O] its targets and W [O, H] its weight, `moments` are
     G = X^T X and C = Y^T X, and `weight` is W. Of several processes, the first one chooses and
@@ -78,7 +78,7 @@ class Statistics:
         """The statistics of what a reduction leaves: G_SS, C_S and W_S.
 
         Averaging producers does not average their outputs once a gate or an attention follows, so
-        what folded units put out is measured in another pass. These statistics are used up: both
+        what folded units output is measured in another pass. These statistics are used up: both
         would not fit into memory at once.
         """
         moments, self.moments = self.moments, None

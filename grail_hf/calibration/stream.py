@@ -154,7 +154,7 @@ def _near(
 ) -> Place | None:
     """Where to keep what is needed again within a layer; None without room for it.
 
-    The largest of it is what a consumer reads and what its other producers put out. Hidden states
+    The largest of it is what a consumer reads and what its other producers output. Hidden states
     that are kept elsewhere come here for as long as the layer is at work.
     """
     if not batches:

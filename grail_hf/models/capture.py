@@ -142,7 +142,7 @@ def passed_through(
     Args:
         block: the attention, the MLP or the experts.
         consumer: in it, or the same module.
-        outputs: O, the numbers that the consumer puts out a token.
+        outputs: O, the numbers that the consumer outputs a token.
         watched: modules in the block whose outputs are captured.
 
     Raises:

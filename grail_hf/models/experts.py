@@ -126,7 +126,7 @@ class ExpertsGroup(Group):
 
     @property
     def consumer(self) -> Any:
-        """The experts' module: what it puts out is the sum over the experts of each token."""
+        """The experts' module: what it outputs is the sum over the experts of each token."""
         return self.layer.get_submodule(self.spec.name)
 
     @property

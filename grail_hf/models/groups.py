@@ -261,7 +261,7 @@ class Group:
 
     @property
     def widest(self) -> int:
-        """Numbers a token that the consumer reads and the `fixed` producers put out."""
+        """Numbers a token that the consumer reads and the `fixed` producers output."""
         rows = [self.projection(path).weight.shape[0] for path in self.fixed if self.num_units]
         return sum(rows) + self.num_units * self.columns
 

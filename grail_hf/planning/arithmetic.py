@@ -3,7 +3,7 @@
 A pass of N tokens takes 2 N operations per parameter of a projection, and causal attention 2 N T
 per query channel. A group with H inputs, K of them kept, to O outputs takes the pass up to its
 consumer, 2 N for each number stored of its Gram and 2 N O H for the moments with a target of the
-dense model (and a dense pass for it), and 2 N O K for what it puts out in the end. Where that does
+dense model (and a dense pass for it), and 2 N O K for what it outputs in the end. Where that does
 not follow from what the consumer reads, as in a mixture or after a fold, the block runs again.
 
 A refit on M tokens takes the Gram of the producer's inputs and, for each step and once before, the
@@ -75,7 +75,7 @@ class Arithmetic:
             self._add_profile(index, groups)
         if targeted:
             self.add("forward", sum(self._pass(group, group.num_units) for group in groups))
-        pending = 0.0  # what the blocks before a group still have to put out
+        pending = 0.0  # what the blocks before a group still have to output
         for group in groups:
             width = self.plan.widths[group.kind][index]
             if (index, group.kind) not in self.repaired:
@@ -105,7 +105,7 @@ class Arithmetic:
         return self.length * width * group.columns * (group.kind == ATTENTION)
 
     def _finish(self, group: Group, width: int) -> float:
-        """What the block takes to put out what it does when its group is done."""
+        """What the block takes to output what it does when its group is done."""
         if group.spec.experts or self.plan.select.folds:
             return self._pass(group, width)
         return 2 * self.tokens * group.weight.shape[-2] * width * group.columns
@@ -174,7 +174,7 @@ class Arithmetic:
         scores = 2 * self._scores(group, width)
         fixed: float = self._pass(group, width, consumer=False) / self.tokens - scores
         fixed -= 2 * rows * stream
-        again = 0.0 if group.fixed else fixed  # what fused producers put out is not remembered
+        again = 0.0 if group.fixed else fixed  # what fused producers output is not remembered
         forward: float = 2 * rows * stream + 2 * outputs * kept + scores + again
         backward = 2 * rows * stream + 2 * outputs * kept + _ATTENTION_BACKWARD * scores + again
         self.add("refit", tokens * (2 * half_square(stream) + (steps + 1) * (forward + backward)))
