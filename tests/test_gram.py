@@ -15,6 +15,7 @@ from grail_hf.methods.linalg import (
     cholesky_inverse_,
     damped_cholesky,
     half_square,
+    in_two_terms,
     sum_of_products,
 )
 
@@ -305,3 +306,14 @@ def test_a_sum_of_products_is_read_from_the_device_once(rows):
         found = sum_of_products(wide, other)
     assert reads.names == ["tolist"]
     assert found == 3 * (min(rows, 64) * 2**24 + max(rows - 64, 0) / 2)
+
+
+def test_two_half_precision_terms_are_nearly_as_exact_as_fp32():
+    """Each term leaves 2^-8 of what the one before it left."""
+    y = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -20, 20, 1000
+    )
+    high, low = in_two_terms(y)
+    assert {high.dtype, low.dtype} == {torch.bfloat16}
+    assert ((high.double() + low.double() - y).abs() <= 2.0**-16 * y.abs()).all()
+    assert ((high.double() - y).abs() > 2.0**-10 * y.abs()).any()

@@ -295,10 +295,15 @@ def _add_(
     if stats.held_out is None:
         stats.update_(x, y)
         return
-    held_out = batch.held_out.to(x.device)
-    held_out = held_out if tokens is None else held_out[tokens.to(x.device)]
+    held_out = (
+        batch.held_out if tokens is None else batch.held_out[tokens.to(batch.held_out.device)]
+    )
     for sums, rows in ((stats, ~held_out), (stats.held_out, held_out)):
-        sums.update_(x[rows], None if y is None else y[rows])
+        if rows.all():  # a whole micro-batch is not copied
+            sums.update_(x, y)
+        elif rows.any():
+            index = rows.nonzero().flatten().to(x.device)
+            sums.update_(x[index], None if y is None else y[index])
 
 
 def _sum_statistics_(every: Sequence[GramStats], name: str) -> None:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grail_hf.methods.linalg import BLOCK, Symmetric, add_, columns, sum_of_products
+from grail_hf.methods.linalg import (
+    BLOCK,
+    Symmetric,
+    add_,
+    columns,
+    fp32_product,
+    sum_of_products,
+    terms_for,
+)
 
 
 @dataclass
@@ -84,12 +92,13 @@ class GramStats:
         self.total += x.sum(dim=0, dtype=self.total.dtype)
         self.count += x.shape[0]
         if self.cross is not None and y is not None:
-            x, y = x.float(), y.float()
-            for rows, targets in zip(
-                torch.split(self.cross, BLOCK), torch.split(y, BLOCK, dim=1), strict=True
-            ):
-                rows += targets.T @ x
-            self.target_energy += y.square().sum().item()
+            x, terms = terms_for(x, y)
+            for term in terms:
+                for rows, targets in zip(
+                    torch.split(self.cross, BLOCK), torch.split(term, BLOCK, dim=1), strict=True
+                ):
+                    rows += fp32_product(targets.T, x)
+            self.target_energy += y.float().square().sum().item()
         if self.target_total is not None and y is not None:
             self.target_total += y.sum(dim=0, dtype=self.target_total.dtype)
 

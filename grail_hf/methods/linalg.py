@@ -136,13 +136,9 @@ class Symmetric:
 
     def add_products_(self, x: Tensor) -> None:
         """Add X^T X of the tokens x [n, H], with products in fp32 for any dtype of x."""
-        # Products of half-precision inputs are exact in fp32, so tensor cores on CUDA, which take
-        # half inputs and accumulate in fp32, lose nothing and are many times as fast as fp32.
-        half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-        x = x if half else x.float()
+        x = x if _on_matrix_units(x) else x.float()
         for start, end, rows in self.spans:
-            left, right = x[:, start:end].T, x[:, :end]
-            rows += torch.mm(left, right, out_dtype=torch.float32) if half else left @ right
+            rows += fp32_product(x[:, start:end].T, x[:, :end])
 
     def dense(self) -> Tensor:
         """[H, H], the full matrix, a new tensor."""
@@ -196,6 +192,39 @@ class Symmetric:
             half = rows[:, :start] @ weight[:, :start].T
             total += ((2 * half).addmm_(rows[:, start:], own) * own).sum()
         return total
+
+
+def _on_matrix_units(x: Tensor) -> bool:
+    """Whether products of two matrices like this one are computed fast and exactly enough.
+
+    Products of half-precision numbers are exact in fp32, so tensor cores on CUDA, which take half
+    inputs and accumulate in fp32, lose nothing and are many times as fast as fp32.
+    """
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def fp32_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices of one dtype, accumulated in fp32; fp32 too."""
+    if _on_matrix_units(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def terms_for(x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """x [n, H] and y [n, O], as one or two terms in the dtype of x, for products Y^T X.
+
+    Of an fp32 y, two bf16 terms are exact to 2^-16 of it, and two products on matrix units are
+    faster than one in fp32. float16 does not have the range.
+    """
+    if not _on_matrix_units(x) or x.dtype != torch.bfloat16:
+        return x.float(), (y.float(),)
+    return x, in_two_terms(y)
+
+
+def in_two_terms(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 tensors whose sum is y, fp32, to 2^-16 of it."""
+    high = y.to(torch.bfloat16)
+    return high, (y - high.float()).to(torch.bfloat16)
 
 
 def columns(matrix: Tensor, index: Tensor) -> Tensor:
