@@ -90,7 +90,8 @@ class Profile:
     Attributes:
         scores: [units], the scores of the selector.
         errors: [units + 1], entry k is the squared error of the repaired consumer with k units,
-            relative to the energy of the residual stream after the block.
+            relative to the energy of the residual stream after the block; empty where the
+            allocation reads none.
         divergences: width -> KL divergence from the dense model, in nats per token, of the model
             in which only this group is reduced and repaired; a few widths, if the allocation reads
             them.

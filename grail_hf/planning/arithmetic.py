@@ -202,11 +202,15 @@ class Arithmetic:
             self.add("profile", fitted * share * self._moments(inputs, 0))
             if (index, group.kind) not in self.repaired:
                 continue
-            self.add("profile", self._selection(group, 0, False) * self.plan.select.inverts_gram)
-            self.add("profile", experts * (inputs**3 / 3 + 2 * outputs * inputs**2))
             budget = self.plan.budgets[group.kind]
             singles = single_widths(self.rule, budget, self.plan.sparsity)
             tried = {widths[group.kind][index] for widths in self.candidates}
+            if self.rule.loss:  # the order of all units, and the error at every width
+                least, curve = 0, inputs**3 / 3 + 2 * outputs * inputs**2
+            else:
+                least, curve = min(tried, default=0), 0.0
+            select = self._selection(group, least, False) * self.plan.select.inverts_gram
+            self.add("profile", select + experts * curve)
             for width in [*(tried - {group.num_units}), *singles]:
                 kept = width * group.columns
                 solve = 2 * outputs * inputs**2 + 4 * outputs * kept**2 + kept**3 / 3

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from grail_hf.methods.budget import Budget, Profile, Profiles, Widths
 from grail_hf.methods.gram import GramStats
 from grail_hf.methods.reduction import Reduction, best_first, expand_units
 from grail_hf.methods.ridge import error_curve, ridge
-from grail_hf.methods.selectors import WITHOUT_FOLDING, Selector, check_scores
+from grail_hf.methods.selectors import WITHOUT_FOLDING, check_scores
 from grail_hf.methods.widths import splits
 from grail_hf.models.capture import as_returned, forwards_replaced, takes_tuples
 from grail_hf.models.groups import Group
@@ -235,10 +234,12 @@ class _Profiling:
                 for plan in self.plans:
                     own = group.in_units_of(plan.specs[fitted.index][position])
                     slot = (own.kind, own.num_units, fitted.index)
-                    if slot not in self.profiles:
-                        found = self.profiles[slot] = self._measured(own, stats, energy)
+                    tried = _widths_of(slot, self.candidates)
+                    if slot not in self.profiles and (tried or self.rule.loss):
+                        found = self._measured(own, stats, energy, tried)
+                        self.profiles[slot] = found
                         stats = stats.targeted(group.weight.to(stats.dtype))
-                        for width in _widths_of(slot, self.candidates):
+                        for width in tried:
                             repaired[slot, width] = _repaired(own, stats, found, width)
                         for width in self._single_widths(plan, own.kind):
                             with _in_place([(own, _repaired(own, stats, found, width))]):
@@ -257,10 +258,25 @@ class _Profiling:
             return single_widths(self.rule, plan.budgets[kind], plan.sparsity)
         return []
 
-    def _measured(self, group: Group, stats: GramStats, energy: float) -> Profile:
-        """The scores that the selector gives, and the error at every width."""
-        name = self.config.selector_name
-        measure = partial(_measured, group, stats, energy, self.select, name)
+    def _measured(
+        self, group: Group, stats: GramStats, energy: float, tried: Sequence[int]
+    ) -> Profile:
+        """The scores that the selector gives; and the error at every width, for a rule's loss.
+
+        Without a loss, the units of the least width that is tried need not be told apart.
+        """
+        select, name = self.select, self.config.selector_name
+        least = {} if self.rule.loss or not select.stops else {"width": min(tried)}
+
+        def measure() -> Profile:
+            scores = check_scores(select(group, stats, **least), group, name)
+            if not self.rule.loss:
+                return Profile(scores.cpu(), scores.new_zeros(0), {})
+            weight = group.weight.to(stats.dtype)
+            order = expand_units(best_first(scores, group.partitions), group.columns)
+            errors = error_curve(weight, stats, order, _DAMPING, group.name)
+            return Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
+
         return processes.once(measure, group.name)
 
 
@@ -376,17 +392,6 @@ def held_out_windows(windows: int, tokens: int, wanted: int) -> int:
 def wanted_tokens(rule: Allocation) -> int:
     """Tokens that are held out for a rule's divergences."""
     return HELD_OUT_TOKENS if rule.divergences else FEW_HELD_OUT_TOKENS
-
-
-def _measured(
-    group: Group, stats: GramStats, energy: float, select: Selector, name: str
-) -> Profile:
-    """The scores that the selector of this name gives, and the error at every width."""
-    scores = check_scores(select(group, stats), group, name)
-    weight = group.weight.to(stats.dtype)
-    order = expand_units(best_first(scores, group.partitions), group.columns)
-    errors = error_curve(weight, stats, order, _DAMPING, group.name)
-    return Profile(scores.cpu(), errors[:: group.columns].cpu() / energy, {})
 
 
 def _in_turns(
