@@ -19,6 +19,15 @@ def pytest_runtest_setup(item):
         pytest.skip("no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def progress_bars_stay_on():
+    """The benchmarks switch transformers' bars off, and with them this library's."""
+    yield
+    from transformers.utils.logging import enable_progress_bar
+
+    enable_progress_bar()
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_dir() -> Path:
     return EXAMPLES / "tiny-llama"

@@ -381,9 +381,9 @@ def _calibration_tokens(
 
 
 def _head(model: PreTrainedModel) -> int:
-    """Parameters of the language-model head."""
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return num_parameters(head)
+    """Parameters of the language-model head, if there is one."""
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return 0 if head is None else num_parameters(head)
 
 
 def num_parameters(module: nn.Module) -> int:
