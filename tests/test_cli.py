@@ -319,8 +319,8 @@ def test_inspect_reads_no_weights(tiny_llama_dir, tmp_path):
     assert before == 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
     assert after == 6 * (2 * 256 * 192 + 2 * 256 * 96 + 3 * 256 * 704)
     assert plan["total_parameters"][0] - plan["total_parameters"][1] == before - after
-    # Half of X^T X, in blocks of 256 rows, and Y^T X. The passes up to them: q, k and v, half of the
-    # scores and of what they weigh, the narrowed o, gate and up.
+    # Half of X^T X, in blocks of 256 rows, and Y^T X. The passes up to them: q, k and v, half of
+    # the scores and of what they weigh, the narrowed o, gate and up.
     moments = 256 * (2 * 256 + 2 * 256) + 1024 * (1024 + 256 + 2 * 256)
     passes = 256 * (256 + 2 * 128) + 1024 * 256 + 192 * 256 + 2 * 256 * 1024
     assert plan["estimate"]["operations"]["gram"] == 128 * 1024 * 6 * (moments + 2 * passes)

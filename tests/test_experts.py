@@ -310,12 +310,9 @@ def test_an_expert_is_counted_for_its_share_of_the_tokens(monkeypatch):
         config = GrailConfig(num_samples=8, seq_length=24, **shares)
         costs[experts] = estimate(model, plan_compression(model, config), config)
     few, many = costs[5].operations, costs[10].operations
-    (channels,) = {spec.num_units for layer in all_specs_of(model) for spec in layer[1:]}
-    moments = 3 * 2 * (8 * 24) * 2 * channels**2
     assert many["solve"] == 2 * few["solve"]
     for phase in ("gram", "forward"):  # the router alone
         assert many[phase] == pytest.approx(few[phase], rel=0.02)
-    assert moments < few["gram"] < 3 * moments
     grams = [costs[experts].phases["gram"].accelerator_bytes for experts in (5, 10)]
     assert grams[1] > grams[0]
 
