@@ -84,18 +84,18 @@ class Stream:
                         for batch in batches:
                             batch.brought_(near)
                     block = Block(
-                        index,
-                        name,
-                        layer,
-                        groups,
-                        device,
-                        place,
-                        near,
-                        self.target,
-                        batches,
-                        bar,
-                        self.dtype,
-                        meter,
+                        index=index,
+                        name=name,
+                        layer=layer,
+                        groups=groups,
+                        device=device,
+                        place=place,
+                        near=near,
+                        target=self.target,
+                        batches=batches,
+                        progress=bar,
+                        dtype=self.dtype,
+                        meter=meter,
                     )
                     following: list[Tensor] = []
                     if self.target != "self":
