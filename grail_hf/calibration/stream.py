@@ -22,6 +22,7 @@ from grail_hf.models.capture import captured_outputs
 from grail_hf.models.experts import group_in
 from grail_hf.models.groups import Group
 from grail_hf.models.schema import GroupSpec
+from grail_hf.runtime import processes
 from grail_hf.runtime.devices import input_device
 from grail_hf.runtime.layers import LayerPlacement
 from grail_hf.runtime.placement import Place, choose_near
@@ -163,4 +164,6 @@ def _near(
     tokens = sum(batch.hidden.numel() for batch in batches) // stream
     widest = max((group.widest for group in groups), default=0)
     each = (widest + (4 + 3 * len(groups)) * stream) * batches[0].hidden.element_size()
-    return choose_near(place, device, tokens * each)
+    # Processes on CPUs may share the memory.
+    sharing = processes.count() if device.type == "cpu" else 1
+    return choose_near(place, device, tokens * each * sharing)
