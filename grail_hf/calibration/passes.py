@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,8 @@ class LayerPasses:
         memory.fixed |= dict(zip(watched, map(self.near.keep, seen.outputs), strict=True))
         if ends:
             (x, *_), _ = seen.call
-            memory.inputs, memory.others = self.near.keep(x), self.near.keep_all(seen.others)
+            memory.inputs = self.near.keep(x)
+            memory.others = self.near.keep_all(_without_scores(seen.others, x))
 
     @torch.no_grad()
     def narrow_(self, group: Group, *solutions: Solution) -> None:
@@ -157,6 +159,8 @@ class LayerPasses:
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             (output,), (returned,) = outputs, seen
+            if isinstance(returned, tuple):
+                returned = (returned[0], *(_without_scores(returned[1:], output) or ()))
         else:
             output = group.consumer(memory.inputs.to(self.device))
             returned = output if memory.others is None else (output, *memory.others)
@@ -200,3 +204,16 @@ class LayerPasses:
     def _widened(self, kept: Tensor) -> Tensor:
         """Of what is kept, in fp32 where the layer is; the few bytes of half precision travel."""
         return kept.to(self.device).float()
+
+
+def _without_scores(others: tuple[Any, ...] | None, x: Tensor) -> tuple[Any, ...] | None:
+    """What a block returns besides its output, with None for what is larger than `x`.
+
+    That is attention's probabilities, [b, heads, T, T], which no decoder layer reads.
+    """
+    if others is None:
+        return None
+    return tuple(
+        None if isinstance(other, Tensor) and other.numel() > x.numel() else other
+        for other in others
+    )
