@@ -6,11 +6,11 @@ from test_architectures import narrower
 from tiny_models import (
     ARCHITECTURE_CASES,
     all_specs_of,
-    assert_state,
     batches,
     layers_of,
+    logits,
     placement_of,
-    state_of,
+    relative_error,
     tiny_architecture,
     tiny_model,
 )
@@ -33,7 +33,8 @@ def test_without_room_to_remember_the_result_is_the_same(case, monkeypatch):
             monkeypatch.setattr("grail_hf.calibration.stream.choose_near", lambda *_: None)
         models.append(tiny_architecture(case))
         narrower(models[-1])
-    assert_state(models[0], state_of(models[1]))
+    # A narrowed product may be rounded otherwise than the same columns of the whole one.
+    assert relative_error(*(logits(model, batches()) for model in models)) < 1e-4
 
 
 @torch.no_grad()
