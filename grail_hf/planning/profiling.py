@@ -8,10 +8,10 @@ through the layers, so that every layer is loaded once, and the divergence of th
 dense model's is measured at the end.
 
 The work grows with the square of the layers where single groups are cut: each variant passes the
-layers from its own on. Of L layers with two groups, "search" sends 6 L variants through L / 2 layers
-each, 3 L dense passes of `HELD_OUT_TOKENS`. With 32 layers and 128 x 2048 calibration tokens that
-is 1.5 dense passes of the calibration, and a sixth of it for "error", which has one variant a group
-and half as many tokens. A split has at most six variants for each kind of attention unit, on
+layers from its own on. Of L layers with two groups, "search" sends 6 L variants through L / 2
+layers each, 3 L dense passes of `HELD_OUT_TOKENS`. With 32 layers and 128 x 2048 calibration tokens
+that is 1.5 dense passes of the calibration, and a sixth of it for "error", which has one variant a
+group and half as many tokens. A split has at most six variants for each kind of attention unit, on
 `FEW_HELD_OUT_TOKENS`, whatever the layers.
 """
 
