@@ -149,7 +149,7 @@ class Block(LayerPasses):
         the block's own output, one pass more.
         """
         targets = self.outputs(group) if self.target == "self" else None
-        self.forget(group)
+        self.forget_group_()
         with group.reduced(reduction):
             return self.collect(group, hold_out, targets)
 
@@ -278,7 +278,9 @@ class Block(LayerPasses):
         self.progress.set_postfix_str(f"{self.name} forward")
         for batch in self.batches:
             if batch.following is None:
-                done = len(self.groups) if batch.memory.holds_any else 0
+                memory = batch.memory
+                every = memory.inputs is not None  # else the last block may as well run in place
+                done = len(self.groups) if every else len(memory.returned)
                 with self._done_before(batch, done):
                     hidden = batch.through(self.layer, self.index, batch.hidden, self.device)
                 batch.following = self.place.keep(hidden)

@@ -44,11 +44,6 @@ class Memory:
     others: tuple[Any, ...] | None = None
     fixed: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def holds_any(self) -> bool:
-        """Whether anything is remembered."""
-        return bool(self.returned or self.fixed) or self.inputs is not None
-
     def forget_group_(self) -> None:
         """Forget what is known of the group at work."""
         self.inputs, self.others, self.fixed = None, None, {}

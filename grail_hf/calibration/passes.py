@@ -122,8 +122,8 @@ class LayerPasses:
             return kept
         return self.near.keep(kept[..., index.to(kept.device)])
 
-    def forget(self, group: Group) -> None:
-        """The group has changed: nothing that is remembered of it holds."""
+    def forget_group_(self) -> None:
+        """The group at work has changed: nothing that is remembered of it holds."""
         for batch in self.batches:
             batch.memory.forget_group_()
 
@@ -133,11 +133,11 @@ class LayerPasses:
 
         What they return is remembered. Where it is not yet, it is found first.
         """
+        from accelerate.utils import send_to_device
+
         memory = batch.memory
         while len(memory.returned) < position:
             self._finish_(batch, len(memory.returned))
-        from accelerate.utils import send_to_device
-
         names = [group.spec.name for group in self.groups]
         with not_run(
             {
@@ -164,11 +164,11 @@ class LayerPasses:
         else:
             output = group.consumer(memory.inputs.to(self.device))
             returned = output if memory.others is None else (output, *memory.others)
-        near = self.near or self.place
-        if self.target == "residual" and batch.dense is not None and group.spec.residual_scale:
+        near, scale = self.near or self.place, group.spec.residual_scale
+        if self.target == "residual" and batch.dense is not None and scale is not None:
             missing = self._widened(batch.outputs[position]) - output.float()
             lack = self._lack(batch)
-            memory.lack = near.keep(lack + group.spec.residual_scale * missing.reshape(lack.shape))
+            memory.lack = near.keep(lack + scale * missing.reshape(lack.shape))
         memory.forget_group_()
         memory.returned.append(near.keep_all(returned))
 

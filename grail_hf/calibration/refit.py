@@ -153,7 +153,7 @@ def _kept_if_it_fails(block: Block, group: Group) -> Iterator[None]:
         logger.warning("%s is repaired but not refitted: %s", group.name, reason)
         for module, name, parameter in before:
             setattr(module, name, parameter)
-        block.forget(group)
+        block.forget_group_()
 
 
 @torch.no_grad()
