@@ -117,11 +117,10 @@ def test_errors_are_what_repair_leaves_of_the_stream_behind_the_block(case):
     _, profiles = profiles_of(model, inputs, allocation="flap", selector="flap")
     specs = specs_of(model)
     plan = plan_compression(model, GrailConfig(sparsity=0.4, multiple_of=1))
-    measured = enough(inputs, [plan])
-    for block in Stream(model, placement_of(model), plan.specs, measured, progress=False).blocks():
-        behind = at_tokens([batch.hidden for batch in block.batches], measured).double()
+    for block in Stream(model, placement_of(model), plan.specs, inputs, progress=False).blocks():
+        behind = at_tokens([batch.hidden for batch in block.batches], inputs).double()
         for group, spec in zip(block.groups, specs, strict=True):
-            x = consumer_inputs(model, group.consumer, measured)
+            x = consumer_inputs(model, group.consumer, inputs)
             weight = group.weight.double()
             bias = 0 if group.consumer.bias is None else group.consumer.bias.double()
             behind = behind + x @ weight.T + bias

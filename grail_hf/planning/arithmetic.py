@@ -200,7 +200,8 @@ class Arithmetic:
             *_, outputs, inputs = group.weight.shape
             experts, share = group.spec.experts or 1, group.spec.routed or 1
             self.add("profile", fitted * share * self._moments(inputs, 0))
-            self.add("profile", experts * inputs**3 / 3)  # whether fp32 is enough
+            if not self.rule.loss:  # whether fp32 is enough
+                self.add("profile", experts * inputs**3 / 3)
             if (index, group.kind) not in self.repaired:
                 continue
             budget = self.plan.budgets[group.kind]

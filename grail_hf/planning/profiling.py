@@ -55,7 +55,8 @@ FEW_HELD_OUT_TOKENS = 2048  # where one figure a group, or one a split, is all t
 LEAST_WINDOWS = 4  # to hold one out
 MOST_HELD_OUT = 8  # one window in so many
 # A channel's; with 32, the bundled model gets the same widths to within 3%.
-PROFILED_TOKENS = 4
+PROFILED_TOKENS = 8
+FEW_PROFILED_TOKENS = 4  # where no error curve is read, and at most half of the calibration
 Batches = Sequence[dict[str, Tensor]]
 Slot = tuple[str, int, int]
 """Kind, units and layer of a group."""
@@ -233,7 +234,7 @@ class _Profiling:
         repaired: dict[tuple[Slot, int], Tensor] = {}
         for position, group in enumerate(fitted.groups):
             stats, energy = moments.pop(0)
-            stats = _in_fp32_if_sound(stats)
+            stats = stats if self.rule.loss else _in_fp32_if_sound(stats)
             if fitted.index not in self.plans[0].budgets[group.kind].ignored:
                 if self.select.needs_gradient:
                     group.gradient = fitted.regional_gradient(group)
@@ -346,9 +347,9 @@ def widths_to_measure(budget: Budget, sparsity: float, number: int = 3) -> list[
 
 
 def enough(batches: Batches, plans: Sequence[Plan]) -> list[dict[str, Tensor]]:
-    """Every n-th batch, so that each channel of the widest group has `PROFILED_TOKENS` tokens.
+    """Every n-th batch, so that each channel of the widest group has enough tokens.
 
-    No more than half of them, and at least as many as processes.
+    At least as many batches as processes.
     """
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     stride = profile_stride(tokens, plans[0])
@@ -359,7 +360,9 @@ def profile_stride(tokens: int, plan: Plan) -> int:
     """Of so many tokens, one in how many is enough to measure errors on."""
     specs = (spec for layer in plan.specs for spec in layer if not spec.experts)
     channels = max(spec.num_units * spec.columns for spec in specs)
-    return max(2, tokens // (PROFILED_TOKENS * max(channels, 1)))
+    if find_allocation(plan.allocation).loss:
+        return max(1, tokens // (PROFILED_TOKENS * max(channels, 1)))
+    return max(2, tokens // (FEW_PROFILED_TOKENS * max(channels, 1)))
 
 
 def held_out(
@@ -401,7 +404,7 @@ def wanted_tokens(rule: Allocation) -> int:
 
 
 def _in_fp32_if_sound(stats: GramStats) -> GramStats:
-    """The statistics for computing in fp32, at half the time of fp64, which widths do not need.
+    """The statistics for computing in fp32, at half the time of fp64, which a split does not need.
 
     Where rounding would dominate the solves, with channels of very different magnitudes, they stay
     as they are.
