@@ -175,15 +175,27 @@ def _solve(matrix: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
     return 2 * matrix.shape[-1] * matrix.numel() // 3 + 2 * matrix.shape[-1] * b.numel()
 
 
+def _attention(
+    query: Tensor, key: Tensor, _: Tensor, __: float = 0.0, is_causal: bool = False, **___: Any
+) -> int:
+    """Scores and what they weigh; half of both where a token sees only those before it."""
+    return 4 * query.numel() * key.shape[-2] // (1 + is_causal)
+
+
+def _attention_backward(_: Tensor, *forward: Any, **__: Any) -> int:
+    """To queries, keys and values: five products where forward has two."""
+    query, key, value, _, _, dropout, is_causal = forward
+    return 5 * _attention(query, key, value, dropout, is_causal) // 2
+
+
 aten = torch.ops.aten
 FORMULAS = {
     **flop_registry,
-    # Products that torch's table lacks: in place, and the CPU's attention.
+    # Products that torch's table lacks: in place, and attention on the CPU.
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        aten._scaled_dot_product_flash_attention
-    ],
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     # Solves; updates of a matrix by one vector at a time are not counted.
     aten.linalg_cholesky_ex: _factorisation,
     aten.cholesky_inverse: _inverse,
