@@ -208,8 +208,9 @@ class Block(LayerPasses):
             if target is None:
                 raise ValueError("a refit needs a target of the dense model: 'dense' or 'residual'")
             args, kwargs = near.keep_all(calls[0])
-            fixed = {self._module(path): value for path, value in batch.memory.fixed.items()}
-            runs.append(Run(module, args, kwargs, near.keep(target), batch, self.device, fixed))
+            target = near.keep(target)
+            fixed = self._fixed(batch)
+            runs.append(Run(module, args, kwargs, target, batch, self.device, fixed))
             self.progress.update()
         return runs
 

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grail_hf.models.capture import (
-    Call,
-    hidden_states_of,
-    layer_calls,
-    not_run,
-    takes_tuples,
-)
+from grail_hf.models.capture import Call, hidden_states_of, layer_calls, not_run, takes_tuples
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import input_device
 from grail_hf.runtime.placement import HiddenStates, Place
@@ -78,11 +72,10 @@ class MicroBatch(HiddenStates):
         return hidden_states_of(layer(hidden.to(device), *args, **kwargs))
 
     def brought_(self, place: Place) -> None:
-        """Keep the hidden states at another place, each once."""
-        same = self.dense is self.hidden
+        """Keep the hidden states at another place."""
         self.hidden = place.keep(self.hidden)
         if self.dense is not None:
-            self.dense = self.hidden if same else place.keep(self.dense)
+            self.dense = place.keep(self.dense)
 
     def rows(self, x: Tensor) -> Tensor:
         """[b, T, H] to [n, H]: the tokens that are not padding."""

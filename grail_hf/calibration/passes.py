@@ -21,6 +21,7 @@ from grail_hf.models.capture import (
     BlockPass,
     captured_outputs,
     captured_return,
+    hidden_states_of,
     not_run,
     passed_through,
 )
@@ -61,17 +62,19 @@ class LayerPasses:
 
         The outputs of the modules at the paths `watched` are captured.
         """
-        memory = batch.memory
-        fixed = {self._module(path): value for path, value in memory.fixed.items()}
         modules = [self._module(path) for path in watched]
         block, outputs = self._module(group.spec.name), group.weight.shape[-2]
         with (
             self._done_before(batch, self.groups.index(group)),
-            not_run({module: value.to(self.device) for module, value in fixed.items()}),
+            not_run(self._fixed(batch)),
             passed_through(block, group.consumer, outputs, modules) as seen,
         ):
             batch.through(self.layer, self.index, batch.hidden, self.device)
         return seen
+
+    def _fixed(self, batch: MicroBatch) -> dict[nn.Module, Tensor]:
+        """Producers of the group at work -> their outputs, which are remembered."""
+        return {self._module(path): output for path, output in batch.memory.fixed.items()}
 
     def _remember_(
         self, batch: MicroBatch, seen: BlockPass, watched: Sequence[str], ends: bool
@@ -91,7 +94,7 @@ class LayerPasses:
         if ends:
             (x, *_), _ = seen.call
             memory.inputs = self.near.keep(x)
-            memory.others = self.near.keep_all(_without_scores(seen.others, x))
+            memory.others = self.near.keep_all(_others(seen.returned))
 
     @torch.no_grad()
     def narrow_(self, group: Group, *solutions: Solution) -> None:
@@ -159,18 +162,17 @@ class LayerPasses:
             ):
                 batch.through(self.layer, self.index, batch.hidden, self.device)
             (output,), (returned,) = outputs, seen
-            if isinstance(returned, tuple):
-                returned = (returned[0], *(_without_scores(returned[1:], output) or ()))
+            first, others = hidden_states_of(returned), _others(returned)
         else:
-            output = group.consumer(memory.inputs.to(self.device))
-            returned = output if memory.others is None else (output, *memory.others)
+            first = output = group.consumer(memory.inputs)
+            others = memory.others
         near, scale = self.near or self.place, group.spec.residual_scale
         if self.target == "residual" and batch.dense is not None and scale is not None:
             missing = self._widened(batch.outputs[position]) - output.float()
             lack = self._lack(batch)
             memory.lack = near.keep(lack + scale * missing.reshape(lack.shape))
         memory.forget_group_()
-        memory.returned.append(near.keep_all(returned))
+        memory.returned.append(near.keep_all(first if others is None else (first, *others)))
 
     def _module(self, path: str) -> nn.Module:
         return self.layer.get_submodule(path)
@@ -206,14 +208,16 @@ class LayerPasses:
         return kept.to(self.device).float()
 
 
-def _without_scores(others: tuple[Any, ...] | None, x: Tensor) -> tuple[Any, ...] | None:
-    """What a block returns besides its output, with None for what is larger than `x`.
+def _others(returned: Any) -> tuple[Any, ...] | None:
+    """What a block returns after its output; None where it returns that alone.
 
-    That is attention's probabilities, [b, heads, T, T], which no decoder layer reads.
+    There is None for what is larger than the output: attention's probabilities, [b, heads, T, T],
+    which no decoder layer reads.
     """
-    if others is None:
+    if not isinstance(returned, tuple):
         return None
+    first, *others = returned
     return tuple(
-        None if isinstance(other, Tensor) and other.numel() > x.numel() else other
+        None if isinstance(other, Tensor) and other.numel() > first.numel() else other
         for other in others
     )

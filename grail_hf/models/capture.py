@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from grail_hf.runtime.devices import input_device
 
@@ -71,13 +72,22 @@ def _stopped_at(
         take(args, kwargs)
         raise _Reached
 
-    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    with _removed_when_reached(module.register_forward_pre_hook(stop, with_kwargs=True), module):
+        yield
+
+
+@contextmanager
+def _removed_when_reached(hook: RemovableHandle, module: nn.Module) -> Iterator[None]:
+    """The pass inside the context ends when the hook of `module` raises `_Reached`.
+
+    Raises RuntimeError where it does not.
+    """
     try:
         yield
     except _Reached:
         return
     finally:
-        handle.remove()
+        hook.remove()
     raise RuntimeError(f"the layer's forward pass never calls its {type(module).__name__}")
 
 
@@ -127,11 +137,6 @@ class BlockPass:
         first = hidden_states_of(self.returned)
         return isinstance(first, Tensor) and bool((first == _STAND_IN).all())
 
-    @property
-    def others(self) -> tuple[Any, ...] | None:
-        """What the block returned after the first of a tuple; None where it returned no tuple."""
-        return self.returned[1:] if isinstance(self.returned, tuple) else None
-
 
 @contextmanager
 def passed_through(
@@ -176,14 +181,8 @@ def captured_return(block: nn.Module) -> Iterator[list[Any]]:
         seen.append(returned)
         raise _Reached
 
-    handle = block.register_forward_hook(end)
-    try:
+    with _removed_when_reached(block.register_forward_hook(end), block):
         yield seen
-    except _Reached:
-        return
-    finally:
-        handle.remove()
-    raise RuntimeError(f"the layer's forward pass never calls its {type(block).__name__}")
 
 
 @contextmanager

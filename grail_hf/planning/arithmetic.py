@@ -200,20 +200,22 @@ class Arithmetic:
             *_, outputs, inputs = group.weight.shape
             experts, share = group.spec.experts or 1, group.spec.routed or 1
             self.add("profile", fitted * share * self._moments(inputs, 0))
-            if not self.rule.loss:  # whether fp32 is enough
-                self.add("profile", experts * inputs**3 / 3)
             if (index, group.kind) not in self.repaired:
                 continue
             budget = self.plan.budgets[group.kind]
             singles = single_widths(self.rule, budget, self.plan.sparsity)
-            tried = {widths[group.kind][index] for widths in self.candidates}
-            if self.rule.loss:  # the order of all units, and the error at every width
-                least, curve = 0, inputs**3 / 3 + 2 * outputs * inputs**2
-            else:
-                least, curve = min(tried, default=0), 0.0
-            select = self._selection(group, least, False) * self.plan.select.inverts_gram
-            self.add("profile", select + experts * curve)
-            for width in [*(tried - {group.num_units}), *singles]:
+            tried = {widths[group.kind][index] for widths in self.candidates} - {group.num_units}
+            if not (tried or self.rule.loss):
+                continue
+            # For a loss the order of all units, and the error at every width; else whether fp32 is
+            # enough, and the order down to the least width.
+            self.add("profile", experts * inputs**3 / 3)
+            if self.rule.loss:
+                self.add("profile", experts * 2 * outputs * inputs**2)
+            if self.plan.select.inverts_gram:
+                least = 0 if self.rule.loss else min(tried)
+                self.add("profile", self._selection(group, least, False))
+            for width in [*tried, *singles]:
                 kept = width * group.columns
                 solve = 2 * outputs * inputs**2 + 4 * outputs * kept**2 + kept**3 / 3
                 self.add("profile", experts * solve)

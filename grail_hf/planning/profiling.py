@@ -234,7 +234,6 @@ class _Profiling:
         repaired: dict[tuple[Slot, int], Tensor] = {}
         for position, group in enumerate(fitted.groups):
             stats, energy = moments.pop(0)
-            stats = stats if self.rule.loss else _in_fp32_if_sound(stats)
             if fitted.index not in self.plans[0].budgets[group.kind].ignored:
                 if self.select.needs_gradient:
                     group.gradient = fitted.regional_gradient(group)
@@ -242,16 +241,15 @@ class _Profiling:
                     own = group.in_units_of(plan.specs[fitted.index][position])
                     slot = (own.kind, own.num_units, fitted.index)
                     tried = _widths_of(slot, self.candidates)
-                    if slot not in self.profiles and (tried or self.rule.loss):
-                        found = self._measured(own, stats, energy, tried)
-                        self.profiles[slot] = found
-                        stats = stats.targeted(group.weight.to(stats.dtype))
-                        for width in tried:
-                            repaired[slot, width] = _repaired(own, stats, found, width)
-                        for width in self._single_widths(plan, own.kind):
-                            with _in_place([(own, _repaired(own, stats, found, width))]):
-                                hidden = watched.after(before)
-                            self.variants.append(_Variant(slot, width, hidden))
+                    if slot in self.profiles or not (tried or self.rule.loss):
+                        continue
+                    alone = self._single_widths(plan, own.kind)
+                    weights = self._repairs(slot, own, stats, energy, [*tried, *alone])
+                    repaired |= {(slot, width): weights[width] for width in tried}
+                    for width in alone:
+                        with _in_place([(own, weights[width])]):
+                            hidden = watched.after(before)
+                        self.variants.append(_Variant(slot, width, hidden))
             group.gradient = None
             del stats
         for variant in self.variants:
@@ -265,15 +263,24 @@ class _Profiling:
             return single_widths(self.rule, plan.budgets[kind], plan.sparsity)
         return []
 
+    def _repairs(
+        self, slot: Slot, group: Group, stats: GramStats, energy: float, widths: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Measure a group's profile; width -> its consumer [O, H], reduced and repaired."""
+        stats = stats if self.rule.loss else _in_fp32_if_sound(stats)
+        found = self.profiles[slot] = self._measured(group, stats, energy, widths)
+        stats = stats.targeted(group.weight.to(stats.dtype))  # once for all widths
+        return {width: _repaired(group, stats, found, width) for width in widths}
+
     def _measured(
-        self, group: Group, stats: GramStats, energy: float, tried: Sequence[int]
+        self, group: Group, stats: GramStats, energy: float, widths: Sequence[int]
     ) -> Profile:
         """The scores that the selector gives; and the error at every width, for a rule's loss.
 
-        Without a loss, the units of the least width that is tried need not be told apart.
+        Without a loss, the units of the least of `widths` need not be told apart.
         """
         select, name = self.select, self.config.selector_name
-        least = {} if self.rule.loss or not select.stops else {"width": min(tried)}
+        least = {} if self.rule.loss or not select.stops else {"width": min(widths)}
 
         def measure() -> Profile:
             scores = check_scores(select(group, stats, **least), group, name)
