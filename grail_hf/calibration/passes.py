@@ -29,6 +29,22 @@ from grail_hf.models.groups import Group, reduced_rows
 from grail_hf.runtime.placement import Place
 
 
+def remembered_bytes(groups: Sequence[Group], stream: int, item: int, targeted: bool) -> int:
+    """The most that a layer's passes remember, in bytes a token.
+
+    What a consumer reads and its other producers output, what every block returns, and in fp32 what
+    the stream lacks of a dense model's.
+
+    Args:
+        groups: of the layer.
+        stream: D, the hidden size.
+        item: bytes per number.
+        targeted: there is a dense model to compare with.
+    """
+    widest = max((group.widest for group in groups if group.targeted), default=0)
+    return item * (widest + len(groups) * stream) + 4 * stream * targeted
+
+
 @dataclass(frozen=True)
 class LayerPasses:
     """A decoder layer on the device that it runs on, and the hidden states before it.

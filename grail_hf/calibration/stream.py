@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grail_hf.calibration.block import Block
 from grail_hf.calibration.calls import MicroBatch, record_calls
+from grail_hf.calibration.passes import remembered_bytes
 from grail_hf.models.capture import captured_outputs
 from grail_hf.models.experts import group_in
 from grail_hf.models.groups import Group
@@ -80,7 +81,7 @@ class Stream:
                 with placement.on_device(index) as device:
                     layer, name = placement.layers[index], names[id(placement.layers[index])]
                     groups = self._groups(index, layer, name)
-                    near = _near(place, device, groups, batches)
+                    near = self._near(place, device, groups, batches)
                     if near is not None and near != place:
                         for batch in batches:
                             batch.brought_(near)
@@ -132,6 +133,28 @@ class Stream:
             for number, spec in enumerate(self.specs[index])
         )
 
+    def _near(
+        self,
+        place: Place,
+        device: torch.device,
+        groups: Sequence[Group],
+        batches: Sequence[MicroBatch],
+    ) -> Place | None:
+        """Where to keep what is needed again within a layer; None without room for it.
+
+        Hidden states that are kept elsewhere, and the dense model's outputs, come there too.
+        """
+        if not batches:
+            return place
+        hidden, targeted = batches[0].hidden, self.target != "self"
+        stream, item = hidden.shape[-1], hidden.element_size()
+        each = remembered_bytes(groups, stream, item, targeted)
+        each += item * stream * (1 + targeted * (1 + len(groups)))
+        tokens = sum(batch.hidden.numel() for batch in batches) // stream
+        # Processes on CPUs may share the memory.
+        sharing = processes.count() if device.type == "cpu" else 1
+        return choose_near(place, device, tokens * each * sharing)
+
 
 def _dense_pass(block: Block) -> list[Tensor]:
     """Run the unchanged layer on the dense hidden states; keep its consumers' outputs.
@@ -148,22 +171,3 @@ def _dense_pass(block: Block) -> list[Tensor]:
         following.append(block.place.keep(after))
         block.progress.update()
     return following
-
-
-def _near(
-    place: Place, device: torch.device, groups: Sequence[Group], batches: Sequence[MicroBatch]
-) -> Place | None:
-    """Where to keep what is needed again within a layer; None without room for it.
-
-    The largest of it is what a consumer reads and what its other producers output. Hidden states
-    that are kept elsewhere come here for as long as the layer is at work.
-    """
-    if not batches:
-        return place
-    stream = batches[0].hidden.shape[-1]
-    tokens = sum(batch.hidden.numel() for batch in batches) // stream
-    widest = max((group.widest for group in groups), default=0)
-    each = (widest + (4 + 3 * len(groups)) * stream) * batches[0].hidden.element_size()
-    # Processes on CPUs may share the memory.
-    sharing = processes.count() if device.type == "cpu" else 1
-    return choose_near(place, device, tokens * each * sharing)

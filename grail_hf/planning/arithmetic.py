@@ -86,7 +86,7 @@ class Arithmetic:
             self._add_gram(group, width)
             self._add_select(group, width)
             self._add_solve(group, width)
-            if self._refits(group):
+            if self.refits(group):
                 self._add_refit(group, width)
         if not last:
             whole = sum(self._pass(group, group.num_units) for group in groups)
@@ -110,7 +110,8 @@ class Arithmetic:
             return self._pass(group, width)
         return 2 * self.tokens * group.weight.shape[-2] * width * group.columns
 
-    def _targets(self, group: Group) -> int:
+    def targets(self, group: Group) -> int:
+        """Outputs of the consumer for which there is a target of the dense model."""
         return group.weight.shape[-2] * (self.config.targeted and group.targeted)
 
     def _moments(self, inputs: int, targets: int) -> int:
@@ -119,7 +120,7 @@ class Arithmetic:
 
     def _add_gram(self, group: Group, width: int) -> None:
         *_, outputs, inputs = group.weight.shape
-        targets = self._targets(group)
+        targets = self.targets(group)
         if group.spec.experts:  # each expert's own part is run once for its tokens
             passed = self._pass(group, group.num_units)
             passed -= 2 * self.tokens * group.spec.routed * outputs * inputs
@@ -136,8 +137,12 @@ class Arithmetic:
             self.add("gram", self.tokens * self._moments(kept, outputs))
 
     def _add_select(self, group: Group, width: int) -> None:
-        if self.plan.select.inverts_gram and width < group.num_units:
-            self.add("select", self._selection(group, width, bool(self._targets(group))))
+        if self.eliminates(group, width):
+            self.add("select", self._selection(group, width, bool(self.targets(group))))
+
+    def eliminates(self, group: Group, width: int) -> bool:
+        """Whether greedy elimination, or a selector like it, chooses the group's units."""
+        return self.plan.select.inverts_gram and width < group.num_units
 
     def _selection(self, group: Group, width: int, targeted: bool) -> float:
         """Greedy elimination to a width, from the weight that fits the target best."""
@@ -151,7 +156,7 @@ class Arithmetic:
         kept, held_out = width * group.columns, self.config.holds_out
         error = 2 * outputs * half_square(kept)
         solve = 0.0
-        if not self._targets(group):
+        if not self.targets(group):
             solve += (1 + held_out) * 2 * outputs * inputs**2  # the consumer's own moments
         if self.config.compensate:
             tried = len(DAMPINGS) * held_out
@@ -160,7 +165,7 @@ class Arithmetic:
         solve += 2 * error  # for the report
         self.add("solve", (group.spec.experts or 1) * solve)
 
-    def _refits(self, group: Group) -> bool:
+    def refits(self, group: Group) -> bool:
         """Whether a group that is repaired is refitted too."""
         return self.config.refit_steps > 0 and group.spec.linear is not None and group.targeted
 
@@ -184,7 +189,7 @@ class Arithmetic:
         triangular = (2 * steps + 3) * rows * stream**2 + (steps + 1) * 2 * rows**2 * stream
         self.add("refit", coupling + triangular + (rows**3 + stream**3) / 3)
         # The moments that it leaves, the consumer once more, and the error.
-        passed = 2 * rows * stream + scores + again + self._moments(kept, self._targets(group))
+        passed = 2 * rows * stream + scores + again + self._moments(kept, self.targets(group))
         self.add("refit", self.tokens * passed)
         self.add("refit", kept**3 / 3 + 4 * outputs * kept**2 + 2 * outputs * half_square(kept))
 

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from grail_hf.calibration.passes import remembered_bytes
 from grail_hf.calibration.refit import refit_stride
 from grail_hf.config import AUTO, GrailConfig
 from grail_hf.methods.allocation import find_allocation
 from grail_hf.methods.elimination import CANDIDATES, PANEL
 from grail_hf.methods.linalg import BLOCK, half_square
 from grail_hf.methods.ridge import ROWS_TRIED
-from grail_hf.models.experts import ExpertsGroup, group_in
+from grail_hf.models.experts import group_in
 from grail_hf.models.groups import Group
 from grail_hf.planning.arithmetic import PHASES, Arithmetic
 from grail_hf.planning.plan import Plan, window_length
@@ -96,9 +97,7 @@ class Work:
 
     def __post_init__(self) -> None:
         self.solve_item = self.config.solve_torch_dtype.itemsize
-        self.rule = find_allocation(self.plan.allocation)
         self.measures = self.plan.measures
-        self.repaired = {(index, spec.kind) for index, spec in self.plan.repaired}
 
     @classmethod
     def of(
@@ -178,19 +177,18 @@ class Work:
     @property
     def variants(self) -> int:
         """Bytes of the hidden states of the model variants whose divergence is measured."""
-        each = 3 * self.rule.divergences + self.rule.sensitivities
+        rule = self.arithmetic.rule
+        each = 3 * rule.divergences + rule.sensitivities
         number = self.arithmetic.variants + each * len(self.plan.reduced)
         return number * self.arithmetic.watched * self.stream * self.item
 
     def add_layer(self, index: int, layer: nn.Module) -> None:
         """Add a decoder layer and its groups."""
-        targeted = self.config.targeted
         whole = num_parameters(layer) * self.item
         groups = [group_in(layer, spec, "") for spec in self.plan.specs[index]]
         self.arithmetic.add_layer(index, groups)
-        widest = max((group.widest for group in groups if group.targeted), default=0)
-        kept = self.item * widest + (self.item * len(groups) + _FP32 * targeted) * self.stream
-        self.near = max(self.near, self.tokens * kept)
+        each = remembered_bytes(groups, self.stream, self.item, self.config.targeted)
+        self.near = max(self.near, self.tokens * each)
         changed = 0
         for group in groups:
             left = group.num_parameters
@@ -198,7 +196,7 @@ class Work:
             held = changed * self._maps if self.one_memory else whole * (1 + self.reads_ahead)
             if self.measures:
                 self._add_profile(group, held, [g for g in groups if g is not group])
-            if (index, group.kind) in self.repaired:
+            if (index, group.kind) in self.arithmetic.repaired:
                 self._add_repair(index, group, held, left * self.item)
                 changed += left * self.item
         widest = max([self.stream, *(g.weight.shape[-1] for g in groups if g.num_units)])
@@ -206,9 +204,7 @@ class Work:
         self.at_peak("forward", held + self.batch * self.item * 6 * widest)
         self.at_peak("write", 2 * (changed if self.one_memory else whole))
 
-    def _add_profile(
-        self, group: Group | ExpertsGroup, held: int, others: Sequence[Group | ExpertsGroup]
-    ) -> None:
+    def _add_profile(self, group: Group, held: int, others: Sequence[Group]) -> None:
         """Add what a group takes while an allocation is measured.
 
         The moments of all the layer's groups, which include the `others`, are summed in one pass,
@@ -222,7 +218,7 @@ class Work:
         passing = self._pass_bytes(inputs, outputs)
         self.at_peak("profile", held + self.solve_item * moments + passing)
 
-    def _add_repair(self, index: int, group: Group | ExpertsGroup, held: int, left: int) -> None:
+    def _add_repair(self, index: int, group: Group, held: int, left: int) -> None:
         """Add a group's selection, solve and refit.
 
         Args:
@@ -231,22 +227,16 @@ class Work:
             held: bytes of the layer in memory.
             left: bytes of the group's projections afterwards.
         """
-        config = self.config
         kept = self.plan.widths[group.kind][index] * group.columns
-        targets = group.weight.shape[-2] * (config.targeted and not group.spec.experts)
-        refits = config.refit_steps > 0 and group.spec.linear is not None
+        targets = self.arithmetic.targets(group)
         moments = self._add_moments(group, kept, targets, held)
         solve = self._add_solve(group, kept, held, moments, left)
         if self.plan.select.folds:
-            assert isinstance(group, Group)
             self._add_fold(group, kept, held, moments[0], solve)
-        if refits:
-            assert isinstance(group, Group)
+        if self.arithmetic.refits(group):
             self._add_refit(group, kept, held + left * self._maps, solve)
 
-    def _add_moments(
-        self, group: Group | ExpertsGroup, kept: int, targets: int, held: int
-    ) -> tuple[int, int]:
+    def _add_moments(self, group: Group, kept: int, targets: int, held: int) -> tuple[int, int]:
         """Add the memory of a group's moments and of the selection.
 
         Returns the bytes of the moments, and how many of them are put aside for the selection.
@@ -264,7 +254,7 @@ class Work:
         rounding = _FP32 * half_square(inputs) * (number > _FP32 and not aside)
         self.at_peak("gram", held + sums * number // _FP32 + max(pass_bytes, rounding))
         select = 2 * number * outputs * inputs
-        if self._eliminates(group, kept):
+        if self.arithmetic.eliminates(group, kept // group.columns):
             panel = PANEL * (6 * inputs + CANDIDATES * outputs)
             select = number * (inputs**2 + outputs * inputs + panel)
         self.at_peak("select", held + sums - aside + select)
@@ -272,7 +262,7 @@ class Work:
 
     def _add_solve(
         self,
-        group: Group | ExpertsGroup,
+        group: Group,
         kept: int,
         held: int,
         moments: tuple[int, int],
@@ -294,11 +284,6 @@ class Work:
             self.at_peak("solve", held + left + repaired)
         self.at_peak("solve", held + max(widened, solve))
         return solve
-
-    def _eliminates(self, group: Group | ExpertsGroup, kept: int) -> bool:
-        """Whether greedy elimination chooses the group's units."""
-        eliminates = self.plan.select.inverts_gram
-        return kept < group.weight.shape[-1] and eliminates
 
     def _add_fold(self, group: Group, kept: int, held: int, sums: int, solve: int) -> None:
         """Add a fold to `kept` inputs, with `sums` bytes of moments, and `solve` for the solve."""
