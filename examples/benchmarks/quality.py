@@ -28,6 +28,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -310,8 +311,9 @@ def plot(rows: list[dict], dense: dict[str, float], path: Path) -> None:
                 axes.plot(kept, lowest, "o-", color=f"C{number}", ms=4, label=repair)
         axes.axhline(math.exp(loss), color="0.5", lw=0.8, ls=":", label="dense")
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(sorted({1 - row["sparsity"] for row in rows}))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axes.set_xlabel("decoder block parameters kept")
