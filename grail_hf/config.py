@@ -6,14 +6,13 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import json
-import math
-import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, cast
+from typing import Any, ClassVar
 
 import torch
+
+from grail_hf.settings import COUNT, FRACTION, Range, Settings, is_integer, setting
 
 ATTENTION = "attention"
 MLP = "mlp"
@@ -30,71 +29,10 @@ YES_OR_NO = (True, False)
 # Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100, B200. The
 # others have 1/32 or 1/64 (CUDA C++ Best Practices Guide, Arithmetic Instructions).
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-# Settings of checkpoints and programs from before they were renamed.
-_OLD_NAMES = {"dtype": "solve_dtype"}
 
 
 @dataclass(frozen=True)
-class Range:
-    """The numbers that a setting may be: `low` and above, and below `high`.
-
-    Attributes:
-        whole: integers alone.
-        example: a number that an error message proposes.
-    """
-
-    low: float
-    high: float = math.inf
-    whole: bool = False
-    example: float | None = None
-
-    def __contains__(self, value: object) -> bool:
-        number = _is_integer(value) if self.whole else _is_number(value)
-        return number and self.low <= cast(float, value) < self.high
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a finite number"
-        if self.high == math.inf:
-            return f"{kind} of at least {self.low}"
-        return f"{kind} in [{self.low}, {self.high})"
-
-
-FRACTION = Range(0, 1, example=0.3)
-COUNT = Range(1, whole=True)
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[Any, ...] = (),
-    range: Range | None = None,
-    table: str | None = None,
-) -> Any:
-    """A field of `GrailConfig`, with what its check and the command line need as metadata.
-
-    A value passes if it is one of `choices`, lies in `range`, or is None where that is the default.
-
-    Args:
-        default: the field's default.
-        help: one line for the command line; the class docstring has the details.
-        choices: values other than numbers. Without these and a range, any value passes.
-        range: the numbers.
-        table: where the names of further choices are, as "package:name" of a dict. It is imported
-            when somebody asks for them, so that this module imports nothing of the package.
-    """
-    metadata = {"help": help, "choices": choices, "range": range, "table": table}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def choices_of(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
-    """What a setting may be besides numbers, with the names in its table."""
-    table = field.metadata["table"]
-    return (*field.metadata["choices"], *(pkgutil.resolve_name(table) if table else ()))
-
-
-@dataclass(frozen=True)
-class GrailConfig:
+class GrailConfig(Settings):
     """What to remove, how to choose it and how to repair it. Frozen; checked when made.
 
     Args:
@@ -203,6 +141,8 @@ class GrailConfig:
         ValueError: a value outside its range, naming value, range and remedy.
     """
 
+    old_names: ClassVar[dict[str, str]] = {"dtype": "solve_dtype"}
+
     sparsity: float | None = setting(
         None, "Fraction of the decoder blocks' projection parameters to remove.", range=FRACTION
     )
@@ -297,10 +237,9 @@ class GrailConfig:
         if not isinstance(self.ignore, Iterable):
             raise ValueError(f"ignore={self.ignore!r} must be layer indices or name patterns")
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+        super().__post_init__()
         for entry in self.ignore:
-            if not (_is_integer(entry) or isinstance(entry, str)):
+            if not (is_integer(entry) or isinstance(entry, str)):
                 raise ValueError(f"ignore holds {entry!r}: give layer indices or name patterns")
         if not (isinstance(self.selector, str) or callable(self.selector)):
             raise ValueError(
@@ -312,8 +251,6 @@ class GrailConfig:
                 f"allocation={self.allocation!r} must be a name in grail_hf.ALLOCATIONS, or "
                 f"{AUTO!r}"
             )
-        if self.device is not None:
-            object.__setattr__(self, "device", _device_name(self.device))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -371,64 +308,7 @@ class GrailConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; a selector that is a function by its name."""
-        return self._settings() | {"ignore": list(self.ignore), "selector": self.selector_name}
-
-    def _settings(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> GrailConfig:
-        """The inverse of `to_dict`, but for a function's name, which stays a name.
-
-        A setting's old name is understood too. Raises ValueError on an unknown setting.
-        """
-        settings = _renamed(settings)
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"unknown setting {unknown[0]!r}: GrailConfig has {', '.join(known)}")
-        return cls(**settings)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> GrailConfig:
-        return cls.from_dict(json.loads(text))
-
-    @classmethod
-    def resolve(cls, config: GrailConfig | dict[str, Any] | None, **overrides: Any) -> GrailConfig:
-        """One config from a config (or its dict, or nothing) and keyword overrides."""
-        settings = config._settings() if isinstance(config, GrailConfig) else config or {}
-        return cls.from_dict(_renamed(settings) | _renamed(overrides))
-
-
-def _check(field: dataclasses.Field[Any], value: object) -> None:
-    """Raise ValueError for a value that is neither one of a setting's choices nor in its range.
-
-    Names in a table pass: the plan looks them up.
-    """
-    choices, numbers = field.metadata["choices"], field.metadata["range"]
-    if field.metadata["table"] or not (choices or numbers):
-        return
-    if (value is None and field.default is None) or (numbers and value in numbers):
-        return
-    # True equals 1, which no setting means by it.
-    if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in choices):
-        return
-    if numbers and numbers.example is not None:
-        alternatives = "".join(f", or {choice!r}" for choice in choices)
-        raise ValueError(
-            f"{field.name}={value!r} is outside [{numbers.low}, {numbers.high}): it is a fraction, "
-            f"for example {field.name}={numbers.example}{alternatives}"
-        )
-    *others, last = [*([str(numbers)] if numbers else []), *map(repr, choices)]
-    listed = f"{', '.join(others)} or {last}" if others else last
-    raise ValueError(f"{field.name}={value!r} must be {listed}")
-
-
-def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {_OLD_NAMES.get(name, name): value for name, value in settings.items()}
+        return super().to_dict() | {"ignore": list(self.ignore), "selector": self.selector_name}
 
 
 @functools.cache
@@ -467,24 +347,6 @@ def unwrapped(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _device_name(device: object) -> str:
-    """The device's name. This machine may lack it: a config can be made for another one."""
-    try:
-        return str(torch.device(device))  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} is not a device: give a name like 'cuda', 'cuda:1' or 'cpu'"
-        ) from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `GrailConfig`, and the config that they give."""
+"""Command-line options made from the fields of `Settings`, and the settings that they give."""
 
 from __future__ import annotations
 
@@ -7,79 +7,87 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from grail_hf.config import GrailConfig, choices_of
+from grail_hf.config import GrailConfig
+from grail_hf.settings import Settings, choices_of
 
-_FIELDS = {field.name: field for field in dataclasses.fields(GrailConfig)}
-_HINTS = get_type_hints(GrailConfig)
+S = TypeVar("S", bound=Settings)
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `config` of a command by an option for each setting.
 
-    The command is called with the `GrailConfig` that the options make. Raises ValueError for
-    settings that it refuses.
+    The command is called with the settings that the options make, of the class that annotates the
+    parameter. Raises ValueError for settings that it refuses.
     """
     signature = inspect.signature(command, eval_str=True)
+    kind: type[Settings] = signature.parameters["config"].annotation
+    names = [field.name for field in dataclasses.fields(kind)]
     parameters: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
-        parameters += map(_parameter, _FIELDS) if parameter.name == "config" else [parameter]
+        own = parameter.name != "config"
+        parameters += [parameter] if own else [_parameter(kind, name) for name in names]
 
     @functools.wraps(command)
     def with_options(**arguments: Any) -> None:
-        options = {name: arguments.pop(name) for name in _FIELDS}
-        command(config=config_of(options), **arguments)
+        options = {name: arguments.pop(name) for name in names}
+        command(config=config_of(kind, options), **arguments)
 
     with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return with_options
 
 
-def option(name: str) -> Any:
+def option(name: str, kind: type[Settings] = GrailConfig) -> Any:
     """The option of a setting, to annotate a command's parameter with."""
-    field = _FIELDS[name]
+    field = _field(kind, name)
     names = [choice for choice in choices_of(field) if isinstance(choice, str)]
     listed = f" One of {', '.join(names)}." if len(names) > 1 else ""
     return typer.Option(help=field.metadata["help"] + listed)
 
 
-def config_of(options: Mapping[str, Any]) -> GrailConfig:
-    """The config of a command's options by name, None for one that was left out.
+def config_of(kind: type[S], options: Mapping[str, Any]) -> S:
+    """The settings of a command's options by name, None for one that was left out.
 
-    Raises ValueError for settings that `GrailConfig` refuses.
+    Raises ValueError for settings that the class refuses.
     """
-    return GrailConfig(
+    hints = get_type_hints(kind)
+    return kind(
         **{
-            name: _value(given, _numbers(_HINTS[name]))
+            name: _value(given, _numbers(hints[name]))
             for name, given in options.items()
             if given is not None
         }
     )
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def _field(kind: type[Settings], name: str) -> dataclasses.Field[Any]:
+    return next(field for field in dataclasses.fields(kind) if field.name == name)
+
+
+def _parameter(kind: type[Settings], name: str) -> inspect.Parameter:
     """A command's parameter for a setting; None stands for a default that cannot be typed."""
-    field, kind = _FIELDS[name], _kind(name)
-    default = field.default if isinstance(field.default, get_origin(kind) or kind) else None
-    hint = kind if default is not None else kind | None
+    field = _field(kind, name)
+    typed = _typed(field, get_type_hints(kind)[name])
+    default = field.default if isinstance(field.default, get_origin(typed) or typed) else None
+    hint = typed if default is not None else typed | None
     return inspect.Parameter(
         name,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         default=default,
-        annotation=Annotated[hint, option(name)],
+        annotation=Annotated[hint, option(name, kind)],
     )
 
 
-def _kind(name: str) -> Any:
+def _typed(field: dataclasses.Field[Any], hint: Any) -> Any:
     """The type that the command line reads for a setting.
 
     It is text where the setting may be text, and a list for a tuple. A pair of flags gives True and
     False, and neither of them any third choice.
     """
-    hint = _HINTS[name]
-    if True in _FIELDS[name].metadata["choices"]:
+    if True in field.metadata["choices"]:
         return bool
     if get_origin(hint) is tuple:
         return list[str]

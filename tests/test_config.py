@@ -20,9 +20,9 @@ from grail_hf.config import (
     HIDDEN_STATES,
     SOLVE_DTYPES,
     GrailConfig,
-    choices_of,
     widest_float,
 )
+from grail_hf.settings import choices_of
 
 README = Path(__file__).parent.parent / "README.md"
 OPTIONS_HEAD = "| option | default | what it does |\n"

@@ -16,6 +16,7 @@ MODULES = sorted(path.relative_to(ROOT).with_suffix("").as_posix() for path in R
 
 # A package, or a file beside them, may import those above it in this list, and nothing below it.
 ORDER = [
+    "settings",
     "config",
     "methods",
     "runtime",
@@ -37,7 +38,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-PURE = ["config", "methods"]
+PURE = ["settings", "config", "methods"]
 HEAVY = ["datasets", "lm_eval", "matplotlib", "accelerate", "transformers.modeling_utils"]
 
 
