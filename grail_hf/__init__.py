@@ -20,6 +20,9 @@ from grail_hf.models.infer import infer_architecture
 from grail_hf.models.modeling_grail import install_hook
 from grail_hf.models.schema import Architecture
 from grail_hf.models.source import architecture_source
+from grail_hf.recovery.config import RecoveryConfig
+from grail_hf.recovery.recover import recover
+from grail_hf.recovery.report import RecoveryReport
 from grail_hf.report import CompressionReport
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "Export",
     "GrailConfig",
     "PartlyCompressedError",
+    "RecoveryConfig",
+    "RecoveryReport",
     "Selector",
     "StoppedError",
     "architecture_source",
@@ -40,6 +45,7 @@ __all__ = [
     "export",
     "infer_architecture",
     "perplexity",
+    "recover",
 ]
 __version__ = version("grail-hf")
 

@@ -25,6 +25,7 @@ ORDER = [
     "calibration",
     "planning",
     "card",
+    "recovery",
     "report",
     "forecast",
     "evaluation",

@@ -23,7 +23,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ from grail_hf.calibration.windows import (
     required_tokenizer,
     with_random_tokens,
 )
-from grail_hf.config import AUTO, GrailConfig
+from grail_hf.config import AUTO
 from grail_hf.models.decoder import (
     check_positions,
     context_length,
@@ -67,6 +67,25 @@ PIECE = 256
 Calibration: TypeAlias = (
     TextSource | Iterable[Conversation] | Tensor | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 )
+
+
+class Reading(Protocol):
+    """The settings that say how a calibration is read, as `GrailConfig` documents them."""
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def seq_length(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def bos(self) -> bool | str: ...
+    @property
+    def random_tokens(self) -> float: ...
+    @property
+    def self_samples(self) -> float | str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +135,7 @@ def read_calibration(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Calibration | TokenBatches,
-    config: GrailConfig,
+    config: Reading,
     progress: bool = True,
 ) -> TokenBatches:
     """The calibration tokens for a model: the first process's, in all.
@@ -138,7 +157,7 @@ def _read_calibration(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Calibration | TokenBatches,
-    config: GrailConfig,
+    config: Reading,
     progress: bool,
 ) -> TokenBatches:
     if isinstance(calibration, TokenBatches):
@@ -331,7 +350,7 @@ def with_own_samples(
     tokens: TokenBatches,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    config: GrailConfig,
+    config: Reading,
     device: torch.device,
     progress: bool = True,
 ) -> TokenBatches:

@@ -1,0 +1,87 @@
+"""`RecoveryConfig`: how a compressed model learns the dense model's predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from grail_hf.config import AUTO, YES_OR_NO
+from grail_hf.settings import COUNT, Range, Settings, setting
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class RecoveryConfig(Settings):
+    """How a compressed model learns the dense model's predictions. Frozen; checked when made.
+
+    Args:
+        rank: of the low-rank adapters (LoRA, by PEFT) that are trained beside each projection of
+            the decoder layers and then merged into it. "full", or None: the matrices of the decoder
+            layers themselves, which takes 16 bytes of memory a parameter. "auto": "full" where that
+            takes at most half of the free memory of the device that trains, else 64.
+        epochs: passes over the tokens, more than 0.
+        learning_rate: peak of AdamW's, which rises over the first twentieth of the steps and then
+            falls by a cosine. "auto" tries three, each by a run of an eighth of the steps from the
+            same start, and takes the one with the least divergence on the held-out windows.
+        batch_size: windows in one forward pass.
+        accumulation: forward passes whose gradients are summed for a step, in each process.
+        num_samples: windows to draw, where the calibration is text, conversations or "self". One in
+            eight is held out.
+        seq_length: tokens in a window, at least 2; capped by the model's `max_position_embeddings`.
+        bos: as in `GrailConfig`.
+        random_tokens: as in `GrailConfig`, but 0 by default.
+        self_samples: as in `GrailConfig`.
+        top_k: likeliest tokens of each of the dense model's predictions that are kept; the others
+            count as one.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping
+            them: a third more time, and memory for one layer's. "auto": on an accelerator.
+        seed: of the windows, their order and the adapters.
+        device: where to train, "cpu" or an accelerator; by default as in `GrailConfig`.
+
+    Raises:
+        ValueError: a value outside its range, naming value, range and remedy.
+    """
+
+    rank: int | str | None = setting(
+        AUTO,
+        'Rank of the adapters; "full" trains the projections themselves.',
+        choices=(AUTO, FULL),
+        range=COUNT,
+    )
+    epochs: float = setting(2.0, "Passes over the tokens.", range=Range(0.01))
+    learning_rate: float | str = setting(
+        AUTO, "AdamW's; auto tries three of them.", choices=(AUTO,), range=Range(0)
+    )
+    batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
+    accumulation: int = setting(2, "Forward passes in a step.", range=COUNT)
+    num_samples: int = setting(128, "Windows to learn from.", range=Range(2, whole=True))
+    seq_length: int = setting(2048, "Tokens in a window.", range=Range(2, whole=True))
+    bos: bool | str = setting(
+        AUTO,
+        "Start each window of text with BOS; by default if the tokenizer adds one by itself.",
+        choices=(*YES_OR_NO, AUTO),
+    )
+    random_tokens: float = setting(
+        0.0,
+        "Fraction of a text's tokens to replace by random ones.",
+        range=Range(0, 1, example=0.1),
+    )
+    self_samples: float | str = setting(
+        AUTO,
+        "Fraction of a text's windows that the dense model writes itself.",
+        choices=(AUTO,),
+        range=Range(0, 1, example=0.1),
+    )
+    top_k: int = setting(64, "Likeliest tokens that are kept of each prediction.", range=COUNT)
+    gradient_checkpointing: bool | str = setting(
+        AUTO, "Compute activations again in the backward pass.", choices=(*YES_OR_NO, AUTO)
+    )
+    seed: int = setting(
+        0, "Of the windows, their order and the adapters.", range=Range(0, 2**32, whole=True)
+    )
+    device: str | None = setting(None, "Where to train; by default an accelerator.")
+
+    def __post_init__(self) -> None:
+        if self.rank is None:
+            object.__setattr__(self, "rank", FULL)
+        super().__post_init__()

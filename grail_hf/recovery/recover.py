@@ -1,0 +1,331 @@
+"""`recover`: a compressed model learns the dense model's predictions. No labels.
+
+The dense model predicts the next token at every place of the calibration windows, and its likeliest
+tokens go to disk (`targets`). Then the compressed model is trained towards them, by the divergence
+of its predictions from them (`methods.divergence`): low-rank adapters, merged at the end, or the
+projections themselves. One window in eight is held out. On those the learning rate is chosen, the
+best moment to stop, and whether the outcome is kept at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+from grail_hf.calibration.tokens import (
+    Calibration,
+    TokenBatches,
+    read_calibration,
+    with_own_samples,
+)
+from grail_hf.card import public_name
+from grail_hf.checkpoints.loading import load_model
+from grail_hf.config import AUTO
+from grail_hf.models.architectures import find_architecture
+from grail_hf.models.decoder import check_model, check_weights, decoder_layers, vocabulary_size
+from grail_hf.models.schema import Architecture
+from grail_hf.recovery.adapters import (
+    check_peft,
+    copies,
+    in_float32,
+    matrices,
+    restore_,
+    trainable,
+)
+from grail_hf.recovery.config import FULL, RecoveryConfig
+from grail_hf.recovery.report import RecoveryReport
+from grail_hf.recovery.targets import ONE_IN, Targets
+from grail_hf.runtime import processes
+from grail_hf.runtime.devices import choose_device, free_bytes
+from grail_hf.runtime.dispatched import whole_on_device
+from grail_hf.runtime.hooks import is_dispatched
+from grail_hf.runtime.layers import move_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+logger = logging.getLogger(__name__)
+CALIBRATION, WATCHED = "calibration", "watched"
+_RUN_FILE = "run.json"
+# Weight, gradient and two moments of AdamW, in fp32.
+_BYTES_TRAINED = 16
+_RANK = 64
+
+
+def recover(
+    model: PreTrainedModel,
+    dense: PreTrainedModel | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Calibration | TokenBatches = "c4",
+    config: RecoveryConfig | dict[str, Any] | None = None,
+    *,
+    watch: Calibration | TokenBatches | None = None,
+    architecture: Architecture | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **overrides: Any,
+) -> RecoveryReport:
+    """Train a compressed model in place towards the dense model's predictions. No labels.
+
+    The model is changed only where that makes it better: if the outcome is not closer to the dense
+    model on every set of held-out windows, or training fails, it has the weights that it came with.
+
+    Args:
+        model: the compressed one, whole on one device.
+        dense: the dense one, or its folder or name on the hub, which is loaded for its predictions
+            and freed before the training.
+        tokenizer: needed where `calibration` is text or conversations.
+        calibration: as in `compress`; "self" is sampled from the dense model, and needs no data.
+        config: the settings; `overrides` are fields of `RecoveryConfig` and win over it.
+        watch: a second text, or other data, that is not learned from, but on which the outcome must
+            be better too.
+        architecture: the model type's entry where the table has none, see `infer_architecture`.
+        folder: for predictions and checkpoints, which are kept there; by default a temporary one.
+        resume: go on with a run that was stopped, from its last checkpoint in `folder`.
+        progress: show bars on standard error, of the first process alone.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError, TypeError: bad input, before anything costly starts.
+        ImportError: PEFT is missing where adapters are trained.
+        FloatingPointError: weights or predictions are NaN or Inf.
+    """
+    config = RecoveryConfig.resolve(config, **overrides)
+    _check(model, dense)
+    architecture = architecture or find_architecture(model.config.model_type)
+    config = resolved(config, model, architecture)
+    if resume and folder is None:
+        raise ValueError("resume=True goes on with a run in a folder: give folder=")
+    progress = progress and processes.is_first()
+    with _work_folder(folder) as work:
+        start = time.perf_counter()
+        teacher = load_model(dense) if isinstance(dense, str) else dense
+        _check_vocabularies(model, teacher)
+        tokens = {CALIBRATION: _read(teacher, tokenizer, calibration, config, progress)}
+        if watch is not None:
+            few = replace(config, num_samples=max(2, config.num_samples // ONE_IN), self_samples=0)
+            tokens[WATCHED] = _read(teacher, tokenizer, watch, few, progress)
+        targets = write_targets(teacher, tokens, config, work, resume, progress, architecture)
+        name = teacher.name_or_path
+        del teacher
+        seconds = time.perf_counter() - start
+        report = learn_(model, targets, config, work, resume, progress, architecture)
+    report.teacher = public_name(name)
+    report.calibration = tokens[CALIBRATION].summary()
+    report.seconds = {"dense model": seconds} | report.seconds
+    return report
+
+
+def resolved(
+    config: RecoveryConfig, model: PreTrainedModel, architecture: Architecture
+) -> RecoveryConfig:
+    """The settings with the rank that "auto" means for a model on the device that trains it.
+
+    Raises ImportError where PEFT is needed and missing.
+    """
+    if config.rank == AUTO:
+        device = choose_device(model, config.device)
+        parameters = matrices(decoder_layers(model, architecture))
+        needed = _BYTES_TRAINED * sum(parameter.numel() for parameter in parameters)
+        fits = processes.once(lambda: 2 * needed <= free_bytes(device), "the rank")
+        config = replace(config, rank=FULL if fits else _RANK)
+    check_peft(config.rank)
+    return config
+
+
+def write_targets(
+    teacher: PreTrainedModel,
+    tokens: Mapping[str, TokenBatches],
+    config: RecoveryConfig,
+    work: Path,
+    resume: bool,
+    progress: bool,
+    architecture: Architecture | None = None,
+) -> dict[str, Targets]:
+    """Write the dense model's predictions for each set of tokens, once for all processes.
+
+    Raises ValueError where the folder has a run of other tokens or settings, or one that is not
+    asked to be resumed.
+    """
+    targets = {name: Targets.of(one, work / name) for name, one in tokens.items()}
+    run = {
+        "settings": config.to_dict(),
+        "tokens": {name: one.fingerprint for name, one in tokens.items()},
+    }
+
+    def write() -> None:
+        _start_or_resume(work / _RUN_FILE, run, resume)
+        layers = decoder_layers(
+            teacher, architecture or find_architecture(teacher.config.model_type)
+        )
+        with ExitStack() as stack:
+            if not is_dispatched(teacher):
+                device = choose_device(teacher, config.device)
+                stack.enter_context(whole_on_device(teacher, layers, device))
+            for one in targets.values():
+                one.write(teacher, config.top_k, progress)
+
+    processes.once(write, "the dense model's predictions")
+    return targets
+
+
+def learn_(
+    model: PreTrainedModel,
+    targets: Mapping[str, Targets],
+    config: RecoveryConfig,
+    work: Path,
+    resume: bool = False,
+    progress: bool = True,
+    architecture: Architecture | None = None,
+) -> RecoveryReport:
+    """Train a model towards predictions on disk, and keep the outcome where it is better.
+
+    Args:
+        model: the compressed one.
+        targets: the predictions for the calibration and, if there is one, the watched text.
+        config: the settings, `resolved`.
+        work: the folder for checkpoints.
+        resume, progress, architecture: as in `recover`.
+    """
+    from grail_hf.recovery.training import Training
+
+    start = time.perf_counter()
+    layers = decoder_layers(model, architecture or find_architecture(model.config.model_type))
+    device, home = choose_device(model, config.device), next(model.parameters()).device
+    windows, held_out = targets[CALIBRATION].parted(config.seed)
+    sets: dict[str, Any] = {CALIBRATION: held_out}
+    sets |= {name: one for name, one in targets.items() if name != CALIBRATION}
+    parameters = matrices(layers)
+    originals = copies(parameters)
+    training = Training(model, windows, sets, config, work, device, progress)
+    kept = False
+    try:
+        with torch.enable_grad(), random_states_kept():
+            before = training.divergences()
+            # Half precision trains on accelerators alone, and not weights without an fp32 copy.
+            fp32 = device.type == "cpu" or config.rank == FULL
+            dtype: AbstractContextManager[None] = in_float32(model) if fp32 else nullcontext()
+            with dtype, trainable(model, layers, config.rank) as student:
+                number = sum(p.numel() for p in student.parameters() if p.requires_grad)
+                course = replace(training, model=student).train_(before, resume)
+            after = training.divergences()
+        kept = all(after[name] < before[name] for name in before)
+    finally:
+        move_(model, home)
+        if not kept:
+            restore_(matrices(layers), originals)
+    if not kept:
+        logger.warning("the recovery did not make the model better, and was dropped")
+    learned = sum(len(targets[CALIBRATION].windows[index]) for index in windows.indices)
+    return RecoveryReport(
+        teacher="",
+        config=config,
+        calibration={},
+        tokens=learned,
+        parameters=number,
+        kept=kept,
+        before=before,
+        after=after,
+        learning_rate=course.learning_rate,
+        trials=course.trials,
+        steps=course.steps,
+        divergences=course.divergences,
+        seconds={"training": time.perf_counter() - start},
+    )
+
+
+def _check(model: PreTrainedModel, dense: PreTrainedModel | str) -> None:
+    check_model(model)
+    check_weights(model)
+    if is_dispatched(model):
+        raise ValueError(
+            "the model is dispatched by accelerate (device_map), and training takes it whole on "
+            "one device: load it without device_map"
+        )
+    if dense is model:
+        raise ValueError("the dense model and the compressed one are the same object: load both")
+
+
+def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    check_model(teacher)
+    sizes = vocabulary_size(model), vocabulary_size(teacher)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the compressed model has {sizes[0]} tokens and the dense one {sizes[1]}: give the "
+            "dense model that it was made from"
+        )
+
+
+def _read(
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | TokenBatches,
+    config: RecoveryConfig,
+    progress: bool,
+) -> TokenBatches:
+    device = choose_device(teacher, config.device)
+    tokens = read_calibration(teacher, tokenizer, calibration, config, progress)
+    tokens = with_own_samples(tokens, teacher, tokenizer, config, device, progress)
+    if tokens.num_samples < 2:
+        raise ValueError(
+            f"{tokens.num_samples} window is too few to learn from one and hold out another: give "
+            "more num_samples"
+        )
+    return tokens
+
+
+def _start_or_resume(path: Path, run: dict[str, Any], resume: bool) -> None:
+    found = json.loads(path.read_text("utf-8")) if path.exists() else None
+    if found is not None and not resume:
+        raise ValueError(
+            f"{path.parent} holds a recovery that was stopped: resume it with resume=True "
+            "(--resume), or delete that folder to start again"
+        )
+    if found is not None and found != json.loads(json.dumps(run)):
+        raise ValueError(
+            f"{path.parent} holds a recovery with other settings or another calibration: give "
+            "the same ones, or delete that folder to start again"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=2), "utf-8")
+
+
+@contextmanager
+def _work_folder(folder: str | Path | None) -> Iterator[Path]:
+    """The folder, or a temporary one of the first process, which all of them use."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with processes.first_within(tempfile.TemporaryDirectory(), "the work folder") as scratch:
+        yield Path(scratch)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The caller's random states, of Python, NumPy and torch, are after the context as before.
+
+    The trainer seeds them all.
+    """
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=_kind()):
+        yield
+    random.setstate(states[0])
+    numpy.random.set_state(states[1])
+
+
+def _kind() -> str:
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
