@@ -20,6 +20,7 @@ from grail_hf.models.infer import infer_architecture
 from grail_hf.models.modeling_grail import install_hook
 from grail_hf.models.schema import Architecture
 from grail_hf.models.source import architecture_source
+from grail_hf.recover_checkpoint import recover_checkpoint
 from grail_hf.recovery.config import RecoveryConfig
 from grail_hf.recovery.recover import recover
 from grail_hf.recovery.report import RecoveryReport
@@ -46,6 +47,7 @@ __all__ = [
     "infer_architecture",
     "perplexity",
     "recover",
+    "recover_checkpoint",
 ]
 __version__ = version("grail-hf")
 

@@ -78,8 +78,8 @@ def card_metadata(base_model: str, auto_class: str, license: Mapping[str, Any]) 
     return str(data.to_yaml())
 
 
-def origin(base_model: str, version: str, config: GrailConfig) -> str:
-    """How the model was made, in a sentence."""
+def origin(base_model: str, version: str, config: GrailConfig, trained: bool = False) -> str:
+    """How the model was made, in a sentence; `trained` tells that a recovery followed."""
     ridge = config.ridge
     damping = "damping chosen on held-out windows" if ridge == AUTO else f"damping {ridge:g}"
     repair = "without repair"
@@ -90,7 +90,8 @@ def origin(base_model: str, version: str, config: GrailConfig) -> str:
         )
     return (
         f"Made from {base_model} by grail_hf {version}: units chosen by "
-        f"`{config.selector_name}`, {repair}. No training."
+        f"`{config.selector_name}`, {repair}. "
+        + ("Then trained, without labels, as told below." if trained else "No training.")
     )
 
 

@@ -1,4 +1,4 @@
-"""The verbs of `grail-hf`: compress, evaluate, export, inspect, architectures, infer.
+"""The verbs of `grail-hf`: compress, recover, evaluate, export, inspect, architectures, infer.
 
 Results go to standard output only as `--json`, one object alone, or as what `architectures` and
 `infer` print; progress, other tables and messages go to standard error.
@@ -33,6 +33,8 @@ from grail_hf.models.architectures import architectures_table
 from grail_hf.models.infer import infer_architecture
 from grail_hf.models.source import architecture_source
 from grail_hf.options import option, takes_settings
+from grail_hf.recover_checkpoint import recover_checkpoint
+from grail_hf.recovery.config import RecoveryConfig
 from grail_hf.report import CompressionReport, check_output
 from grail_hf.run import Run
 from grail_hf.runtime import processes
@@ -52,6 +54,13 @@ Dequantize = Annotated[
     bool, typer.Option("--dequantize", help="Load quantised weights (FP8, MXFP4, …) as floats.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A text file or a .jsonl file of conversations (repeat for more), a corpus name, "
+        'or "self". Default: c4.'
+    ),
+]
 # What the user can mend.
 _MENDABLE = (
     ValueError,
@@ -88,13 +97,7 @@ def compress_command(
     source: Source,
     output: Annotated[Path, typer.Argument(help="The new model's folder.", show_default=False)],
     config: GrailConfig,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A text file or a .jsonl file of conversations (repeat for more), a corpus name, "
-            'or "self". Default: c4.'
-        ),
-    ] = None,
+    calibration: Calibration = None,
     revision: Revision = None,
     eval_text: Annotated[
         str | None, typer.Option("--eval", help="Text to measure perplexity on, before and after.")
@@ -159,6 +162,40 @@ def _show(report: CompressionReport, output: Path) -> None:
             "programs."
         )
     _console.print(f"Saved in {output} ({report.seconds:.1f} s of compression).")
+
+
+@app.command("recover")
+@_errors_in_a_line()
+@takes_settings
+def recover_command(
+    folder: Annotated[Path, typer.Argument(help="A compressed model.", show_default=False)],
+    teacher: Annotated[
+        str, typer.Option(help="The dense model: a folder or a hub name.", show_default=False)
+    ],
+    config: RecoveryConfig,
+    calibration: Calibration = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(help="A second text, on which the model must become better too."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the divergence by step in this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a compressed model towards the dense one's predictions, without labels, in place."""
+    processes.join(config.device)
+    processes.silence_copies()
+    texts = _texts(calibration)
+    report = recover_checkpoint(folder, teacher, texts, config, watch=watch, resume=resume)
+    if not processes.is_first():
+        return
+    _console.print(report.table())
+    if plot is not None:
+        report.plot(plot)
+    if as_json:
+        _print_json(report.to_dict() | {"output": str(folder)})
 
 
 @app.command("evaluate")

@@ -137,6 +137,11 @@ class GrailConfig(Settings):
             passed as they last took to write: writing takes a twentieth of the time at most, and a
             kill costs that interval and a layer.
 
+        recover: afterwards train the compressed model towards the dense model's predictions on the
+            calibration tokens (`recover`, with its default settings), without labels. The whole
+            model has to be in memory, and is kept as it was repaired where that is not better. Off
+            by default: all else is in closed form.
+
     Raises:
         ValueError: a value outside its range, naming value, range and remedy.
     """
@@ -229,6 +234,11 @@ class GrailConfig(Settings):
     )
     checkpoint_every: int | str = setting(
         AUTO, "Layers after which a run from disk to disk can resume.", choices=(AUTO,), range=COUNT
+    )
+    recover: bool = setting(
+        False,
+        "Afterwards train towards the dense model's predictions, without labels.",
+        choices=YES_OR_NO,
     )
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ def compress_checkpoint(
     model = meta_model(source, revision)
     config = config.resolved_on(choose_device(model, config.device))
     plan_compression(model, config, architecture)
-    _check_not_sampled(calibration, config)
+    check_takes_layers(calibration, config)
     folder, commit = small_files(source, revision)
     tokenizer = tokenizer or load_tokenizer(str(folder))
     tokens = read_calibration(model, tokenizer, calibration, config, progress)
@@ -226,7 +226,13 @@ def _finish(
     put_in_place(journal.folder, output)
 
 
-def _check_not_sampled(calibration: Calibration | TokenBatches, config: GrailConfig) -> None:
+def check_takes_layers(calibration: Calibration | TokenBatches, config: GrailConfig) -> None:
+    """Raise ValueError where the calibration or a setting takes the whole model in memory."""
+    if config.recover:
+        raise ValueError(
+            "recover=True (--recover) trains the whole model, which is never in memory from disk "
+            "to disk: compress without it, then run grail-hf recover"
+        )
     for setting, asked in (
         (f"calibration={SELF!r}", isinstance(calibration, str) and calibration == SELF),
         (f"self_samples={config.self_samples}", config.self_samples not in (AUTO, 0)),

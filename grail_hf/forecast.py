@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from grail_hf.config import GrailConfig
+from grail_hf.models.decoder import context_length
 from grail_hf.planning.costs import Estimate, estimate
 from grail_hf.planning.plan import Plan, plan_compression, refits
+from grail_hf.recovery.config import RecoveryConfig
+from grail_hf.recovery.costs import RecoveryCosts, recovery_costs
+from grail_hf.recovery.recover import resolved
 from grail_hf.report import size, width_range
 from grail_hf.runtime.devices import choose_device
 
@@ -27,6 +31,7 @@ class Forecast:
         config: the settings, with the dtype that the device supports.
         plan: widths and sizes; its widths are a forecast where the allocation measures them.
         in_memory, disk_to_disk: the costs of the two ways.
+        recovery: the costs of the recovery that is to follow, if one is.
     """
 
     model_type: str
@@ -34,6 +39,7 @@ class Forecast:
     plan: Plan
     in_memory: Estimate
     disk_to_disk: Estimate
+    recovery: RecoveryCosts | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, config: GrailConfig) -> Forecast:
@@ -51,6 +57,7 @@ class Forecast:
             plan,
             estimate(model, plan, config, device),
             estimate(model, plan, config, device, disk_to_disk=True),
+            _recovery(model, plan, config, device) if config.recover else None,
         )
 
     def tables(self, source: str) -> tuple[Table, ...]:
@@ -75,6 +82,7 @@ class Forecast:
             "refits": refits(plan, self.config),
             "projection_parameters": plan.projection_parameters,
             "total_parameters": plan.total_parameters,
+            "recovery": self.recovery and asdict(self.recovery),
             "estimate": self.in_memory.to_dict(),
             "estimate_disk_to_disk": self.disk_to_disk.to_dict(),
         }
@@ -102,7 +110,25 @@ class Forecast:
         hidden_states = f"hidden states ({self.config.hidden_states})"
         table.add_row(hidden_states, "", size(costs.hidden_bytes))
         table.add_row("dense weights", "", size(costs.weights_bytes))
+        if (recovery := self.recovery) is not None:
+            table.add_section()
+            table.add_row("recovery: memory where it trains", "", size(recovery.accelerator_bytes))
+            table.add_row("recovery: host memory beside", "", size(recovery.host_bytes))
+            table.add_row("recovery: on disk meanwhile", "", size(recovery.disk_bytes))
+            arithmetic = f"{recovery.operations / 1e12:.3g} TFLOP"
+            table.add_row("recovery: arithmetic", "", arithmetic)
         return table
+
+
+def _recovery(
+    model: PreTrainedModel, plan: Plan, config: GrailConfig, device: torch.device
+) -> RecoveryCosts:
+    settings = RecoveryConfig(
+        batch_size=config.batch_size,
+        num_samples=max(2, config.num_samples),
+        seq_length=min(config.seq_length, context_length(model) or config.seq_length),
+    )
+    return recovery_costs(model, plan, resolved(settings, model, plan.architecture), device)
 
 
 def _peaks(title: str, costs: Estimate) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,7 +21,13 @@ from grail_hf.calibration.tokens import (
 from grail_hf.card import TAGS
 from grail_hf.config import GrailConfig
 from grail_hf.methods.linalg import full_fp32_products
-from grail_hf.models.decoder import check_model, check_weights, decoder_layers, evaluation_mode
+from grail_hf.models.decoder import (
+    check_model,
+    check_weights,
+    decoder_layers,
+    evaluation_mode,
+    vocabulary_size,
+)
 from grail_hf.models.groups import Group
 from grail_hf.models.quantization import forget_quantization_
 from grail_hf.models.schema import Architecture
@@ -29,6 +35,8 @@ from grail_hf.models.surgery import apply_config_
 from grail_hf.planning.costs import Estimate, estimate
 from grail_hf.planning.plan import Plan, group_batches, plan_compression, warn_of_few_tokens
 from grail_hf.planning.profiling import measured_plan
+from grail_hf.recovery.config import RecoveryConfig
+from grail_hf.recovery.recover import Lesson, Task, check_trainable, resolved, work_folder
 from grail_hf.report import CompressionReport
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import choose_device
@@ -155,9 +163,12 @@ def begun(
         return
     progress = progress and processes.is_first()
     check_weights(model)
-    with full_fp32_products():
+    with ExitStack() as stack:
+        task = stack.enter_context(recovery(model, plan, config, progress))
+        stack.enter_context(full_fp32_products())
         tokens = read_calibration(model, tokenizer, calibration, config, progress)
         tokens = with_own_samples(tokens, model, tokenizer, config, device, progress)
+        lesson = task and task.lesson(model, tokenizer, tokens, None, vocabulary_size(model))
         start = time.perf_counter()
         costs = estimate(model, plan, config, device, batches=tokens.batches)
         place = choose_place(config.hidden_states, costs.hidden_bytes, device)
@@ -172,10 +183,45 @@ def begun(
             with says_what_is_left(job.report):
                 yield job
                 apply_config_(model, job.plan.config)
-    job.report.measured = placement.meter.measured
-    job.report.seconds = time.perf_counter() - start
-    job.report.share()
-    model.add_model_tags(list(TAGS))
+        job.report.measured = placement.meter.measured
+        job.report.seconds = time.perf_counter() - start
+        job.report.share()
+        model.add_model_tags(list(TAGS))
+        if task and lesson:
+            job.report.recovery = outcome_of(task, model, lesson)
+
+
+@contextmanager
+def recovery(
+    model: PreTrainedModel, plan: Plan, config: GrailConfig, progress: bool
+) -> Iterator[Task | None]:
+    """The recovery that is to follow the compression, if the settings ask for one.
+
+    It has the compression's calibration tokens, and its predictions on disk as long as the context
+    lasts. Raises ValueError for a model that cannot be trained.
+    """
+    if not config.recover:
+        yield None
+        return
+    check_trainable(model)
+    settings = RecoveryConfig(
+        batch_size=config.batch_size, self_samples=0, seed=config.seed % 2**32, device=config.device
+    )
+    settings = resolved(settings, model, plan.architecture)
+    with work_folder(None) as work:
+        yield Task(settings, plan.architecture, work, progress=progress)
+
+
+def outcome_of(task: Task, model: PreTrainedModel, lesson: Lesson) -> dict[str, Any]:
+    """The report of a recovery, or why it failed: then the model is as the compression left it."""
+    try:
+        return task.learn_(model, lesson).to_dict()
+    except Exception as error:
+        logger.warning(
+            "the recovery failed (%s: %s); the model is compressed, without it",
+            *(type(error).__name__, error),
+        )
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from grail_hf.models.decoder import auto_class
 from grail_hf.models.experts import SCARCE_DAMPING
 from grail_hf.models.groups import Group
 from grail_hf.planning.plan import Plan
+from grail_hf.recovery.report import RecoveryReport
 from grail_hf.runtime import processes
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class GroupReport:
 
     Attributes:
         error_pruned: after plain pruning or folding, without repair.
-        error: of the weights that the model now has.
+        error: of the weights that the compression ends with.
         damping: of the solve, relative to the Gram's mean diagonal. None without compensation;
             infinite, "inf" in JSON, where `ridge="auto"` found plain pruning to be best, or no
             token was routed to an expert.
@@ -108,6 +109,8 @@ class CompressionReport:
         export: for an exported result: its format, model type, error, number of parameters, and the
             texts of its card.
         license: license metadata of the dense model's card, if its folder has one.
+        recovery: `RecoveryReport.to_dict` of a recovery that came after the compression; errors of
+            groups are from before it. {"failed": why} where one was asked for and failed.
         source: for a compression from disk to disk: file of the dense checkpoint -> its sha256.
     """
 
@@ -135,6 +138,7 @@ class CompressionReport:
     export: dict[str, Any] = field(default_factory=dict)
     license: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, model: PreTrainedModel, config: GrailConfig, plan: Plan) -> CompressionReport:
@@ -301,7 +305,9 @@ class CompressionReport:
     def card(self) -> str:
         """The model card: YAML metadata and Markdown."""
         auto = str(auto_class(self.new_model_type).__name__)
-        how = card.origin(self.base_model, self.versions["grail-hf"], self.config)
+        recovered = self.recovered
+        trained = recovered is not None and recovered.kept
+        how = card.origin(self.base_model, self.versions["grail-hf"], self.config, trained)
         loading = card.loading(self.new_model_type, self.uniform)
         usage = card.usage(auto, self.uniform)
         if self.export:
@@ -318,12 +324,20 @@ class CompressionReport:
                 card.conversion(self.model_type, self.new_model_type) if converted else "",
                 card.table(("", "before", "after"), self._rows()),
                 card.calibration_summary(self.calibration),
+                "" if recovered is None else recovered.summary(),
                 self.alternative,
                 card.scarce_summary(self.scarce_experts if self.config.compensate else ()),
                 card.table(("measured", "value"), measured),
                 f"All settings and per-layer errors are in `{REPORT_FILE}`.",
             ],
         )
+
+    @property
+    def recovered(self) -> RecoveryReport | None:
+        """The report of the recovery that came after the compression, if any did."""
+        if not self.recovery or "failed" in self.recovery:
+            return None
+        return RecoveryReport.from_dict(self.recovery)
 
     def _serving(self) -> str:
         """How vLLM serves the model, where that needs an option."""
@@ -409,13 +423,27 @@ class CompressionReport:
                     sum(column) / len(column) for column in zip(*errors, strict=True)
                 )
                 rows.append(
-                    (f"mean {kind} error, pruned / as saved", f"{pruned:.4f}", f"{repaired:.4f}")
+                    (f"mean {kind} error, pruned / repaired", f"{pruned:.4f}", f"{repaired:.4f}")
                 )
             outcomes = Counter(g.refit for g in self.groups if g.kind == kind and g.refit)
             if outcomes:
                 counts = (f"{number} {outcome}" for outcome, number in outcomes.most_common())
                 rows.append((f"{kind} refits", "", ", ".join(counts)))
-        return rows
+        return rows + self._recovery_rows()
+
+    def _recovery_rows(self) -> list[tuple[str, str, str]]:
+        if "failed" in self.recovery:
+            return [("recovery", "", f"failed: {self.recovery['failed']}")]
+        recovered = self.recovered
+        if recovered is None:
+            return []
+        tokens, seconds = recovered.tokens, sum(recovered.seconds.values())
+        title = f"divergence, {tokens:,} tokens in {seconds:.0f} s of recovery"
+        after = recovered.after if recovered.kept else recovered.before
+        return [
+            (f"{title} ({name})", f"{before:.4f}", f"{after[name]:.4f}")
+            for name, before in recovered.before.items()
+        ]
 
     def __str__(self) -> str:
         return "\n".join(

@@ -26,7 +26,7 @@ from grail_hf.checkpoints.sources import (
 )
 from grail_hf.compress import compress
 from grail_hf.config import GrailConfig
-from grail_hf.disk_to_disk import compress_checkpoint
+from grail_hf.disk_to_disk import check_takes_layers, compress_checkpoint
 from grail_hf.evaluation import EvaluationWindows, loaded, perplexity
 from grail_hf.models.architectures import find_architecture
 from grail_hf.models.decoder import check_weights, decoder_layers
@@ -83,6 +83,7 @@ class Run:
             large = processes.once(partial(self._is_large, skeleton), "the source")
             disk_to_disk = self.resume or (self.texts != SELF and large and not self.dequantize)
         if disk_to_disk:
+            check_takes_layers(self.texts, self.config)
             return self._from_disk(skeleton)
         return self._in_memory(skeleton, estimate(skeleton, plan, self.config).disk_bytes)
 

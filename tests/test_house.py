@@ -33,6 +33,7 @@ ORDER = [
     "job",
     "compress",
     "disk_to_disk",
+    "recover_checkpoint",
     "run",
     "__init__",
     "options",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The least probability that is left beside the kept tokens: fp32 sums of probabilities round there.
+# The least probability that is left beside the kept tokens. Their sum rounds by a tenth of it.
 _LEAST_REST = 1e-6
 
 

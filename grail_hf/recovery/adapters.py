@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from grail_hf.recovery.config import FULL
 
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
 def matrices(layers: nn.ModuleList) -> list[nn.Parameter]:
     """The parameters of decoder layers that multiply what passes through them."""
     return [parameter for parameter in layers.parameters() if parameter.ndim >= 2]
+
+
+def adapted_modules(
+    model: PreTrainedModel, layers: nn.ModuleList
+) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """The projections of decoder layers that PEFT adapts, by their names in the model."""
+    inside = set(layers.modules())
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if module in inside and isinstance(module, nn.Linear | Conv1D)
+    ]
 
 
 def check_peft(rank: int | str | None) -> None:
@@ -66,14 +79,8 @@ def trainable(
 
 def _adapted(model: PreTrainedModel, layers: nn.ModuleList, rank: int) -> Iterator[nn.Module]:
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
-    inside = set(layers.modules())
-    names = [
-        name
-        for name, module in model.named_modules()
-        if module in inside and isinstance(module, (nn.Linear, Conv1D))
-    ]
+    names = [name for name, _ in adapted_modules(model, layers)]
     if not names:
         raise ValueError(
             f'the layers have no projection that PEFT adapts: use rank="{FULL}" to train them'

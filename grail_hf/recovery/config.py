@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from grail_hf.config import AUTO, YES_OR_NO
 from grail_hf.settings import COUNT, Range, Settings, setting
 
-FULL = "full"
+FULL = "full"  # rank: the projections themselves
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,9 @@ class RecoveryConfig(Settings):
         if self.rank is None:
             object.__setattr__(self, "rank", FULL)
         super().__post_init__()
+
+
+def recomputes(config: RecoveryConfig, device: torch.device) -> bool:
+    """Whether activations are computed again in the backward pass on a device."""
+    asked = config.gradient_checkpointing
+    return device.type != "cpu" if isinstance(asked, str) else asked

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ _RANK = 64
 
 def recover(
     model: PreTrainedModel,
-    dense: PreTrainedModel | str,
+    dense: PreTrainedModel | str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Calibration | TokenBatches = "c4",
     config: RecoveryConfig | dict[str, Any] | None = None,
@@ -104,29 +105,171 @@ def recover(
         FloatingPointError: weights or predictions are NaN or Inf.
     """
     config = RecoveryConfig.resolve(config, **overrides)
-    _check(model, dense)
+    check_trainable(model)
+    if dense is model:
+        raise ValueError("the dense model and the compressed one are the same object: load both")
     architecture = architecture or find_architecture(model.config.model_type)
     config = resolved(config, model, architecture)
     if resume and folder is None:
         raise ValueError("resume=True goes on with a run in a folder: give folder=")
-    progress = progress and processes.is_first()
-    with _work_folder(folder) as work:
+    with work_folder(folder) as work:
+        task = Task(config, architecture, work, resume, progress and processes.is_first())
+        lesson = task.lesson(dense, tokenizer, calibration, watch, vocabulary_size(model))
+        return task.learn_(model, lesson)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What there is to learn.
+
+    Attributes:
+        targets: the dense model's predictions for the calibration and, if there is one, the watched
+            text.
+        teacher: the dense model's name.
+        calibration: what a report says of the calibration.
+        seconds: that the predictions took.
+    """
+
+    targets: Mapping[str, Targets]
+    teacher: str
+    calibration: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recovery, in two parts: between them, one model can make room for the other.
+
+    Attributes:
+        config: the settings, `resolved`.
+        architecture: of both models.
+        work: the folder for predictions and checkpoints.
+        resume: go on with a run that was stopped, if the folder has one.
+        progress: show bars.
+    """
+
+    config: RecoveryConfig
+    architecture: Architecture
+    work: Path
+    resume: bool = False
+    progress: bool = True
+
+    def lesson(
+        self,
+        dense: PreTrainedModel | str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None,
+        calibration: Calibration | TokenBatches,
+        watch: Calibration | TokenBatches | None,
+        vocabulary: int,
+    ) -> Lesson:
+        """The dense model's predictions, written in the first process. Arguments as in `recover`.
+
+        Args:
+            vocabulary: size of the compressed model's.
+
+        Raises:
+            ValueError: another vocabulary, or the folder has a run of other tokens or settings, or
+                one that is not asked to be resumed.
+        """
         start = time.perf_counter()
-        teacher = load_model(dense) if isinstance(dense, str) else dense
-        _check_vocabularies(model, teacher)
-        tokens = {CALIBRATION: _read(teacher, tokenizer, calibration, config, progress)}
+        teacher = load_model(os.fspath(dense)) if isinstance(dense, str | os.PathLike) else dense
+        check_model(teacher)
+        if vocabulary != vocabulary_size(teacher):
+            raise ValueError(
+                f"the compressed model has {vocabulary} tokens and the dense one "
+                f"{vocabulary_size(teacher)}: give the dense model that it was made from"
+            )
+        tokens = {CALIBRATION: self._read(teacher, tokenizer, calibration)}
         if watch is not None:
-            few = replace(config, num_samples=max(2, config.num_samples // ONE_IN), self_samples=0)
-            tokens[WATCHED] = _read(teacher, tokenizer, watch, few, progress)
-        targets = write_targets(teacher, tokens, config, work, resume, progress, architecture)
-        name = teacher.name_or_path
-        del teacher
+            tokens[WATCHED] = self._read(teacher, tokenizer, watch, ONE_IN)
+        targets = {name: Targets.of(one, self.work / name) for name, one in tokens.items()}
+        run = {
+            "settings": self.config.to_dict(),
+            "tokens": {name: one.fingerprint for name, one in tokens.items()},
+        }
+
+        def write() -> None:
+            _start_or_resume(self.work / _RUN_FILE, run, self.resume)
+            with ExitStack() as stack:
+                if not is_dispatched(teacher):
+                    layers = decoder_layers(teacher, self.architecture)
+                    device = choose_device(teacher, self.config.device)
+                    stack.enter_context(whole_on_device(teacher, layers, device))
+                for one in targets.values():
+                    one.write(teacher, self.config.top_k, self.progress)
+
+        processes.once(write, "the dense model's predictions")
+        name = public_name(teacher.name_or_path)
         seconds = time.perf_counter() - start
-        report = learn_(model, targets, config, work, resume, progress, architecture)
-    report.teacher = public_name(name)
-    report.calibration = tokens[CALIBRATION].summary()
-    report.seconds = {"dense model": seconds} | report.seconds
-    return report
+        return Lesson(targets, name, tokens[CALIBRATION].summary(), seconds)
+
+    def learn_(self, model: PreTrainedModel, lesson: Lesson) -> RecoveryReport:
+        """Train the compressed model, and keep the outcome where it is better."""
+        from grail_hf.recovery.training import Training
+
+        start = time.perf_counter()
+        config = self.config
+        layers = decoder_layers(model, self.architecture)
+        device, home = choose_device(model, config.device), next(model.parameters()).device
+        windows, held_out = lesson.targets[CALIBRATION].parted(config.seed)
+        sets: dict[str, Any] = {**lesson.targets, CALIBRATION: held_out}
+        originals = copies(matrices(layers))
+        training = Training(model, windows, sets, config, self.work, device, self.progress)
+        # Weights are trained in fp32; half precision is fast on accelerators alone.
+        fp32 = device.type == "cpu" or config.rank == FULL
+        kept = False
+        try:
+            with torch.enable_grad(), random_states_kept():
+                before = training.divergences()
+                dtype: AbstractContextManager[None] = in_float32(model) if fp32 else nullcontext()
+                with dtype, trainable(model, layers, config.rank) as student:
+                    number = sum(p.numel() for p in student.parameters() if p.requires_grad)
+                    course = replace(training, model=student).train_(before, self.resume)
+                after = training.divergences()
+            kept = all(after[name] < before[name] for name in before)
+        finally:
+            move_(model, home)
+            if not kept:
+                restore_(matrices(layers), originals)
+        if not kept:
+            logger.warning("the recovery did not make the model better, and was dropped")
+        training_seconds = time.perf_counter() - start
+        return RecoveryReport(
+            teacher=lesson.teacher,
+            config=config,
+            calibration=lesson.calibration,
+            tokens=lesson.targets[CALIBRATION].num_tokens(windows.indices),
+            parameters=number,
+            kept=kept,
+            before=before,
+            after=after,
+            learning_rate=course.learning_rate,
+            trials=course.trials,
+            steps=course.steps,
+            divergences=course.divergences,
+            seconds={"dense model": lesson.seconds, "training": training_seconds},
+        )
+
+    def _read(
+        self,
+        teacher: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        calibration: Calibration | TokenBatches,
+        one_in: int = 1,
+    ) -> TokenBatches:
+        """The tokens of a calibration or, of as many as the settings say, one in so many."""
+        config = self.config
+        if one_in > 1:
+            few = max(2, config.num_samples // one_in)
+            config = replace(config, num_samples=few, self_samples=0)
+        device = choose_device(teacher, config.device)
+        tokens = read_calibration(teacher, tokenizer, calibration, config, self.progress)
+        tokens = with_own_samples(tokens, teacher, tokenizer, config, device, self.progress)
+        if tokens.num_samples < 2:
+            raise ValueError(
+                "one window is too few to learn from it and hold out another: give more num_samples"
+            )
+        return tokens
 
 
 def resolved(
@@ -146,108 +289,8 @@ def resolved(
     return config
 
 
-def write_targets(
-    teacher: PreTrainedModel,
-    tokens: Mapping[str, TokenBatches],
-    config: RecoveryConfig,
-    work: Path,
-    resume: bool,
-    progress: bool,
-    architecture: Architecture | None = None,
-) -> dict[str, Targets]:
-    """Write the dense model's predictions for each set of tokens, once for all processes.
-
-    Raises ValueError where the folder has a run of other tokens or settings, or one that is not
-    asked to be resumed.
-    """
-    targets = {name: Targets.of(one, work / name) for name, one in tokens.items()}
-    run = {
-        "settings": config.to_dict(),
-        "tokens": {name: one.fingerprint for name, one in tokens.items()},
-    }
-
-    def write() -> None:
-        _start_or_resume(work / _RUN_FILE, run, resume)
-        layers = decoder_layers(
-            teacher, architecture or find_architecture(teacher.config.model_type)
-        )
-        with ExitStack() as stack:
-            if not is_dispatched(teacher):
-                device = choose_device(teacher, config.device)
-                stack.enter_context(whole_on_device(teacher, layers, device))
-            for one in targets.values():
-                one.write(teacher, config.top_k, progress)
-
-    processes.once(write, "the dense model's predictions")
-    return targets
-
-
-def learn_(
-    model: PreTrainedModel,
-    targets: Mapping[str, Targets],
-    config: RecoveryConfig,
-    work: Path,
-    resume: bool = False,
-    progress: bool = True,
-    architecture: Architecture | None = None,
-) -> RecoveryReport:
-    """Train a model towards predictions on disk, and keep the outcome where it is better.
-
-    Args:
-        model: the compressed one.
-        targets: the predictions for the calibration and, if there is one, the watched text.
-        config: the settings, `resolved`.
-        work: the folder for checkpoints.
-        resume, progress, architecture: as in `recover`.
-    """
-    from grail_hf.recovery.training import Training
-
-    start = time.perf_counter()
-    layers = decoder_layers(model, architecture or find_architecture(model.config.model_type))
-    device, home = choose_device(model, config.device), next(model.parameters()).device
-    windows, held_out = targets[CALIBRATION].parted(config.seed)
-    sets: dict[str, Any] = {CALIBRATION: held_out}
-    sets |= {name: one for name, one in targets.items() if name != CALIBRATION}
-    parameters = matrices(layers)
-    originals = copies(parameters)
-    training = Training(model, windows, sets, config, work, device, progress)
-    kept = False
-    try:
-        with torch.enable_grad(), random_states_kept():
-            before = training.divergences()
-            # Half precision trains on accelerators alone, and not weights without an fp32 copy.
-            fp32 = device.type == "cpu" or config.rank == FULL
-            dtype: AbstractContextManager[None] = in_float32(model) if fp32 else nullcontext()
-            with dtype, trainable(model, layers, config.rank) as student:
-                number = sum(p.numel() for p in student.parameters() if p.requires_grad)
-                course = replace(training, model=student).train_(before, resume)
-            after = training.divergences()
-        kept = all(after[name] < before[name] for name in before)
-    finally:
-        move_(model, home)
-        if not kept:
-            restore_(matrices(layers), originals)
-    if not kept:
-        logger.warning("the recovery did not make the model better, and was dropped")
-    learned = sum(len(targets[CALIBRATION].windows[index]) for index in windows.indices)
-    return RecoveryReport(
-        teacher="",
-        config=config,
-        calibration={},
-        tokens=learned,
-        parameters=number,
-        kept=kept,
-        before=before,
-        after=after,
-        learning_rate=course.learning_rate,
-        trials=course.trials,
-        steps=course.steps,
-        divergences=course.divergences,
-        seconds={"training": time.perf_counter() - start},
-    )
-
-
-def _check(model: PreTrainedModel, dense: PreTrainedModel | str) -> None:
+def check_trainable(model: PreTrainedModel) -> None:
+    """Raise ValueError, TypeError or FloatingPointError for a model that cannot be trained."""
     check_model(model)
     check_weights(model)
     if is_dispatched(model):
@@ -255,36 +298,6 @@ def _check(model: PreTrainedModel, dense: PreTrainedModel | str) -> None:
             "the model is dispatched by accelerate (device_map), and training takes it whole on "
             "one device: load it without device_map"
         )
-    if dense is model:
-        raise ValueError("the dense model and the compressed one are the same object: load both")
-
-
-def _check_vocabularies(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    check_model(teacher)
-    sizes = vocabulary_size(model), vocabulary_size(teacher)
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the compressed model has {sizes[0]} tokens and the dense one {sizes[1]}: give the "
-            "dense model that it was made from"
-        )
-
-
-def _read(
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: Calibration | TokenBatches,
-    config: RecoveryConfig,
-    progress: bool,
-) -> TokenBatches:
-    device = choose_device(teacher, config.device)
-    tokens = read_calibration(teacher, tokenizer, calibration, config, progress)
-    tokens = with_own_samples(tokens, teacher, tokenizer, config, device, progress)
-    if tokens.num_samples < 2:
-        raise ValueError(
-            f"{tokens.num_samples} window is too few to learn from one and hold out another: give "
-            "more num_samples"
-        )
-    return tokens
 
 
 def _start_or_resume(path: Path, run: dict[str, Any], resume: bool) -> None:
@@ -304,7 +317,7 @@ def _start_or_resume(path: Path, run: dict[str, Any], resume: bool) -> None:
 
 
 @contextmanager
-def _work_folder(folder: str | Path | None) -> Iterator[Path]:
+def work_folder(folder: str | Path | None) -> Iterator[Path]:
     """The folder, or a temporary one of the first process, which all of them use."""
     if folder is not None:
         yield Path(folder)

@@ -77,7 +77,7 @@ class RecoveryReport:
             outcome = f"the outcome was not better ({changes}) and was dropped"
         return (
             f"Recovery without labels: {what} learned the predictions of {self.teacher} in "
-            f"{self.steps} steps on {self.tokens:,} tokens of {self.calibration['source']}, in "
+            f"{self.steps} steps on {self.tokens:,} tokens ({self.calibration['source']}) in "
             f"{sum(self.seconds.values()):.0f} s; {outcome}."
         )
 

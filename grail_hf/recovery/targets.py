@@ -5,7 +5,7 @@ Of each prediction the likeliest tokens are kept. With 64 of them, 128 x 2048 to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from grail_hf.runtime.progress import Bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 ONE_IN = 8  # windows are held out
+BYTES_PER_TOKEN = 8  # that is kept of a prediction: its id and its log-probability
 Item = dict[str, Tensor]
 
 
@@ -68,9 +69,9 @@ class Targets(Dataset[Item]):
             found = {name: file.get_tensor(f"{row}.{name}") for name in ("ids", "log_probs")}
         return {"input_ids": self.windows[index], **found}
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.windows))
+    def num_tokens(self, indices: Iterable[int]) -> int:
+        """Tokens of some of the windows."""
+        return sum(len(self.windows[index]) for index in indices)
 
     @torch.no_grad()
     def write(self, teacher: PreTrainedModel, top_k: int, progress: bool) -> None:

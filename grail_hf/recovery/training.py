@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from logging import ERROR
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from grail_hf.methods.divergence import divergence
-from grail_hf.recovery.config import FULL, RecoveryConfig
+from grail_hf.recovery.config import FULL, RecoveryConfig, recomputes
 from grail_hf.recovery.targets import Item, collate
 from grail_hf.runtime import processes
 from grail_hf.runtime.progress import Bar
@@ -113,29 +116,36 @@ class Distillation(Trainer):
 
 
 class _Shown(TrainerCallback):
-    """Shows a training as the package's own bar."""
+    """Shows a training by a bar of this package's."""
 
-    def __init__(self, what: str, shown: bool) -> None:
-        self.what, self.shown = what, shown
-        self.bar: Bar | None = None
+    def __init__(self, bar: Bar) -> None:
+        self.bar = bar
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.bar = Bar(
-            total=state.max_steps, initial=state.global_step, desc=self.what, shown=self.shown
-        )
+        self.bar.update(state.global_step)  # of a run that is resumed
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **given: Any) -> None:
-        if self.bar is not None and _WORST in given["metrics"]:
+        if _WORST in given["metrics"]:
             ratio = given["metrics"][_WORST]
             self.bar.set_postfix_str(f"{ratio:.3f} of the divergence before")
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither bars for each checkpoint, nor the trainer's warning of tied weights that it lacks."""
+    shown, trainers = logging.is_progress_bar_enabled(), logging.get_logger(Trainer.__module__)
+    level = trainers.level
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    trainers.setLevel(ERROR)
+    try:
+        yield
+    finally:
+        trainers.setLevel(level)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -183,11 +193,10 @@ class Training:
         every = max(1, self.num_steps // _EVALUATIONS)
         trainer = self._trainer(course.learning_rate, self.num_steps, before, every)
         trainer.add_callback(EarlyStoppingCallback(_PATIENCE))
-        trainer.add_callback(_Shown("Recovering", self.progress))
         last = None
         if resume:
             last = get_last_checkpoint(str(self.folder))  # type: ignore[no-untyped-call]
-        trainer.train(resume_from_checkpoint=last)
+        self._run(trainer, "Recovering", last)
         course.steps = trainer.state.global_step
         course.divergences = [{"step": 0, **before}, *self._by_step(trainer.state.log_history)]
         return course
@@ -206,8 +215,7 @@ class Training:
             steps = min(self.num_steps, max(_LEAST_TRIAL, round(_TRIAL * self.num_steps)))
             for rate in RATES[self.config.rank == FULL]:
                 trainer = self._trainer(rate, steps, before)
-                trainer.add_callback(_Shown(f"Trying {rate:g}", self.progress))
-                trainer.train()
+                self._run(trainer, f"Trying {rate:g}")
                 trials[rate] = trainer.evaluate()[_WORST]
                 with torch.no_grad():
                     for name, parameter in _trained(self.model):
@@ -238,10 +246,13 @@ class Training:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def _run(self, trainer: Distillation, what: str, last: str | None = None) -> None:
+        with Bar(total=trainer.args.max_steps, desc=what, shown=self.progress) as bar, _quiet():
+            trainer.add_callback(_Shown(bar))
+            trainer.train(resume_from_checkpoint=last)
+
     def _arguments(self, steps: int, rate: float, **others: Any) -> TrainingArguments:
         config, accelerated = self.config, self.device.type != "cpu"
-        asked = config.gradient_checkpointing
-        recomputes = accelerated if isinstance(asked, str) else asked
         half = accelerated and any(p.dtype in _HALF for p in self.model.parameters())
         arguments = TrainingArguments(
             output_dir=str(self.folder),
@@ -268,7 +279,7 @@ class Training:
             **{
                 "eval_strategy": "no",
                 "save_strategy": "no",
-                **_checkpointing(recomputes),
+                **_checkpointing(recomputes(config, self.device)),
                 **others,
             },
         )
@@ -286,12 +297,12 @@ class Training:
         return list(found.values())
 
 
-def _checkpointing(recomputes: bool) -> dict[str, Any]:
+def _checkpointing(asked: bool) -> dict[str, Any]:
     """The trainer's arguments for computing activations again, which were renamed in 5.23."""
     names = {field.name for field in fields(TrainingArguments)}
     kind = "activation" if "activation_checkpointing" in names else "gradient"
     return {
-        f"{kind}_checkpointing": recomputes,
+        f"{kind}_checkpointing": asked,
         f"{kind}_checkpointing_kwargs": {"use_reentrant": False},
     }
 

@@ -1,0 +1,334 @@
+"""Recovery: the divergence against an oracle, never worse, resumable, and nothing left behind."""
+
+import copy
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import grail_hf
+from grail_hf import CompressionReport, RecoveryConfig, RecoveryReport, compress, recover
+from grail_hf.cli import app
+from grail_hf.methods.divergence import divergence, likeliest
+from grail_hf.planning.plan import plan_compression
+from grail_hf.recovery.costs import recovery_costs
+
+FAST = {"num_samples": 16, "seq_length": 32, "batch_size": 4, "self_samples": 0, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_llama_dir, tokenizer, jargon_train, tmp_path_factory):
+    """A folder of the bundled model with half of its channels, pruned without repair."""
+    folder = tmp_path_factory.mktemp("narrow") / "model"
+    model = load(tiny_llama_dir)
+    settings = {"sparsity": 0.5, "selector": "magnitude", "compensate": False}
+    report = compress(model, tokenizer, jargon_train, **settings, **FAST, allocation="uniform")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report.save(folder)
+    return folder
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model, weights):
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@settings(deadline=None)
+@given(
+    vocabulary=st.integers(2, 12),
+    kept=st.integers(1, 12),
+    scale=st.floats(0.1, 2),  # beyond, what is left rounds to nothing in fp32
+    seed=st.integers(0, 99),
+)
+def test_divergence_is_that_of_the_kept_tokens_and_the_rest(vocabulary, kept, scale, seed):
+    torch.manual_seed(seed)
+    dense, small = scale * torch.randn(2, 3, vocabulary)
+    kept = min(kept, vocabulary)
+    ids, log_probs = likeliest(dense, kept)
+    p, q = dense.double().softmax(-1), small.double().softmax(-1)
+    order = p.argsort(dim=-1, descending=True)
+    p, q = p.gather(-1, order), q.gather(-1, order)
+    lumped = [
+        torch.cat([x[:, :kept], x[:, kept:].sum(-1, keepdim=True)], -1)[
+            :, : min(kept + 1, vocabulary)
+        ]
+        for x in (p, q)
+    ]
+    expected = F.kl_div(
+        lumped[1].clamp_min(1e-9).log(), lumped[0].clamp_min(1e-9), reduction="none"
+    ).sum(-1)
+    found = divergence(small, ids, log_probs)
+    assert torch.allclose(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_divergence_has_the_gradient_of_the_difference_of_probabilities():
+    """d KL / d logits is q - p, where all tokens are kept."""
+    torch.manual_seed(0)
+    dense, small = torch.randn(2, 5, 9)
+    small.requires_grad_(True)
+    divergence(small, *likeliest(dense, 9)).sum().backward()
+    assert torch.allclose(small.grad, small.softmax(-1) - dense.softmax(-1), atol=1e-6)
+    assert divergence(dense, *likeliest(dense, 4)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rank", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_comes_closer_to_the_dense_model(
+    rank, dtype, narrow, tiny_llama_dir, tokenizer, jargon_train
+):
+    model = load(narrow, dtype)
+    before = weights_of(model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modules = {name: type(module) for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    report = recover(
+        model, tiny_llama_dir, tokenizer, jargon_train, rank=rank, learning_rate=3e-3, **FAST
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.kept and report.after["calibration"] < 0.97 * report.before["calibration"]
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert model.dtype == dtype
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert changed and all(".layers." in name and "norm" not in name for name in changed)
+    assert RecoveryReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_the_second_text_is_measured_but_not_learned_from(narrow, tokenizer, tiny_llama_dir):
+    rows = torch.randint(0, 4096, (16, 32), generator=torch.Generator().manual_seed(0))
+    text = {"calibration": rows, "watch": rows[:8]}
+    report = recover(load(narrow), tiny_llama_dir, rank=4, learning_rate=1e-3, **text, **FAST)
+    assert set(report.before) == {"calibration", "watched"} == set(report.after)
+    assert report.tokens == 14 * 32
+    assert all({"step", "calibration", "watched"} == set(entry) for entry in report.divergences)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_absurd_learning_rate_leaves_the_model_as_it_was(seed, narrow, tiny_llama_dir, caplog):
+    rows = torch.randint(0, 4096, (8, 16), generator=torch.Generator().manual_seed(seed))
+    model = load(narrow)
+    before = weights_of(model)
+    rate = (10.0, 1e30)[seed % 2]
+    settings = FAST | {"rank": 4, "learning_rate": rate, "epochs": 2, "accumulation": 1}
+    report = recover(model, tiny_llama_dir, calibration=rows, seed=seed, **settings)
+    assert not report.kept
+    assert_same(model, before)
+    assert "was dropped" in caplog.text and "dropped" in report.summary()
+
+
+def test_the_learning_rate_is_the_best_of_those_tried(
+    narrow, tokenizer, tiny_llama_dir, jargon_train
+):
+    report = recover(load(narrow), tiny_llama_dir, tokenizer, jargon_train, rank=4, **FAST)
+    assert len(report.trials) == 3
+    assert report.learning_rate == min(report.trials, key=report.trials.get)
+
+
+def interrupted_after(steps, monkeypatch):
+    """Have the trainer stop as by Ctrl-C after some steps of the main run."""
+    from grail_hf.recovery import training
+
+    class Stop(training.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == steps:
+                raise KeyboardInterrupt
+
+    original = training.Distillation.__init__
+
+    def stopping(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    monkeypatch.setattr(training.Distillation, "__init__", stopping)
+
+
+@pytest.mark.parametrize("rank", [4, "full"])
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
+    rank, narrow, tiny_llama_dir, tmp_path, monkeypatch
+):
+    rows = torch.randint(0, 4096, (16, 16), generator=torch.Generator().manual_seed(0))
+    settings = FAST | {"rank": rank, "learning_rate": 1e-3, "epochs": 2, "accumulation": 1}
+    whole = load(narrow)
+    expected = recover(whole, tiny_llama_dir, calibration=rows, **settings)
+
+    model = load(narrow)
+    before = weights_of(model)
+    with monkeypatch.context() as patch:
+        interrupted_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, tiny_llama_dir, calibration=rows, folder=tmp_path, **settings)
+    assert_same(model, before)
+    with pytest.raises(ValueError, match="was stopped: resume it"):
+        recover(model, tiny_llama_dir, calibration=rows, folder=tmp_path, **settings)
+    other = settings | {"epochs": 3}
+    with pytest.raises(ValueError, match="other settings"):
+        recover(model, tiny_llama_dir, calibration=rows, folder=tmp_path, resume=True, **other)
+    report = recover(
+        model, tiny_llama_dir, calibration=rows, folder=tmp_path, resume=True, **settings
+    )
+    assert report.divergences == expected.divergences
+    assert_same(model, weights_of(whole))
+
+
+def test_a_failure_leaves_the_model_as_it_was(narrow, tiny_llama_dir, monkeypatch):
+    from grail_hf.recovery import training
+
+    def fail(self, *_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(training.Distillation, "training_step", fail)
+    rows = torch.randint(0, 4096, (8, 16))
+    model = load(narrow)
+    before = weights_of(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        recover(model, tiny_llama_dir, calibration=rows, rank=4, learning_rate=1e-3, **FAST)
+    assert_same(model, before)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_compress_recovers_where_it_is_asked_to(tiny_llama_dir, tokenizer, jargon_train):
+    settings = {"sparsity": 0.5, "allocation": "uniform", "refit": 0} | FAST
+    plain, recovered = load(tiny_llama_dir), load(tiny_llama_dir)
+    compress(plain, tokenizer, jargon_train, **settings)
+    report = compress(recovered, tokenizer, jargon_train, recover=True, **settings)
+    outcome = report.recovered
+    assert outcome is not None and outcome.calibration == report.calibration
+    assert report.to_dict()["recovery"]["kept"] is outcome.kept
+    assert (
+        CompressionReport.from_dict(json.loads(json.dumps(report.to_dict()))).recovered == outcome
+    )
+    same = all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), recovered.parameters(), strict=True)
+    )
+    assert same is not outcome.kept
+    assert ("Recovery without labels" in report.card()) and (
+        "No training." in report.card()
+    ) is not outcome.kept
+    assert any("of recovery" in row[0] for row in report._rows())
+
+
+def test_a_recovery_that_fails_costs_no_compression(
+    tiny_llama_dir, tokenizer, jargon_train, monkeypatch, caplog
+):
+    from grail_hf.recovery import training
+
+    def fail(self, *_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(training.Distillation, "training_step", fail)
+    model = load(tiny_llama_dir)
+    settings = {"sparsity": 0.5, "allocation": "uniform", "refit": 0, "recover": True} | FAST
+    report = compress(model, tokenizer, jargon_train, **settings)
+    assert report.recovery == {"failed": "OutOfMemoryError: no memory"}
+    assert report.groups and "the model is compressed, without it" in caplog.text
+    assert report.recovered is None and "no memory" in str(report)
+
+
+def test_the_command_replaces_the_folder_by_a_better_model(
+    narrow, tiny_llama_dir, jargon_train, tmp_path
+):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(narrow, folder)
+    (folder / "extra.txt").write_text("mine")
+    flags = ["--num-samples", "16", "--seq-length", "32", "--rank", "4", "--learning-rate", "1e-3"]
+    flags += ["--self-samples", "0", "--calibration", str(jargon_train)]
+    arguments = ["recover", str(folder), "--teacher", str(tiny_llama_dir), *flags]
+    result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "course.png"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kept"]
+    assert (tmp_path / "course.png").stat().st_size > 5000
+    report = CompressionReport.load(folder)
+    assert (
+        report.recovered is not None
+        and "Recovery without labels" in (folder / "README.md").read_text()
+    )
+    assert (folder / "extra.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["course.png", "model"]
+    old, new = load(narrow), load(folder)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True)
+    )
+
+
+def test_what_cannot_be_recovered_is_refused_first(narrow, tiny_llama_dir, tmp_path):
+    rows = torch.zeros(8, 16, dtype=torch.int64)
+    dense = load(tiny_llama_dir)
+    with pytest.raises(ValueError, match="same object"):
+        recover(dense, dense, calibration=rows)
+    with pytest.raises(ValueError, match="give folder="):
+        recover(load(narrow), dense, calibration=rows, resume=True)
+    with pytest.raises(ValueError, match="one window is too few"):
+        recover(load(narrow), dense, calibration=rows[:1], rank=4)
+    with pytest.raises(FileNotFoundError, match="that grail_hf compressed"):
+        grail_hf.recover_checkpoint(tiny_llama_dir, str(tiny_llama_dir))
+    other = copy.deepcopy(dense)
+    other.resize_token_embeddings(4097)
+    with pytest.raises(ValueError, match="4096 tokens and the dense one 4097"):
+        recover(load(narrow), other, calibration=rows, rank=4)
+    with pytest.raises(ValueError, match="from disk to disk: compress without it"):
+        grail_hf.compress_checkpoint(
+            tiny_llama_dir, tmp_path / "out", rows, sparsity=0.5, recover=True
+        )
+
+
+def test_adapters_without_peft_name_the_extra(narrow, tiny_llama_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'pip install "grail-hf\[recover\]"'):
+        recover(load(narrow), tiny_llama_dir, calibration=torch.zeros(8, 16).long(), rank=4)
+
+
+def test_padded_windows_count_their_own_tokens_alone(narrow, tiny_llama_dir):
+    rows = torch.randint(0, 4096, (8, 16), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(rows)
+    mask[::2, 10:] = 0
+    batches = [{"input_ids": rows, "attention_mask": mask}]
+    settings = FAST | {"rank": 4, "learning_rate": 1e-3}
+    report = recover(load(narrow), tiny_llama_dir, calibration=batches, **settings)
+    garbled = [{"input_ids": rows.masked_fill(mask == 0, 7), "attention_mask": mask}]
+    again = recover(load(narrow), tiny_llama_dir, calibration=garbled, **settings)
+    assert report.after == again.after and report.tokens < 7 * 16
+
+
+def test_7b_with_rank_16_trains_in_24_gb():
+    """Llama-2-7B with 30% removed, windows of 2048 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shapes = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(shapes, dtype=torch.bfloat16)
+    plan = plan_compression(model, grail_hf.GrailConfig(sparsity=0.3))
+    accelerator = torch.device("cuda")
+    config = RecoveryConfig(rank=16, batch_size=2)
+    costs = recovery_costs(model, plan, config, accelerator)
+    assert 10 * 2**30 < costs.accelerator_bytes < 24e9
+    full = recovery_costs(model, plan, RecoveryConfig(rank="full", batch_size=2), accelerator)
+    assert full.accelerator_bytes > 70e9
+    assert 128 * 2048 * 64 * 8 < costs.disk_bytes < 2e9
+
+
+def test_inspect_states_what_a_recovery_takes(tiny_llama_dir):
+    arguments = ["inspect", str(tiny_llama_dir), "--sparsity", "0.5", "--recover", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recovery"]["operations"] > 0
+    assert "recovery: memory where it trains" in result.stderr
