@@ -5,6 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+# All tests of a file run in one process, which makes their fixtures once.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-slow test-oldest test-newest test-newest-quick lint clean
 
@@ -12,19 +14,19 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest $(IN_TWO)
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest $(IN_TWO) -m slow
 
 # The oldest transformers that pyproject.toml allows, and the hub client that it needs; all else as
 # in constraints-dev.txt.
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/pytest -n 2
+	$(OLDEST)/bin/pytest $(IN_TWO)
 
 # The newest releases of everything, as a user gets them; `make clean` forgets those installed here.
 test-newest: $(NEWEST)/.installed
-	$(NEWEST)/bin/pytest -n 2
+	$(NEWEST)/bin/pytest $(IN_TWO)
 
 # Every architecture: streamed, narrowed, saved, loaded, with layers that differ in width.
 test-newest-quick: $(NEWEST)/.installed

@@ -39,6 +39,14 @@ def jargon_train() -> Path:
 
 
 @pytest.fixture(scope="session")
+def less_text(jargon_train, tmp_path_factory) -> Path:
+    """The beginning of jargon-train: to tokenise all of it takes longer than most tests."""
+    path = tmp_path_factory.mktemp("text") / "less.txt"
+    path.write_text(jargon_train.read_text("utf-8")[:40_000], "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def jargon_test() -> Path:
     return EXAMPLES / "text" / "jargon-test.txt"
 

@@ -957,14 +957,14 @@ def test_given_tokens_beyond_the_model_s_positions(case, kind, caplog):
             model(input_ids=ids)
 
 
-def test_a_fraction_of_a_text_s_tokens_is_replaced_by_random_ones(batches_of, jargon_train):
+def test_a_fraction_of_a_text_s_tokens_is_replaced_by_random_ones(batches_of, less_text):
     options = {"num_samples": 64, "seq_length": 128}
     plain, noisy, again, other = (
         torch.cat(
             [
                 batch["input_ids"]
                 for batch in batches_of(
-                    jargon_train, **options | {"random_tokens": fraction, "seed": 0}
+                    less_text, **options | {"random_tokens": fraction, "seed": 0}
                 ).batches
             ]
         )
@@ -1003,13 +1003,13 @@ def test_tokens_that_are_no_text_are_left_alone(tiny_llama, tokenizer, given):
 
 
 @pytest.fixture
-def written(tiny_llama, tokenizer, jargon_train):
+def written(tiny_llama, tokenizer, less_text):
     """The windows of a text, and those of which the model writes a part."""
 
     def read(device="cpu", bos=False, model=tiny_llama, **settings):
         defaults = {"sparsity": 0.3, "num_samples": 16, "seq_length": 24, "bos": bos}
         config = GrailConfig(**defaults | settings)
-        text = read_calibration(model, tokenizer, jargon_train, config, progress=False)
+        text = read_calibration(model, tokenizer, less_text, config, progress=False)
         device = torch.device(device)
         own = with_own_samples(text, model, tokenizer, config, device, progress=False)
         return text, own
@@ -1067,8 +1067,8 @@ def test_given_tokens_are_never_rewritten(written, tiny_llama):
     assert own is given
 
 
-def test_from_disk_to_disk_the_model_cannot_write(tiny_llama_dir, jargon_train, tmp_path):
+def test_from_disk_to_disk_the_model_cannot_write(tiny_llama_dir, less_text, tmp_path):
     with pytest.raises(ValueError, match=r"self_samples=0\.5 samples from the whole model"):
         grail_hf.compress_checkpoint(
-            tiny_llama_dir, tmp_path / "out", jargon_train, sparsity=0.3, self_samples=0.5
+            tiny_llama_dir, tmp_path / "out", less_text, sparsity=0.3, self_samples=0.5
         )

@@ -154,11 +154,9 @@ def test_one_layer_at_a_time_has_weights(tmp_path, monkeypatch):
     assert all(parameter.is_meta for parameter in seen[0].parameters())
 
 
-def test_text_and_tokenizer_are_the_source_s(tiny_llama_dir, jargon_train, tmp_path):
+def test_text_and_tokenizer_are_the_source_s(tiny_llama_dir, less_text, tmp_path):
     settings = {"sparsity": 0.5, "num_samples": 4, "seq_length": 32, **QUICK, "progress": False}
-    report = grail_hf.compress_checkpoint(
-        tiny_llama_dir, tmp_path / "out", jargon_train, **settings
-    )
+    report = grail_hf.compress_checkpoint(tiny_llama_dir, tmp_path / "out", less_text, **settings)
     for name in ("tokenizer.json", "generation_config.json", "README.md", "grail.json"):
         assert (tmp_path / "out" / name).is_file()
     assert report.calibration["samples"] == 4

@@ -40,6 +40,11 @@ from grail_hf.options import takes_settings
 
 runner = CliRunner()
 
+QUICKLY = (
+    *("--no-compensate", "--selector", "magnitude", "--allocation", "uniform"),
+    *("--num-samples", 2, "--seq-length", 16),
+)
+
 
 def run(*arguments: object) -> tuple[int, str, str]:
     result = runner.invoke(app, [str(argument) for argument in arguments])
@@ -47,11 +52,18 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def compress_arguments(tiny_llama_dir, jargon_train, tmp_path):
+def default_arguments(tiny_llama_dir, less_text, tmp_path):
     return (
         *("compress", tiny_llama_dir, tmp_path / "out", "--sparsity", 0.5, "--selector", "wanda"),
-        *("--calibration", jargon_train, "--num-samples", 8, "--seq-length", 64, "--device", "cpu"),
+        *("--calibration", less_text, "--num-samples", 8, "--seq-length", 64, "--device", "cpu"),
     )
+
+
+@pytest.fixture
+def compress_arguments(default_arguments):
+    """Those where the widths, the text and the repair matter little: with the quickest of each."""
+    quick = ("--allocation", "uniform", "--self-samples", 0, "--ridge", 1e-2, "--refit", 0)
+    return (*default_arguments, *quick)
 
 
 @pytest.fixture
@@ -122,20 +134,15 @@ def test_every_setting_has_an_option(command):
         assert field.metadata["help"].split(".")[0] in help
 
 
-@pytest.fixture
-def less_text(jargon_test, tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "less.txt"
-    path.write_text(jargon_test.read_text()[:40_000])
-    return path
-
-
-def test_compress_and_evaluate(compress_arguments, less_text, tmp_path):
+def test_compress_and_evaluate(default_arguments, jargon_test, tmp_path_factory, tmp_path):
     """JSON alone on standard output; the saved model measures as in the report."""
-    code, out, err = run(*compress_arguments, "--eval", less_text, "--json")
+    text = tmp_path_factory.mktemp("text") / "unseen.txt"
+    text.write_text(jargon_test.read_text("utf-8")[:22_000], "utf-8")
+    code, out, err = run(*default_arguments, "--eval", text, "--json")
     assert code == 0, err
     report = json.loads(out)
     assert report["widths"] == {"attention": [2] * 6, "mlp": [512] * 6}
-    assert report["evaluation"]["evaluation text"] == "less.txt"
+    assert report["evaluation"]["evaluation text"] == "unseen.txt"
     assert re.fullmatch(r"\d{3,} x 64 tokens", report["evaluation"]["evaluation windows"])
     assert report["evaluation"]["perplexity before"] < report["evaluation"]["perplexity after"]
     saved = {path.name for path in (tmp_path / "out").iterdir()}
@@ -144,7 +151,7 @@ def test_compress_and_evaluate(compress_arguments, less_text, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"out"}, "nothing half-written is left"
 
     code, out, err = run(
-        *("evaluate", tmp_path / "out", "--text", less_text, "--seq-length", 64),
+        *("evaluate", tmp_path / "out", "--text", text, "--seq-length", 64),
         *("--device", "cpu", "--json"),
     )
     assert code == 0, err
@@ -168,8 +175,6 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_one(
             *flags,
             "--no-compensate",
             "--random-tokens",
-            0,
-            "--self-samples",
             0,
         ),
         *("--eval", text, "--json"),
@@ -216,11 +221,11 @@ def test_a_checkpoint_goes_from_disk_to_disk_where_memory_is_short(
     compress_arguments, jargon_test, tmp_path, monkeypatch
 ):
     """By default, where the weights fill half of the free memory; the weights are the same."""
-    assert run(*compress_arguments, "--self-samples", 0)[0] == 0
+    assert run(*compress_arguments)[0] == 0
     (tmp_path / "out").rename(tmp_path / "in memory")
     memory = psutil.virtual_memory()._replace(available=20 * 2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:20_000], "utf-8")
+    (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:5_000], "utf-8")
     code, out, err = run(*compress_arguments, "--eval", text, "--json")
     assert code == 0, err
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 7
@@ -240,7 +245,7 @@ def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_
     shutil.copytree(source, output)
     (output / "grail.json").touch()  # marks it as ours, which may be replaced
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
-    flags = ("--disk-to-disk", "--overwrite", "--refit", 0, "--ridge", 1e-3, "--json")
+    flags = ("--disk-to-disk", "--overwrite", "--json")
     code, out, err = run("compress", output, output, *rest, *flags, "--eval", text)
     assert code == 0, err
     measured = json.loads(out)["evaluation"]
@@ -255,7 +260,7 @@ def test_a_model_that_is_replaced_is_measured_before(compress_arguments, jargon_
 
 
 def test_from_disk_to_disk_refusals_come_before_any_work(
-    compress_arguments, jargon_train, jargon_test, tmp_path, no_weights
+    compress_arguments, less_text, jargon_test, tmp_path, no_weights
 ):
     """They also precede the source's evaluation, and a stopped run is left as it is."""
     journal = Journal(tmp_path / ".out.partial", {})
@@ -271,7 +276,7 @@ def test_from_disk_to_disk_refusals_come_before_any_work(
     ):
         code, _, err = run(*arguments, *changes)
         assert code == 1 and words in err
-    sampled = ["self" if argument == jargon_train else argument for argument in arguments]
+    sampled = ["self" if argument == less_text else argument for argument in arguments]
     code, _, err = run(*sampled)
     assert code == 1 and "samples from the whole model" in err
     assert Journal.exists(tmp_path / ".out.partial")
@@ -280,8 +285,7 @@ def test_from_disk_to_disk_refusals_come_before_any_work(
 def test_an_interrupted_command_goes_on(compress_arguments, tmp_path):
     """A process of its own gets the signal that Ctrl+C sends, when its first layer is done."""
     longer = ("--num-samples", 24, "--seq-length", 128)  # to be in time for it
-    settings = ("--disk-to-disk", "--ridge", 1e-3, "--refit", 0, *longer)
-    arguments = [str(argument) for argument in (*compress_arguments, *settings)]
+    arguments = [str(argument) for argument in (*compress_arguments, "--disk-to-disk", *longer)]
     journal = tmp_path / ".out.partial" / ".grail" / "journal.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "grail_hf", *arguments],
@@ -369,7 +373,7 @@ def test_a_source_on_the_hub_can_be_pinned(hub, compress_arguments, jargon_test,
     (text := tmp_path / "text").write_text(jargon_test.read_text("utf-8")[:4_000], "utf-8")
     tensors = []
     for way in ("--in-memory", "--disk-to-disk"):
-        quick = ("--no-compensate", "--self-samples", 0, "--eval", text)
+        quick = ("--no-compensate", "--eval", text)
         arguments = ("compress", hub, tmp_path / way, *compress_arguments[3:], way, *quick)
         assert layers(*arguments, "--revision", "v1") == 6
         assert CompressionReport.load(tmp_path / way).base_model == hub
@@ -404,8 +408,7 @@ def test_what_needs_no_tokenizer_does_without(tiny_llama_dir, tmp_path):
     source.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny_llama_dir / name, source)
-    flags = ("--sparsity", 0.5, "--num-samples", 8, "--seq-length", 16, "--no-compensate")
-    command = ("compress", source, tmp_path / "out", *flags, "--calibration")
+    command = ("compress", source, tmp_path / "out", "--sparsity", 0.5, *QUICKLY, "--calibration")
     code, _, err = run(*command, "self")
     assert code == 0, err
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -512,9 +515,6 @@ def full(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save_file)
     return folders
-
-
-QUICKLY = ("--no-compensate", "--selector", "magnitude", "--num-samples", 2, "--seq-length", 16)
 
 
 @pytest.mark.parametrize("place", ["temporary", "home"])
@@ -647,7 +647,7 @@ def test_evaluation_runs_where_it_is_told(
 
 
 @pytest.mark.parametrize("model_type", ["mistral3", "qwen2_vl", "qwen3_5"])
-def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, tmp_path):
+def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, less_text, tmp_path):
     """The whole model is saved, with its processor's files and a card that loads it."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip("transformers has none")
@@ -664,7 +664,7 @@ def test_models_with_a_decoder_inside(model_type, tiny_llama_dir, jargon_train, 
     code, out, err = run("inspect", source, *share, "--json")
     assert code == 0, err
     widths = json.loads(out)["widths"]
-    settings = (*share, "--calibration", jargon_train, "--num-samples", 8, "--seq-length", 32)
+    settings = (*share, "--calibration", less_text, "--num-samples", 8, "--seq-length", 32)
     for way in ("--in-memory", "--disk-to-disk"):
         output = tmp_path / way
         code, out, err = run("compress", source, output, *settings, way, "--json")

@@ -658,7 +658,7 @@ def test_a_type_without_a_gguf_is_refused(tmp_path, monkeypatch, key):
 # The command line
 
 
-def test_the_command_exports_what_compress_wrote(tmp_path, tiny_llama_dir, jargon_train):
+def test_the_command_exports_what_compress_wrote(tmp_path, tiny_llama_dir, less_text):
     pytest.importorskip("gguf")
     runner = CliRunner()
 
@@ -668,8 +668,9 @@ def test_the_command_exports_what_compress_wrote(tmp_path, tiny_llama_dir, jargo
 
     code, _, err = run(
         *("compress", tiny_llama_dir, tmp_path / "small", "--sparsity", 0.5, "--ignore", 0),
-        *("--selector", "wanda", "--calibration", jargon_train, "--num-samples", 8),
-        *("--seq-length", 64, "--device", "cpu"),
+        *("--selector", "wanda", "--calibration", less_text, "--num-samples", 8),
+        *("--seq-length", 64, "--allocation", "uniform", "--self-samples", 0, "--ridge", 1e-2),
+        *("--refit", 0, "--device", "cpu"),
     )
     assert code == 0, err
     code, out, err = run("export", tmp_path / "small", tmp_path / "gguf", "--format", "gguf")

@@ -78,11 +78,11 @@ def is_weights(name):
 
 
 @pytest.fixture
-def command(jargon_train, tmp_path):
+def command(less_text, tmp_path):
     return [
         *("compress", "me/tiny", tmp_path / "out", "--sparsity", 0.5, "--device", "cpu"),
         *("--selector", "magnitude", "--no-compensate", "--num-samples", 2, "--seq-length", 16),
-        *("--calibration", jargon_train),
+        *("--calibration", less_text),
     ]
 
 

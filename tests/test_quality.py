@@ -11,7 +11,7 @@ PATH = Path(__file__).parent.parent / "examples" / "benchmarks" / "quality.py"
 
 
 @pytest.fixture
-def quality(tmp_path, jargon_test, monkeypatch):
+def quality(tmp_path, jargon_test, less_text, monkeypatch):
     """Runs the script on two texts of one name: the rows of quality.json."""
     spec = importlib.util.spec_from_file_location("quality", PATH)
     module = importlib.util.module_from_spec(spec)
@@ -24,8 +24,8 @@ def quality(tmp_path, jargon_test, monkeypatch):
 
     def run(*flags):
         arguments = ["--num-samples", 4, "--seq-length", 32, "--max-windows", 2]
-        arguments += ["--text", *texts, "--repairs", "none", "--sparsities", 0.5]
-        arguments += ["--output", tmp_path / "out", "--selectors", *flags]
+        arguments += ["--calibration", less_text, "--text", *texts, "--repairs", "none"]
+        arguments += ["--sparsities", 0.5, "--output", tmp_path / "out", "--selectors", *flags]
         monkeypatch.setattr("sys.argv", ["quality.py", *map(str, arguments)])
         module.main()
         return json.loads((tmp_path / "out" / "quality.json").read_text())["rows"]

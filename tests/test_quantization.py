@@ -140,13 +140,13 @@ def test_an_mxfp4_checkpoint_is_compressed_as_floats(tmp_path):
     ids=lambda value: value.get("quant_method") if isinstance(value, dict) else "",
 )
 def test_the_refusal_tells_how_to_load_the_weights_as_floats(
-    quantization, words, tiny_llama_dir, jargon_train, tmp_path
+    quantization, words, tiny_llama_dir, less_text, tmp_path
 ):
     """From the config alone: there are no weights."""
     source = with_config(tiny_llama_dir, tmp_path / "in", quantization)
     for command in (
         ("inspect", source),
-        ("compress", source, tmp_path / "out", "--calibration", jargon_train),
+        ("compress", source, tmp_path / "out", "--calibration", less_text),
     ):
         code, err = run(*command, "--sparsity", 0.3)
         assert code == 1 and "the model is quantised" in err
@@ -161,11 +161,11 @@ def test_the_refusal_tells_how_to_load_the_weights_as_floats(
         assert code == 1 and f"cannot dequantise {words[0]} weights" in err
 
 
-def test_from_disk_to_disk_nothing_is_dequantised(tiny_llama_dir, jargon_train, tmp_path):
+def test_from_disk_to_disk_nothing_is_dequantised(tiny_llama_dir, less_text, tmp_path):
     source = with_config(tiny_llama_dir, tmp_path / "in", FP8)
     command = ("compress", source, tmp_path / "out", "--sparsity", 0.3, "--dequantize")
     for flag in ("--disk-to-disk", "--resume"):
-        code, err = run(*command, flag, "--calibration", jargon_train)
+        code, err = run(*command, flag, "--calibration", less_text)
         assert code == 1 and "--dequantize loads the whole model" in err
 
 

@@ -291,9 +291,9 @@ def config_of(values):
     return AutoConfig.for_model(**copy.deepcopy(values))
 
 
-def tiny_architecture(case, dtype=torch.float32):
+def tiny_architecture(case, dtype=torch.float32, **changes):
     """A random model of one of `ARCHITECTURE_CASES`, with the attention that it has by default."""
-    values = {"model_type": case} | ARCHITECTURE_CASES[case]
+    values = {"model_type": case} | ARCHITECTURE_CASES[case] | changes
     if "text_config" in values:
         values["text_config"] = SIZES | values["text_config"]
     else:

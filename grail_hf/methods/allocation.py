@@ -95,6 +95,8 @@ class Allocation:
         compares_scores: whether the loss reads `Profile.scores`, so that the scores of different
             groups have to be comparable.
         splits: whether the widths are the best of `splits`, by the divergence of the whole model.
+        auto: "auto" is this rule where there is a split between attention and MLP to choose
+            (True), or where there is none (False); None if it never is.
     """
 
     loss: Callable[[Profile, Budget], Curve] | None = None
@@ -103,6 +105,7 @@ class Allocation:
     sensitivities: bool = False
     compares_scores: bool = False
     splits: bool = False
+    auto: bool | None = None
 
     @property
     def measures(self) -> bool:
@@ -116,6 +119,11 @@ def find_allocation(name: str) -> Allocation:
         where = "ALLOCATIONS in grail_hf/methods/allocation.py"
         raise unknown_name("allocation", name, ALLOCATIONS, where)
     return ALLOCATIONS[name]
+
+
+def automatic_allocation(a_choice: bool) -> str:
+    """The name of the rule that "auto" is, by whether there is a split to choose."""
+    return next(name for name, rule in ALLOCATIONS.items() if rule.auto is a_choice)
 
 
 def allocate(budgets: Budgets, config: GrailConfig, profiles: Profiles | None = None) -> Widths:
@@ -214,8 +222,8 @@ def _nothing_goes(kind: str, asked: float, budget: Budget, config: GrailConfig) 
 
 
 ALLOCATIONS: dict[str, Allocation] = {
-    "uniform": Allocation(per_layer=False),
-    "uniform-split": Allocation(per_layer=False, splits=True),
+    "uniform": Allocation(per_layer=False, auto=False),
+    "uniform-split": Allocation(per_layer=False, splits=True, auto=True),
     "flap": Allocation(flap, compares_scores=True),
     "error": Allocation(error, sensitivities=True),
     "search": Allocation(search, divergences=True),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from grail_hf.config import ATTENTION, EXPERTS, GrailConfig
-from grail_hf.methods.allocation import MLP_MULTIPLES
+from grail_hf.methods.allocation import MLP_MULTIPLES, automatic_allocation
 from grail_hf.methods.budget import Budget
 from grail_hf.methods.widths import EXPERTS_STEP, TOLERANCE
 from grail_hf.models.compatibility import Rehome
@@ -132,8 +132,8 @@ def with_representable_widths(
 
 
 def resolved_allocation(budgets: Mapping[str, Budget], config: GrailConfig) -> str:
-    """The rule that "auto" stands for: it measures where there is a split to choose."""
+    """The rule that "auto" stands for: a mixture of experts has no split that can be measured."""
     free = [budget for budget in budgets.values() if len(budget.uniform_widths) > 1]
     fixed = config.mlp_sparsity is not None or config.attention_sparsity is not None
-    a_choice = config.sparsity and not fixed and len(free) > 1
-    return "uniform-split" if a_choice and EXPERTS not in budgets else "uniform"
+    a_choice = bool(config.sparsity) and not fixed and len(free) > 1
+    return automatic_allocation(a_choice and EXPERTS not in budgets)
