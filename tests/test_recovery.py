@@ -2,12 +2,15 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import batches, logits, tiny_architecture
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -23,12 +26,12 @@ FAST = {"num_samples": 16, "seq_length": 32, "batch_size": 4, "self_samples": 0,
 
 
 @pytest.fixture(scope="module")
-def narrow(tiny_llama_dir, tokenizer, jargon_train, tmp_path_factory):
+def narrow(tiny_llama_dir, tokenizer, less_text, tmp_path_factory):
     """A folder of the bundled model with half of its channels, pruned without repair."""
     folder = tmp_path_factory.mktemp("narrow") / "model"
     model = load(tiny_llama_dir)
     settings = {"sparsity": 0.5, "selector": "magnitude", "compensate": False}
-    report = compress(model, tokenizer, jargon_train, **settings, **FAST, allocation="uniform")
+    report = compress(model, tokenizer, less_text, **settings, **FAST, allocation="uniform")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     report.save(folder)
@@ -89,7 +92,7 @@ def test_divergence_has_the_gradient_of_the_difference_of_probabilities():
 @pytest.mark.parametrize("rank", [4, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_comes_closer_to_the_dense_model(
-    rank, dtype, narrow, tiny_llama_dir, tokenizer, jargon_train
+    rank, dtype, narrow, tiny_llama_dir, tokenizer, less_text
 ):
     model = load(narrow, dtype)
     before = weights_of(model)
@@ -97,7 +100,7 @@ def test_it_comes_closer_to_the_dense_model(
     modules = {name: type(module) for name, module in model.named_modules()}
     state = torch.get_rng_state()
     report = recover(
-        model, tiny_llama_dir, tokenizer, jargon_train, rank=rank, learning_rate=3e-3, **FAST
+        model, tiny_llama_dir, tokenizer, less_text, rank=rank, learning_rate=3e-3, **FAST
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert report.kept and report.after["calibration"] < 0.97 * report.before["calibration"]
@@ -131,10 +134,8 @@ def test_an_absurd_learning_rate_leaves_the_model_as_it_was(seed, narrow, tiny_l
     assert "was dropped" in caplog.text and "dropped" in report.summary()
 
 
-def test_the_learning_rate_is_the_best_of_those_tried(
-    narrow, tokenizer, tiny_llama_dir, jargon_train
-):
-    report = recover(load(narrow), tiny_llama_dir, tokenizer, jargon_train, rank=4, **FAST)
+def test_the_learning_rate_is_the_best_of_those_tried(narrow, tokenizer, tiny_llama_dir, less_text):
+    report = recover(load(narrow), tiny_llama_dir, tokenizer, less_text, rank=4, **FAST)
     assert len(report.trials) == 3
     assert report.learning_rate == min(report.trials, key=report.trials.get)
 
@@ -201,11 +202,11 @@ def test_a_failure_leaves_the_model_as_it_was(narrow, tiny_llama_dir, monkeypatc
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-def test_compress_recovers_where_it_is_asked_to(tiny_llama_dir, tokenizer, jargon_train):
+def test_compress_recovers_where_it_is_asked_to(tiny_llama_dir, tokenizer, less_text):
     settings = {"sparsity": 0.5, "allocation": "uniform", "refit": 0} | FAST
     plain, recovered = load(tiny_llama_dir), load(tiny_llama_dir)
-    compress(plain, tokenizer, jargon_train, **settings)
-    report = compress(recovered, tokenizer, jargon_train, recover=True, **settings)
+    compress(plain, tokenizer, less_text, **settings)
+    report = compress(recovered, tokenizer, less_text, recover=True, **settings)
     outcome = report.recovered
     assert outcome is not None and outcome.calibration == report.calibration
     assert report.to_dict()["recovery"]["kept"] is outcome.kept
@@ -223,7 +224,7 @@ def test_compress_recovers_where_it_is_asked_to(tiny_llama_dir, tokenizer, jargo
 
 
 def test_a_recovery_that_fails_costs_no_compression(
-    tiny_llama_dir, tokenizer, jargon_train, monkeypatch, caplog
+    tiny_llama_dir, tokenizer, less_text, monkeypatch, caplog
 ):
     from grail_hf.recovery import training
 
@@ -233,14 +234,14 @@ def test_a_recovery_that_fails_costs_no_compression(
     monkeypatch.setattr(training.Distillation, "training_step", fail)
     model = load(tiny_llama_dir)
     settings = {"sparsity": 0.5, "allocation": "uniform", "refit": 0, "recover": True} | FAST
-    report = compress(model, tokenizer, jargon_train, **settings)
+    report = compress(model, tokenizer, less_text, **settings)
     assert report.recovery == {"failed": "OutOfMemoryError: no memory"}
     assert report.groups and "the model is compressed, without it" in caplog.text
     assert report.recovered is None and "no memory" in str(report)
 
 
 def test_the_command_replaces_the_folder_by_a_better_model(
-    narrow, tiny_llama_dir, jargon_train, tmp_path
+    narrow, tiny_llama_dir, less_text, tmp_path
 ):
     import shutil
 
@@ -248,7 +249,7 @@ def test_the_command_replaces_the_folder_by_a_better_model(
     shutil.copytree(narrow, folder)
     (folder / "extra.txt").write_text("mine")
     flags = ["--num-samples", "16", "--seq-length", "32", "--rank", "4", "--learning-rate", "1e-3"]
-    flags += ["--self-samples", "0", "--calibration", str(jargon_train)]
+    flags += ["--self-samples", "0", "--calibration", str(less_text)]
     arguments = ["recover", str(folder), "--teacher", str(tiny_llama_dir), *flags]
     result = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "course.png"), "--json"])
     assert result.exit_code == 0, result.output
@@ -304,6 +305,76 @@ def test_padded_windows_count_their_own_tokens_alone(narrow, tiny_llama_dir):
     garbled = [{"input_ids": rows.masked_fill(mask == 0, 7), "attention_mask": mask}]
     again = recover(load(narrow), tiny_llama_dir, calibration=garbled, **settings)
     assert report.after == again.after and report.tokens < 7 * 16
+
+
+@pytest.mark.parametrize("rank", [2, "full"])
+@pytest.mark.parametrize("case", ["gpt2", "phi3", "gemma2", "mixtral", "qwen3_5", "mistral3"])
+def test_other_architectures(case, rank, tmp_path):
+    dense, model = tiny_architecture(case), tiny_architecture(case)
+    rows = batches(padded=True)
+    halves = {"mlp_sparsity": 0.5, "attention_sparsity": 0.0, "random_tokens": 0}
+    compress(model, None, rows, **halves, compensate=False, selector="magnitude", progress=False)
+    modules = {name: type(module) for name, module in model.named_modules()}
+    settings = {"rank": rank, "learning_rate": 3e-3, "accumulation": 1, "progress": False}
+    same = rows[1]["input_ids"][:1].expand(16, -1)  # what is learned holds where it is judged
+    report = recover(model, dense, calibration=same, **settings)
+    assert report.kept, report
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(model, rows), logits(again, rows))
+
+
+def test_layers_that_differ_in_width(tiny_llama_dir, less_text, tokenizer, tmp_path):
+    """Such a checkpoint is recovered on disk, and loads as before."""
+    model = load(tiny_llama_dir)
+    settings = {"sparsity": 0.3, "allocation": "error", "refit": 0}
+    report = compress(model, tokenizer, less_text, **settings, **FAST)
+    assert not report.uniform
+    model.save_pretrained(tmp_path / "model")
+    report.save(tmp_path / "model")
+    rows = torch.randint(0, 4096, (16, 16), generator=torch.Generator().manual_seed(0))
+    settings = FAST | {"rank": "full", "learning_rate": 1e-4}
+    outcome = grail_hf.recover_checkpoint(tmp_path / "model", str(tiny_llama_dir), rows, **settings)
+    assert outcome.kept
+    again = load(tmp_path / "model")
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    assert (tmp_path / "model" / "modeling_grail.py").exists()
+
+
+IN_PROCESSES = """
+import sys, torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM
+import grail_hf
+PartialState(cpu=True)
+narrow, dense, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(narrow, dtype=torch.float32)
+rows = torch.randint(0, 4096, (16, 16), generator=torch.Generator().manual_seed(0))
+report = grail_hf.recover(
+    model, dense, calibration=rows, rank=4, learning_rate=1e-3, batch_size=2, accumulation=1,
+    device="cpu", progress=False,
+)
+rank = grail_hf.runtime.processes.index()
+torch.save((report.to_dict(), model.state_dict()), f"{out}/{rank}.pt")
+"""
+
+
+def test_processes_share_the_windows(narrow, tiny_llama_dir, tmp_path):
+    (tmp_path / "script.py").write_text(IN_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", str(tmp_path / "script.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [str(narrow), str(tiny_llama_dir), str(tmp_path)]
+    subprocess.run([*command, *arguments], env=environment, check=True, timeout=180)
+    (report, weights), (other, others) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    assert report["kept"] and report["steps"] == 7
+    assert {**report, "seconds": 0} == {**other, "seconds": 0}
+    torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
 def test_7b_with_rank_16_trains_in_24_gb():
