@@ -14,6 +14,19 @@ from grail_hf.runtime.progress import Bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 SELF = "self"  # sampled from the model itself
+# One token comes after another, and a step takes hardly longer for many sequences than for few. As
+# many are written together as this has room for their keys and values, so that the same seed gives
+# the same text on any machine.
+_CACHE_BYTES = 2 * 2**30
+_MOST_TOGETHER = 64
+
+
+def written_together(model: PreTrainedModel, seq_length: int, batch_size: int) -> int:
+    """Number of sequences to sample at a time: at least `batch_size`."""
+    text = model.config.get_text_config()
+    # An upper bound: as if each head had keys and values of its own.
+    token = 2 * text.num_hidden_layers * text.hidden_size * model.dtype.itemsize
+    return max(batch_size, min(_MOST_TOGETHER, int(_CACHE_BYTES // (token * seq_length))))
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from grail_hf.calibration.chats import (
     read_conversations,
 )
 from grail_hf.calibration.corpora import TextSource, read_text
-from grail_hf.calibration.sampling import SELF, sample_tokens
+from grail_hf.calibration.sampling import SELF, sample_tokens, written_together
 from grail_hf.calibration.windows import (
     BOS_FIRST,
     bos_token,
@@ -283,14 +283,16 @@ class TokenReader:
         return _of_batches(_split(windows, self.batch_size), source, **others)
 
     def _sampled(self) -> TokenBatches:
-        length = self._length
+        length, together = self._length, self.batch_size
+        if self.model is not None:
+            together = written_together(self.model, length, together)
         windows = sample_tokens(
             self.model,
             self.tokenizer,
             self.vocab_size,
             self.num_samples,
             length,
-            self.batch_size,
+            together,
             self.seed,
             self.progress,
         )
