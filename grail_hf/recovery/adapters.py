@@ -80,13 +80,19 @@ def trainable(
 def _adapted(model: PreTrainedModel, layers: nn.ModuleList, rank: int) -> Iterator[nn.Module]:
     from peft import LoraConfig, get_peft_model
 
-    names = [name for name, _ in adapted_modules(model, layers)]
+    found = adapted_modules(model, layers)
+    names = [name for name, _ in found]
     if not names:
         raise ValueError(
             f'the layers have no projection that PEFT adapts: use rank="{FULL}" to train them'
         )
-    # An alpha of the rank adds B A itself, unscaled.
-    adapted: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names))
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # so that B A is added as it is
+        target_modules=names,
+        fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in found),
+    )
+    adapted: Any = get_peft_model(model, settings)
     try:
         yield adapted
     except BaseException:
