@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from grail_hf.methods.divergence import divergence, likeliest
 from grail_hf.planning.plan import plan_compression
 from grail_hf.recovery.costs import recovery_costs
 
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 FAST = {"num_samples": 16, "seq_length": 32, "batch_size": 4, "self_samples": 0, "progress": False}
 
 
@@ -106,7 +109,7 @@ def test_it_comes_closer_to_the_dense_model(
     assert report.kept and report.after["calibration"] < 0.97 * report.before["calibration"]
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-    assert model.dtype == dtype
+    assert model.dtype == dtype and not model.training
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     assert changed and all(".layers." in name and "norm" not in name for name in changed)
     assert RecoveryReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
@@ -344,6 +347,18 @@ def test_layers_that_differ_in_width(tiny_llama_dir, less_text, tokenizer, tmp_p
     assert (tmp_path / "model" / "modeling_grail.py").exists()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rank", [4, "full"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_it_trains_on_cuda(rank, dtype, narrow, tiny_llama_dir, less_text, tokenizer):
+    model = load(narrow, dtype)
+    settings = FAST | {"rank": rank, "learning_rate": 3e-3, "device": "cuda"}
+    report = recover(model, tiny_llama_dir, tokenizer, less_text, **settings)
+    assert report.kept and report.after["calibration"] < 0.97 * report.before["calibration"]
+    assert model.device.type == "cpu" and model.dtype == dtype
+
+
 IN_PROCESSES = """
 import sys, torch
 from accelerate import PartialState
@@ -403,3 +418,21 @@ def test_inspect_states_what_a_recovery_takes(tiny_llama_dir):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["recovery"]["operations"] > 0
     assert "recovery: memory where it trains" in result.stderr
+
+
+def test_the_benchmark_measures_before_and_after(less_text, jargon_test, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    flags = ["--sparsities", "0.5", "--allocation", "uniform", "--num-samples", "8"]
+    flags += ["--learned", "8", "--seq-length", "32", "--max-windows", "2", "--ranks", "2"]
+    flags += ["--learning-rate", "1e-3", "--epochs", "1", "--output", str(tmp_path)]
+    flags += ["--calibration", str(less_text), "--text", str(jargon_test)]
+    script = BENCHMARKS / "recovery.py"
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", [str(script), *flags])
+    runpy.run_path(str(script), run_name="__main__")
+    rows = json.loads((tmp_path / "recovery.json").read_text())["rows"]
+    assert [row["source"] for row in rows] == ["none", "texts", "self"]
+    assert {str(path.name) for path in tmp_path.glob("*.png")} == {
+        "0.5-texts-2.png",
+        "0.5-self-2.png",
+    }

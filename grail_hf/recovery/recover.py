@@ -34,7 +34,13 @@ from grail_hf.card import public_name
 from grail_hf.checkpoints.loading import load_model
 from grail_hf.config import AUTO
 from grail_hf.models.architectures import find_architecture
-from grail_hf.models.decoder import check_model, check_weights, decoder_layers, vocabulary_size
+from grail_hf.models.decoder import (
+    check_model,
+    check_weights,
+    decoder_layers,
+    evaluation_mode,
+    vocabulary_size,
+)
 from grail_hf.models.schema import Architecture
 from grail_hf.recovery.adapters import (
     check_peft,
@@ -108,11 +114,11 @@ def recover(
     check_trainable(model)
     if dense is model:
         raise ValueError("the dense model and the compressed one are the same object: load both")
-    architecture = architecture or find_architecture(model.config.model_type)
-    config = resolved(config, model, architecture)
     if resume and folder is None:
         raise ValueError("resume=True goes on with a run in a folder: give folder=")
+    architecture = architecture or find_architecture(model.config.model_type)
     with work_folder(folder) as work:
+        config = resolved(config, model, architecture, stopped_run(work, resume))
         task = Task(config, architecture, work, resume, progress and processes.is_first())
         lesson = task.lesson(dense, tokenizer, calibration, watch, vocabulary_size(model))
         return task.learn_(model, lesson)
@@ -168,8 +174,7 @@ class Task:
             vocabulary: size of the compressed model's.
 
         Raises:
-            ValueError: another vocabulary, or the folder has a run of other tokens or settings, or
-                one that is not asked to be resumed.
+            ValueError: another vocabulary, or the folder has a run of other tokens or settings.
         """
         start = time.perf_counter()
         teacher = load_model(os.fspath(dense)) if isinstance(dense, str | os.PathLike) else dense
@@ -189,7 +194,7 @@ class Task:
         }
 
         def write() -> None:
-            _start_or_resume(self.work / _RUN_FILE, run, self.resume)
+            _start_or_resume(self.work, run)
             with ExitStack() as stack:
                 if not is_dispatched(teacher):
                     layers = decoder_layers(teacher, self.architecture)
@@ -219,7 +224,7 @@ class Task:
         fp32 = device.type == "cpu" or config.rank == FULL
         kept = False
         try:
-            with torch.enable_grad(), random_states_kept():
+            with torch.enable_grad(), random_states_kept(), evaluation_mode(model):
                 before = training.divergences()
                 dtype: AbstractContextManager[None] = in_float32(model) if fp32 else nullcontext()
                 with dtype, trainable(model, layers, config.rank) as student:
@@ -273,12 +278,24 @@ class Task:
 
 
 def resolved(
-    config: RecoveryConfig, model: PreTrainedModel, architecture: Architecture
+    config: RecoveryConfig,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    stopped: Mapping[str, Any] | None = None,
 ) -> RecoveryConfig:
     """The settings with the rank that "auto" means for a model on the device that trains it.
 
-    Raises ImportError where PEFT is needed and missing.
+    Args:
+        config: the settings.
+        model: the compressed one; it may be on the meta device.
+        architecture: its own.
+        stopped: what a run to resume has written of itself, whose rank "auto" is then.
+
+    Raises:
+        ImportError: PEFT is needed and missing.
     """
+    if config.rank == AUTO and stopped:
+        config = replace(config, rank=stopped["settings"]["rank"])
     if config.rank == AUTO:
         device = choose_device(model, config.device)
         parameters = matrices(decoder_layers(model, architecture))
@@ -300,20 +317,32 @@ def check_trainable(model: PreTrainedModel) -> None:
         )
 
 
-def _start_or_resume(path: Path, run: dict[str, Any], resume: bool) -> None:
-    found = json.loads(path.read_text("utf-8")) if path.exists() else None
-    if found is not None and not resume:
+def stopped_run(work: Path, resume: bool) -> dict[str, Any] | None:
+    """What a run that was stopped has written of itself in its folder; None where there is none.
+
+    Raises ValueError where there is one that is not asked to be resumed.
+    """
+    path = work / _RUN_FILE
+    if not path.exists():
+        return None
+    if not resume:
         raise ValueError(
-            f"{path.parent} holds a recovery that was stopped: resume it with resume=True "
-            "(--resume), or delete that folder to start again"
+            f"{work} holds a recovery that was stopped: resume it with resume=True (--resume), or "
+            "delete that folder to start again"
         )
+    run: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return run
+
+
+def _start_or_resume(work: Path, run: dict[str, Any]) -> None:
+    found = stopped_run(work, resume=True)
     if found is not None and found != json.loads(json.dumps(run)):
         raise ValueError(
-            f"{path.parent} holds a recovery with other settings or another calibration: give "
-            "the same ones, or delete that folder to start again"
+            f"{work} holds a recovery with other settings or another calibration: give the same "
+            "ones, or delete that folder to start again"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=2), "utf-8")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _RUN_FILE).write_text(json.dumps(run, indent=2), "utf-8")
 
 
 @contextmanager
@@ -333,10 +362,12 @@ def random_states_kept() -> Iterator[None]:
     The trainer seeds them all.
     """
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=_kind()):
-        yield
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=_kind()):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def _kind() -> str:
