@@ -408,7 +408,7 @@ def _with_own_samples(
         vocabulary_size(model),
         num_samples=-(-count * (length - first) // piece),
         seq_length=piece + 1,
-        batch_size=batch_size * max(1, length // piece),
+        batch_size=written_together(model, piece + 1, batch_size),
         seed=seed,
         progress=progress,
     )[:, 1:].flatten()[: count * (length - first)]
