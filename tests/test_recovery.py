@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -23,6 +24,7 @@ from grail_hf.cli import app
 from grail_hf.methods.divergence import divergence, likeliest
 from grail_hf.planning.plan import plan_compression
 from grail_hf.recovery.costs import recovery_costs
+from grail_hf.recovery.training import line_search
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 FAST = {"num_samples": 16, "seq_length": 32, "batch_size": 4, "self_samples": 0, "progress": False}
@@ -139,8 +141,26 @@ def test_an_absurd_learning_rate_leaves_the_model_as_it_was(seed, narrow, tiny_l
 
 def test_the_learning_rate_is_the_best_of_those_tried(narrow, tokenizer, tiny_llama_dir, less_text):
     report = recover(load(narrow), tiny_llama_dir, tokenizer, less_text, rank=4, **FAST)
-    assert len(report.trials) == 3
+    assert len(report.trials) >= 3
     assert report.learning_rate == min(report.trials, key=report.trials.get)
+
+
+@given(st.floats(-12, 2), st.floats(0.5, 3))
+def test_the_search_finds_a_minimum_within_its_reach(lowest, width):
+    """Of a figure with one minimum in the logarithm of the rate, beyond which training diverges."""
+    tried = []
+
+    def worst_after(rate):
+        tried.append(rate)
+        distance = math.log(rate) - lowest
+        return math.inf if distance > 2 * width else distance**2
+
+    found = line_search(worst_after, 1e-3)
+    assert 3 <= len(found) == len(tried) <= 6
+    near = math.log(min(found, key=found.get))
+    reachable = math.log(1e-3) - 5 * math.log(3) < lowest < math.log(1e-3) + 5 * math.log(3)
+    if reachable and width > math.log(3):
+        assert abs(near - lowest) <= math.log(3)
 
 
 def interrupted_after(steps, monkeypatch):

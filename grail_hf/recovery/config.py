@@ -23,8 +23,9 @@ class RecoveryConfig(Settings):
             takes at most half of the free memory of the device that trains, else 64.
         epochs: passes over the tokens, more than 0.
         learning_rate: peak of AdamW's, which rises over the first twentieth of the steps and then
-            falls by a cosine. "auto" tries three, each by a run of an eighth of the steps from the
-            same start, and takes the one with the least divergence on the held-out windows.
+            falls by a cosine. "auto" searches: short runs of an eighth of the steps, from the same
+            start, at rates a factor of 3 apart, until one leaves a larger divergence on the
+            held-out windows than the one before. At least three are tried.
         batch_size: windows in one forward pass.
         accumulation: forward passes whose gradients are summed for a step, in each process.
         num_samples: windows to draw, where the calibration is text, conversations or "self". One in
@@ -52,7 +53,7 @@ class RecoveryConfig(Settings):
     )
     epochs: float = setting(2.0, "Passes over the tokens.", range=Range(0.01))
     learning_rate: float | str = setting(
-        AUTO, "AdamW's; auto tries three of them.", choices=(AUTO,), range=Range(0)
+        AUTO, "AdamW's; auto searches for it by short runs.", choices=(AUTO,), range=Range(0)
     )
     batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
     accumulation: int = setting(2, "Forward passes in a step.", range=COUNT)
