@@ -433,7 +433,7 @@ def test_the_linear_form_is_the_paper_s():
 @every_unit
 def test_a_refit_does_better_than_the_fold_that_it_starts_from(unit, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
-    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit.QUICK_STEPS", 0)
     report = compress(tiny_model("qwen3"), unit, selector="fold", refit=4, ridge=1e-4)
     assert all(group.error < group.error_measured for group in report.groups)
 

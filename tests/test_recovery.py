@@ -5,8 +5,10 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,27 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     assert_same(model, weights_of(whole))
 
 
+def test_a_stopped_run_on_disk_leaves_the_folder_and_goes_on(
+    narrow, tiny_llama_dir, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(narrow, folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rows = torch.randint(0, 4096, (16, 16), generator=torch.Generator().manual_seed(0))
+    settings = FAST | {"rank": 4, "learning_rate": 1e-3, "epochs": 2, "accumulation": 1}
+    recovered = partial(grail_hf.recover_checkpoint, folder, str(tiny_llama_dir), rows, **settings)
+    with monkeypatch.context() as patch:
+        interrupted_after(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            recovered()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    with pytest.raises(ValueError, match="--resume"):
+        recovered()
+    assert recovered(resume=True).kept
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "model.safetensors").read_bytes() != files["model.safetensors"]
+
+
 def test_a_failure_leaves_the_model_as_it_was(narrow, tiny_llama_dir, monkeypatch):
     from grail_hf.recovery import training
 
@@ -266,8 +289,6 @@ def test_a_recovery_that_fails_costs_no_compression(
 def test_the_command_replaces_the_folder_by_a_better_model(
     narrow, tiny_llama_dir, less_text, tmp_path
 ):
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(narrow, folder)
     (folder / "extra.txt").write_text("mine")

@@ -127,7 +127,7 @@ def test_of_a_fused_projection_the_linear_rows_alone_are_refitted(case, kind, un
 @pytest.mark.parametrize("case", ["phi3", "glm4"])
 def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
     # On all of the calibration, so that the error is what was minimised.
-    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit.QUICK_STEPS", 0)
     settings = {
         "sparsity": 0.4,
         "multiple_of": 1,
@@ -151,7 +151,7 @@ def test_a_model_with_fused_projections_gains_by_a_refit(case, monkeypatch):
 
 def test_compress_with_refit_is_nearer_to_the_dense_model(monkeypatch):
     # On all of the calibration, so that the distance is what was minimised.
-    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit.QUICK_STEPS", 0)
     dense, inputs = tiny_model("llama"), batches()
     errors = []
 
@@ -378,7 +378,7 @@ def test_a_refit_keeps_the_damping_that_was_chosen_without_its_tokens():
 )
 def test_what_is_refitted_is_said(case, outcomes, monkeypatch):
     """By the plan before, and by the report and its table after."""
-    monkeypatch.setattr("grail_hf.calibration.refit._QUICK_STEPS", 0)
+    monkeypatch.setattr("grail_hf.calibration.refit.QUICK_STEPS", 0)
     model, settings = (
         tiny_architecture(case),
         {"sparsity": 0.3, "multiple_of": 1, "allocation": "uniform", "ridge": 1e-3},

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 _INPUT_DAMPING = 1e-3
 # For a few steps every second micro-batch serves nearly as well as all of them.
-_QUICK_STEPS = 2
+QUICK_STEPS = 2
 # Rows of a square matrix that are worked on at a time.
 _ROWS_AT_ONCE = 256
 # An error that two solves of the same problem may differ by, relative to it.
@@ -68,7 +68,7 @@ _SAME = 1e-6
 
 def refit_stride(steps: int) -> int:
     """A refit of so many steps uses every n-th micro-batch, for the n that this returns."""
-    return 2 if steps <= _QUICK_STEPS else 1
+    return 2 if steps <= QUICK_STEPS else 1
 
 
 def refit_batches(steps: int, number: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,10 @@ def _adapted(model: PreTrainedModel, layers: nn.ModuleList, rank: int) -> Iterat
         target_modules=names,
         fan_in_fan_out=all(isinstance(module, Conv1D) for _, module in found),
     )
-    adapted: Any = get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers renames.
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: Any = get_peft_model(model, settings)
     try:
         yield adapted
     except BaseException:
