@@ -164,7 +164,7 @@ def line_search(worst_after: Callable[[float], float], first: float) -> dict[flo
     for factor in (_FACTOR, 1 / _FACTOR):
         best = first
         while len(found) < _MOST_TRIALS:
-            following = best * factor
+            following = float(f"{best * factor:.3g}")
             found[following] = worst_after(following)
             if found[following] >= found[best]:
                 break
