@@ -41,7 +41,7 @@ ORDER = [
     "__main__",
 ]
 PURE = ["settings", "config", "methods"]
-HEAVY = ["datasets", "lm_eval", "matplotlib", "accelerate", "transformers.modeling_utils"]
+HEAVY = ["datasets", "lm_eval", "matplotlib", "accelerate", "peft", "transformers"]
 
 
 def imports(source: str) -> Iterator[tuple[str, ...]]:

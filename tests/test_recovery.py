@@ -160,7 +160,7 @@ def test_the_search_finds_a_minimum_within_its_reach(lowest, width):
     found = line_search(worst_after, 1e-3)
     assert 3 <= len(found) == len(tried) <= 6
     near = math.log(min(found, key=found.get))
-    reachable = math.log(1e-3) - 5 * math.log(3) < lowest < math.log(1e-3) + 5 * math.log(3)
+    reachable = math.log(1e-3) - 4 * math.log(3) < lowest < math.log(1e-3) + 5 * math.log(3)
     if reachable and width > math.log(3):
         assert abs(near - lowest) <= math.log(3)
 

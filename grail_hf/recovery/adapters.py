@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from grail_hf.recovery.config import FULL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
 
 
 def matrices(layers: nn.ModuleList) -> list[nn.Parameter]:
@@ -26,6 +26,8 @@ def adapted_modules(
     model: PreTrainedModel, layers: nn.ModuleList
 ) -> list[tuple[str, nn.Linear | Conv1D]]:
     """The projections of decoder layers that PEFT adapts, by their names in the model."""
+    from transformers.pytorch_utils import Conv1D
+
     inside = set(layers.modules())
     return [
         (name, module)
@@ -80,6 +82,7 @@ def trainable(
 
 def _adapted(model: PreTrainedModel, layers: nn.ModuleList, rank: int) -> Iterator[nn.Module]:
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     found = adapted_modules(model, layers)
     names = [name for name, _ in found]

@@ -109,7 +109,8 @@ class RecoveryReport:
         for name in self.before:
             points = [(entry["step"], entry[name]) for entry in self.divergences]
             axes.plot(*zip(*points, strict=True), marker="o", label=_KINDS[name])
-        axes.set_ylim(bottom=0)
+        highest = max(max(entry[name] for name in self.before) for entry in self.divergences)
+        axes.set_ylim(0, 1.05 * highest)
         axes.set_xlabel("optimiser steps")
         axes.set_ylabel("KL(dense || compressed), nats per token")
         axes.legend(frameon=False)

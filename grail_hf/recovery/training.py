@@ -166,7 +166,8 @@ def line_search(worst_after: Callable[[float], float], first: float) -> dict[flo
         while len(found) < _MOST_TRIALS:
             following = float(f"{best * factor:.3g}")
             found[following] = worst_after(following)
-            if found[following] >= found[best]:
+            diverges = math.isinf(found[following]) and factor < 1
+            if found[following] >= found[best] and not diverges:
                 break
             best = following
         if best != first:
