@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grail_hf.calibration.sampling import SELF
+from grail_hf.calibration.sampling import SELF, is_sampled
 from grail_hf.calibration.stream import Stream
 from grail_hf.calibration.tokens import Calibration, TokenBatches, read_calibration
 from grail_hf.checkpoints.converter import Parts
@@ -234,7 +234,7 @@ def check_takes_layers(calibration: Calibration | TokenBatches, config: GrailCon
             "to disk: compress without it, then run grail-hf recover"
         )
     for setting, asked in (
-        (f"calibration={SELF!r}", isinstance(calibration, str) and calibration == SELF),
+        (f"calibration={SELF!r}", is_sampled(calibration)),
         (f"self_samples={config.self_samples}", config.self_samples not in (AUTO, 0)),
     ):
         if asked:

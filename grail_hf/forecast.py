@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from grail_hf.planning.costs import Estimate, estimate
 from grail_hf.planning.plan import Plan, plan_compression, refits
 from grail_hf.recovery.config import RecoveryConfig
 from grail_hf.recovery.costs import RecoveryCosts, recovery_costs
-from grail_hf.recovery.recover import resolved
+from grail_hf.recovery.recover import with_rank
 from grail_hf.report import size, width_range
 from grail_hf.runtime.devices import choose_device
 
@@ -123,12 +123,9 @@ class Forecast:
 def _recovery(
     model: PreTrainedModel, plan: Plan, config: GrailConfig, device: torch.device
 ) -> RecoveryCosts:
-    settings = RecoveryConfig(
-        batch_size=config.batch_size,
-        num_samples=max(2, config.num_samples),
-        seq_length=min(config.seq_length, context_length(model) or config.seq_length),
-    )
-    return recovery_costs(model, plan, resolved(settings, model, plan.architecture), device)
+    length = min(config.seq_length, context_length(model) or config.seq_length)
+    settings = RecoveryConfig.following(replace(config, seq_length=length))
+    return recovery_costs(model, plan, with_rank(settings, model, plan.architecture), device)
 
 
 def _peaks(title: str, costs: Estimate) -> Table:

@@ -35,8 +35,9 @@ from grail_hf.models.surgery import apply_config_
 from grail_hf.planning.costs import Estimate, estimate
 from grail_hf.planning.plan import Plan, group_batches, plan_compression, warn_of_few_tokens
 from grail_hf.planning.profiling import measured_plan
+from grail_hf.recovery.adapters import check_peft
 from grail_hf.recovery.config import RecoveryConfig
-from grail_hf.recovery.recover import Lesson, Task, check_trainable, resolved, work_folder
+from grail_hf.recovery.recover import Lesson, Task, check_trainable, with_rank, work_folder
 from grail_hf.report import CompressionReport
 from grail_hf.runtime import processes
 from grail_hf.runtime.devices import choose_device
@@ -204,10 +205,8 @@ def recovery(
         yield None
         return
     check_trainable(model)
-    settings = RecoveryConfig(
-        batch_size=config.batch_size, self_samples=0, seed=config.seed % 2**32, device=config.device
-    )
-    settings = resolved(settings, model, plan.architecture)
+    settings = with_rank(RecoveryConfig.following(config), model, plan.architecture)
+    check_peft(settings.rank)
     with work_folder(None) as work:
         yield Task(settings, plan.architecture, work, progress=progress)
 

@@ -13,8 +13,9 @@ from grail_hf.checkpoints.loading import load_model, load_tokenizer
 from grail_hf.checkpoints.sources import meta_model
 from grail_hf.models.architectures import find_architecture
 from grail_hf.models.decoder import vocabulary_size
+from grail_hf.recovery.adapters import check_peft
 from grail_hf.recovery.config import RecoveryConfig
-from grail_hf.recovery.recover import Task, check_trainable, resolved, stopped_run
+from grail_hf.recovery.recover import Task, check_trainable, stopped_run, with_rank
 from grail_hf.recovery.report import RecoveryReport
 from grail_hf.report import REPORT_FILE, CompressionReport
 from grail_hf.runtime import processes
@@ -64,7 +65,8 @@ def recover_checkpoint(
     skeleton = meta_model(str(folder))
     architecture = find_architecture(skeleton.config.model_type)
     work = folder.with_name(f".{folder.name}.recovery")
-    config = resolved(config, skeleton, architecture, stopped_run(work, resume))
+    config = with_rank(config, skeleton, architecture, stopped_run(work, resume))
+    check_peft(config.rank)
     task = Task(config, architecture, work, resume, progress and processes.is_first())
     tokenizer = load_tokenizer(str(folder)) or load_tokenizer(dense)
     lesson = task.lesson(dense, tokenizer, calibration, watch, vocabulary_size(skeleton))

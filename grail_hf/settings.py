@@ -67,6 +67,12 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_as(settings: type[Settings], name: str, **changes: Any) -> Any:
+    """A field that means what it means in another class, with perhaps another `default`."""
+    (field,) = (one for one in dataclasses.fields(settings) if one.name == name)
+    return dataclasses.field(metadata=field.metadata, **{"default": field.default, **changes})
+
+
 def choices_of(field: dataclasses.Field[Any]) -> tuple[Any, ...]:
     """What a setting may be besides numbers, with the names in its table."""
     table = field.metadata["table"]

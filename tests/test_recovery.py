@@ -312,7 +312,7 @@ def test_the_command_replaces_the_folder_by_a_better_model(
     )
 
 
-def test_what_cannot_be_recovered_is_refused_first(narrow, tiny_llama_dir, tmp_path):
+def test_what_cannot_be_recovered_is_refused_first(narrow, tiny_llama_dir, tmp_path, monkeypatch):
     rows = torch.zeros(8, 16, dtype=torch.int64)
     dense = load(tiny_llama_dir)
     with pytest.raises(ValueError, match="same object"):
@@ -323,6 +323,10 @@ def test_what_cannot_be_recovered_is_refused_first(narrow, tiny_llama_dir, tmp_p
         recover(load(narrow), dense, calibration=rows[:1], rank=4)
     with pytest.raises(FileNotFoundError, match="that grail_hf compressed"):
         grail_hf.recover_checkpoint(tiny_llama_dir, str(tiny_llama_dir))
+    with monkeypatch.context() as patch:  # texts are read before weights are
+        patch.setattr("grail_hf.recovery.recover.load_model", lambda _: 1 / 0)
+        with pytest.raises(ValueError, match="needs a tokenizer"):
+            recover(load(narrow), tiny_llama_dir, calibration="no such text", rank=4)
     other = copy.deepcopy(dense)
     other.resize_token_embeddings(4097)
     with pytest.raises(ValueError, match="4096 tokens and the dense one 4097"):

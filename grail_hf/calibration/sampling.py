@@ -21,6 +21,11 @@ _CACHE_BYTES = 2 * 2**30
 _MOST_TOGETHER = 64
 
 
+def is_sampled(calibration: object) -> bool:
+    """Whether a calibration is to be sampled from the model, which takes its weights."""
+    return isinstance(calibration, str) and calibration == SELF
+
+
 def written_together(model: PreTrainedModel, seq_length: int, batch_size: int) -> int:
     """Number of sequences to sample at a time: at least `batch_size`."""
     text = model.config.get_text_config()

@@ -36,7 +36,7 @@ from grail_hf.calibration.chats import (
     read_conversations,
 )
 from grail_hf.calibration.corpora import TextSource, read_text
-from grail_hf.calibration.sampling import SELF, sample_tokens, written_together
+from grail_hf.calibration.sampling import SELF, is_sampled, sample_tokens, written_together
 from grail_hf.calibration.windows import (
     BOS_FIRST,
     bos_token,
@@ -269,7 +269,7 @@ class TokenReader:
             given = [_check_batch(b, self.vocab_size, i) for i, b in enumerate(calibration)]
             number = sum(len(batch["input_ids"]) for batch in given)
             return _of_batches(given, f"given batches, {number} sequences")
-        if calibration == SELF:
+        if is_sampled(calibration):
             return self._sampled()
         if chats := read_conversations(calibration):
             return self._of_conversations(chats)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
+# Of a trained parameter in fp32: itself, its gradient and AdamW's two moments.
+BYTES_TRAINED = 16
+
 
 def matrices(layers: nn.ModuleList) -> list[nn.Parameter]:
     """The parameters of decoder layers that multiply what passes through them."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from grail_hf.config import AUTO, YES_OR_NO
-from grail_hf.settings import COUNT, Range, Settings, setting
+from grail_hf.config import AUTO, YES_OR_NO, GrailConfig
+from grail_hf.settings import COUNT, Range, Settings, same_as, setting
 
 FULL = "full"  # rank: the projections themselves
 
@@ -55,26 +55,13 @@ class RecoveryConfig(Settings):
     learning_rate: float | str = setting(
         AUTO, "AdamW's; auto searches for it by short runs.", choices=(AUTO,), range=Range(0)
     )
-    batch_size: int = setting(4, "Windows in one forward pass.", range=COUNT)
+    batch_size: int = same_as(GrailConfig, "batch_size")
     accumulation: int = setting(2, "Forward passes in a step.", range=COUNT)
     num_samples: int = setting(128, "Windows to learn from.", range=Range(2, whole=True))
-    seq_length: int = setting(2048, "Tokens in a window.", range=Range(2, whole=True))
-    bos: bool | str = setting(
-        AUTO,
-        "Start each window of text with BOS; by default if the tokenizer adds one by itself.",
-        choices=(*YES_OR_NO, AUTO),
-    )
-    random_tokens: float = setting(
-        0.0,
-        "Fraction of a text's tokens to replace by random ones.",
-        range=Range(0, 1, example=0.1),
-    )
-    self_samples: float | str = setting(
-        AUTO,
-        "Fraction of a text's windows that the dense model writes itself.",
-        choices=(AUTO,),
-        range=Range(0, 1, example=0.1),
-    )
+    seq_length: int = same_as(GrailConfig, "seq_length")
+    bos: bool | str = same_as(GrailConfig, "bos")
+    random_tokens: float = same_as(GrailConfig, "random_tokens", default=0.0)
+    self_samples: float | str = same_as(GrailConfig, "self_samples")
     top_k: int = setting(64, "Likeliest tokens that are kept of each prediction.", range=COUNT)
     gradient_checkpointing: bool | str = setting(
         AUTO, "Compute activations again in the backward pass.", choices=(*YES_OR_NO, AUTO)
@@ -88,6 +75,20 @@ class RecoveryConfig(Settings):
         if self.rank is None:
             object.__setattr__(self, "rank", FULL)
         super().__post_init__()
+
+    @classmethod
+    def following(cls, config: GrailConfig) -> RecoveryConfig:
+        """The settings of a recovery that follows a compression, on the same tokens."""
+        return cls(
+            batch_size=config.batch_size,
+            num_samples=max(2, config.num_samples),
+            seq_length=config.seq_length,
+            bos=config.bos,
+            random_tokens=config.random_tokens,
+            self_samples=0,  # what the model has written is among the tokens already
+            seed=config.seed % 2**32,
+            device=config.device,
+        )
 
 
 def recomputes(config: RecoveryConfig, device: torch.device) -> bool:

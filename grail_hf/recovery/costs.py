@@ -9,14 +9,12 @@ import torch
 
 from grail_hf.models.decoder import decoder_layers, vocabulary_size
 from grail_hf.planning.plan import Plan
-from grail_hf.recovery.adapters import adapted_modules
+from grail_hf.recovery.adapters import BYTES_TRAINED, adapted_modules
 from grail_hf.recovery.config import FULL, RecoveryConfig, recomputes
 from grail_hf.recovery.targets import BYTES_PER_TOKEN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-# Of a trained parameter, in fp32: gradient and two moments of AdamW.
-_BESIDE_WEIGHT = 12
 _FP32 = 4
 
 
@@ -60,7 +58,8 @@ def recovery_costs(
     trained = kept if full else int(config.rank or 0) * sum(sizes)
     in_fp32 = full or device.type == "cpu"
     item = _FP32 if in_fp32 else model.dtype.itemsize
-    weights = item * small + (0 if full else _FP32 * trained) + _BESIDE_WEIGHT * trained
+    untrained = small - trained if full else small
+    weights = item * untrained + BYTES_TRAINED * trained
     places = config.batch_size * config.seq_length
     wide = sum(sizes) * model.dtype.itemsize  # activations of all layers for one token
     if recomputes(config, device):

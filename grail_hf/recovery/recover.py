@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 import torch
 
+from grail_hf.calibration.sampling import is_sampled
 from grail_hf.calibration.tokens import (
     Calibration,
     TokenBatches,
@@ -32,6 +33,7 @@ from grail_hf.calibration.tokens import (
 )
 from grail_hf.card import public_name
 from grail_hf.checkpoints.loading import load_model
+from grail_hf.checkpoints.sources import meta_model
 from grail_hf.config import AUTO
 from grail_hf.models.architectures import find_architecture
 from grail_hf.models.decoder import (
@@ -43,6 +45,7 @@ from grail_hf.models.decoder import (
 )
 from grail_hf.models.schema import Architecture
 from grail_hf.recovery.adapters import (
+    BYTES_TRAINED,
     check_peft,
     copies,
     in_float32,
@@ -64,8 +67,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CALIBRATION, WATCHED = "calibration", "watched"
 _RUN_FILE = "run.json"
-# Weight, gradient and two moments of AdamW, in fp32.
-_BYTES_TRAINED = 16
 _RANK = 64
 
 
@@ -118,7 +119,8 @@ def recover(
         raise ValueError("resume=True goes on with a run in a folder: give folder=")
     architecture = architecture or find_architecture(model.config.model_type)
     with work_folder(folder) as work:
-        config = resolved(config, model, architecture, stopped_run(work, resume))
+        config = with_rank(config, model, architecture, stopped_run(work, resume))
+        check_peft(config.rank)
         task = Task(config, architecture, work, resume, progress and processes.is_first())
         lesson = task.lesson(dense, tokenizer, calibration, watch, vocabulary_size(model))
         return task.learn_(model, lesson)
@@ -147,7 +149,7 @@ class Task:
     """A recovery, in two parts: between them, one model can make room for the other.
 
     Attributes:
-        config: the settings, `resolved`.
+        config: the settings, `with_rank`.
         architecture: of both models.
         work: the folder for predictions and checkpoints.
         resume: go on with a run that was stopped, if the folder has one.
@@ -177,20 +179,32 @@ class Task:
             ValueError: another vocabulary, or the folder has a run of other tokens or settings.
         """
         start = time.perf_counter()
-        teacher = load_model(os.fspath(dense)) if isinstance(dense, str | os.PathLike) else dense
-        check_model(teacher)
-        if vocabulary != vocabulary_size(teacher):
+        # What can be refused is refused before the weights are loaded.
+        skeleton = meta_model(os.fspath(dense)) if isinstance(dense, str | os.PathLike) else dense
+        check_model(skeleton)
+        if vocabulary != vocabulary_size(skeleton):
             raise ValueError(
                 f"the compressed model has {vocabulary} tokens and the dense one "
-                f"{vocabulary_size(teacher)}: give the dense model that it was made from"
+                f"{vocabulary_size(skeleton)}: give the dense model that it was made from"
             )
-        tokens = {CALIBRATION: self._read(teacher, tokenizer, calibration)}
-        if watch is not None:
-            tokens[WATCHED] = self._read(teacher, tokenizer, watch, ONE_IN)
-        targets = {name: Targets.of(one, self.work / name) for name, one in tokens.items()}
+        texts = {CALIBRATION: calibration} | ({} if watch is None else {WATCHED: watch})
+        tokens = {
+            name: self._read(skeleton, tokenizer, text, name)
+            for name, text in texts.items()
+            if not is_sampled(text)
+        }
+        teacher = load_model(os.fspath(dense)) if isinstance(dense, str | os.PathLike) else dense
+        for name, text in texts.items():
+            if is_sampled(text):
+                tokens[name] = self._read(teacher, tokenizer, text, name)
+        device = choose_device(teacher, self.config.device)
+        tokens[CALIBRATION] = with_own_samples(
+            tokens[CALIBRATION], teacher, tokenizer, self.config, device, self.progress
+        )
+        targets = {name: Targets.of(tokens[name], self.work / name) for name in texts}
         run = {
             "settings": self.config.to_dict(),
-            "tokens": {name: one.fingerprint for name, one in tokens.items()},
+            "tokens": {name: tokens[name].fingerprint for name in texts},
         }
 
         def write() -> None:
@@ -198,7 +212,6 @@ class Task:
             with ExitStack() as stack:
                 if not is_dispatched(teacher):
                     layers = decoder_layers(teacher, self.architecture)
-                    device = choose_device(teacher, self.config.device)
                     stack.enter_context(whole_on_device(teacher, layers, device))
                 for one in targets.values():
                     one.write(teacher, self.config.top_k, self.progress)
@@ -257,19 +270,16 @@ class Task:
 
     def _read(
         self,
-        teacher: PreTrainedModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None,
-        calibration: Calibration | TokenBatches,
-        one_in: int = 1,
+        text: Calibration | TokenBatches,
+        name: str,
     ) -> TokenBatches:
-        """The tokens of a calibration or, of as many as the settings say, one in so many."""
+        """The tokens of a text, fewer of them where it is watched."""
         config = self.config
-        if one_in > 1:
-            few = max(2, config.num_samples // one_in)
-            config = replace(config, num_samples=few, self_samples=0)
-        device = choose_device(teacher, config.device)
-        tokens = read_calibration(teacher, tokenizer, calibration, config, self.progress)
-        tokens = with_own_samples(tokens, teacher, tokenizer, config, device, self.progress)
+        if name == WATCHED:
+            config = replace(config, num_samples=max(2, config.num_samples // ONE_IN))
+        tokens = read_calibration(model, tokenizer, text, config, self.progress)
         if tokens.num_samples < 2:
             raise ValueError(
                 "one window is too few to learn from it and hold out another: give more num_samples"
@@ -277,7 +287,7 @@ class Task:
         return tokens
 
 
-def resolved(
+def with_rank(
     config: RecoveryConfig,
     model: PreTrainedModel,
     architecture: Architecture,
@@ -290,19 +300,15 @@ def resolved(
         model: the compressed one; it may be on the meta device.
         architecture: its own.
         stopped: what a run to resume has written of itself, whose rank "auto" is then.
-
-    Raises:
-        ImportError: PEFT is needed and missing.
     """
     if config.rank == AUTO and stopped:
         config = replace(config, rank=stopped["settings"]["rank"])
     if config.rank == AUTO:
         device = choose_device(model, config.device)
         parameters = matrices(decoder_layers(model, architecture))
-        needed = _BYTES_TRAINED * sum(parameter.numel() for parameter in parameters)
+        needed = BYTES_TRAINED * sum(parameter.numel() for parameter in parameters)
         fits = processes.once(lambda: 2 * needed <= free_bytes(device), "the rank")
         config = replace(config, rank=FULL if fits else _RANK)
-    check_peft(config.rank)
     return config
 
 

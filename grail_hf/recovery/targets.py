@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Subset
 
+from grail_hf.calibration.chats import padded
 from grail_hf.calibration.tokens import TokenBatches
 from grail_hf.methods.divergence import likeliest
 from grail_hf.models.decoder import evaluation_mode
@@ -94,7 +95,7 @@ class Targets(Dataset[Item]):
                 path = self._file(number)
                 rows = [i for i, place in enumerate(self.places) if place[0] == number]
                 if not path.exists():
-                    batch = collate([{"input_ids": self.windows[i]} for i in rows])
+                    batch = padded([self.windows[i] for i in rows])
                     logits = teacher(**{k: v.to(device) for k, v in batch.items()}).logits
                     found: dict[str, Tensor] = {}
                     for i, scores in zip(rows, logits, strict=True):
@@ -124,11 +125,6 @@ class Targets(Dataset[Item]):
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
     """A batch of windows, padded on the right, with a mask where there is padding."""
-    lengths = [len(item["input_ids"]) for item in items]
-    batch = {
-        name: pad_sequence([item[name] for item in items], batch_first=True) for name in items[0]
-    }
-    if len(set(lengths)) > 1:
-        places = torch.arange(max(lengths))
-        batch["attention_mask"] = (places < torch.tensor(lengths)[:, None]).long()
-    return batch
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    batch = padded(columns.pop("input_ids"))
+    return batch | {name: pad_sequence(rows, batch_first=True) for name, rows in columns.items()}

@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from grail_hf.methods.divergence import divergence
+from grail_hf.recovery.adapters import copies, restore_
 from grail_hf.recovery.config import FULL, RecoveryConfig, recomputes
 from grail_hf.recovery.targets import Item, collate
 from grail_hf.runtime import processes
@@ -137,15 +138,18 @@ class _Shown(TrainerCallback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither bars for each checkpoint, nor the trainer's warning of tied weights that it lacks."""
-    shown, trainers = logging.is_progress_bar_enabled(), logging.get_logger(Trainer.__module__)
-    level = trainers.level
+    """No bars for checkpoints, and no warnings of tied weights that they lack, or their times."""
+    shown = logging.is_progress_bar_enabled()
+    modules = (Trainer.__module__, get_last_checkpoint.__module__)
+    levels = {one: one.level for one in map(logging.get_logger, modules)}
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    trainers.setLevel(ERROR)
+    for one in levels:
+        one.setLevel(ERROR)
     try:
         yield
     finally:
-        trainers.setLevel(level)
+        for one, level in levels.items():
+            one.setLevel(level)
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
@@ -244,7 +248,8 @@ class Training:
 
     def _trial(self, before: Mapping[str, float]) -> Callable[[float], float]:
         """How good a learning rate is: the worst ratio after a short run, which is undone."""
-        start = {name: p.detach().cpu().clone() for name, p in _trained(self.model)}
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        start = copies(parameters)
         steps = min(self.num_steps, max(_LEAST_TRIAL, round(_TRIAL * self.num_steps)))
         # The best rate grows with the steps that there are, about as their root: on the bundled
         # model 3e-4 is best for 35 steps, and 1e-3 for 224.
@@ -254,9 +259,7 @@ class Training:
             trainer = self._trainer(smaller * rate, steps, before)
             self._run(trainer, f"Trying {rate:.2g}")
             worst = trainer.evaluate()[_WORST]
-            with torch.no_grad():
-                for name, parameter in _trained(self.model):
-                    parameter.copy_(start[name])
+            restore_(parameters, start)
             return worst
 
         return trial
@@ -343,7 +346,3 @@ def _checkpointing(asked: bool) -> dict[str, Any]:
         f"{kind}_checkpointing": asked,
         f"{kind}_checkpointing_kwargs": {"use_reentrant": False},
     }
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
